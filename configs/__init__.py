@@ -1,0 +1,1 @@
+"""Experiments: each file is one, over `default.py`, which names every field."""

@@ -1,0 +1,79 @@
+"""Every field of an experiment, with the values that most experiments share. The others override a few.
+
+Any field can be given on the command line: `--config.train.epochs=10`.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  """Returns the default configuration."""
+  config = ConfigDict()
+  config.seed = 0
+  config.steps_per_call = placeholder(int)  # steps in one compiled call; unset: 1 on CPU, else many
+  config.eval_batch_size = 500
+
+  config.model = ConfigDict()
+  config.model.name = "resnet56"  # a name in sapr_jax.models.MODELS
+  config.model.dtype = "float32"  # of the computation: float32 or bfloat16
+
+  config.data = ConfigDict()
+  config.data.source = "tfds"  # tfds, folder or digits
+  config.data.name = "cifar10"  # of the data set in tensorflow-datasets
+  config.data.path = placeholder(str)  # folder: train/<class>/*, test/<class>/*; tfds: its data directory
+  config.data.train_images = placeholder(int)  # use a balanced part only; unset: all
+  config.data.test_images = placeholder(int)
+  config.data.crop_padding = 4  # pixels
+  config.data.flip = True
+
+  # Training of the dense network, the method included (supplement A).
+  config.train = phase()
+  config.train.epochs = 200
+  config.train.decay_epochs = (100, 150)
+
+  # Fine-tuning of the pruned network (supplement A).
+  config.finetune = phase()
+  config.finetune.epochs = 160
+  config.finetune.decay_epochs = (80, 120)
+
+  config.prune = ConfigDict()
+  config.prune.p = 0.48  # share of the prunable MACs to keep
+  config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
+  config.prune.gamma = 5e-4  # strength of the partial regularization
+  config.prune.form = "proximal"  # proximal: a step after the optimizer's; penalty: a term of the loss
+  config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
+  config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
+  config.prune.min_width = 1  # channels that every group keeps
+  config.prune.round_to = 1  # widths are multiples of this
+
+  config.generator = ConfigDict()
+  config.generator.data_share = 0.1  # of the training images
+  config.generator.batch_size = 128
+  config.generator.learning_rate = 1e-3  # of AdamW
+  config.generator.weight_decay = 1e-2
+  config.generator.macs_weight = 4.0  # lambda of the MACs penalty
+  config.generator.bias = 3.0  # b of Eq. 1
+  config.generator.temperature = 0.4  # tau of Eq. 1
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every_epochs = 1
+  config.checkpoint.keep = 2
+
+  config.report = ConfigDict()
+  config.report.latency_batch_sizes = (1, 128)
+  config.report.latency_repeats = 15
+  return config
+
+
+def phase() -> ConfigDict:
+  """Returns the fields of training or fine-tuning with SGD."""
+  config = ConfigDict()
+  config.batch_size = 128
+  config.learning_rate = 0.1
+  config.schedule = "step"  # step: multiply by decay_factor after each of decay_epochs; cosine: to zero
+  config.decay_factor = 0.1
+  config.momentum = 0.9
+  config.nesterov = False
+  config.weight_decay = 1e-4
+  return config

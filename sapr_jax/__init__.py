@@ -1,0 +1,1 @@
+"""Structured pruning for JAX and Flax: partial regularization, channel surgery, and the training around them."""

@@ -1,0 +1,30 @@
+"""Writing files so that a reader, or the next run, never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+
+def write_atomically(path: pathlib.Path, data: str | bytes) -> None:
+  """Writes `path` so that at any instant it holds either its old content or all of `data`."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data.encode() if isinstance(data, str) else data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    pathlib.Path(temporary).unlink(missing_ok=True)
+    raise
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes `value` as indented JSON, atomically."""
+  write_atomically(path, json.dumps(value, indent=2) + "\n")

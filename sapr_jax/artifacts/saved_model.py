@@ -1,0 +1,191 @@
+"""A model as a directory: definition as JSON, weights as safetensors, checksums. Nothing in it is executed on loading.
+
+model.json            class and fields of the module, widths of the pruned layers, variables with shapes and dtypes,
+                      SHA-256 of the weights
+weights.safetensors   every variable under its path: "params/stage1_block1/conv1/kernel"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import traverse_util
+
+from sapr_jax import models
+from sapr_jax.artifacts.files import write_json
+from sapr_jax.channels import NarrowModule
+from sapr_jax.errors import InputError
+
+FORMAT = 1
+DEFINITION = "model.json"
+WEIGHTS = "weights.safetensors"
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]) -> None:
+  """Writes a model to the directory `path`.
+
+  The directory appears whole or not at all; one that holds a saved model already is replaced.
+
+  Args:
+    path: Directory; its parents are made.
+    model: A module of this package, any other, or the `NarrowModule` of either.
+    variables: Its variables, all collections. Names of modules must not contain a slash (Flax's never do).
+
+  Raises:
+    InputError: If `path` exists and is not a saved model.
+  """
+  path = pathlib.Path(path)
+  if path.exists() and not (path / DEFINITION).is_file():
+    raise InputError(f"{path} exists and holds no saved model; name a new directory, or remove it.")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+  try:
+    flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+    safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
+    base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
+    definition = {
+      "format": FORMAT,
+      "base": {"class": type(base).__name__, "fields": _fields_to_json(base)},
+      "widths": {layer: dict(fields) for layer, fields in widths},
+      "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
+      "sha256": {WEIGHTS: _sha256(temporary / WEIGHTS)},
+    }
+    write_json(temporary / DEFINITION, definition)
+    os.chmod(temporary, 0o755)
+    _replace_directory(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+  """Reads what `save` wrote.
+
+  Args:
+    path: The directory.
+    base: The module that was saved or pruned, needed if its class is not one of this package: code is never found by a
+      name in a file.
+
+  Returns:
+    (model, variables). The model is a `NarrowModule` if it was pruned.
+
+  Raises:
+    InputError: If a file is missing, damaged or of another format, the variables are not those that the definition
+      lists, or the class is unknown; the message names the file or the variable.
+  """
+  path = pathlib.Path(path)
+  definition = _read_definition(path)
+  weights = path / WEIGHTS
+  if not weights.is_file():
+    raise InputError(f"{weights} is missing; the directory is incomplete, save the model again.")
+  if _sha256(weights) != definition["sha256"][WEIGHTS]:
+    raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
+  try:
+    flat = safetensors.flax.load_file(str(weights))
+  except safetensors.SafetensorError as error:
+    raise InputError(f"{weights} is no safetensors file ({error}); save the model again.") from error
+  described = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in definition["variables"].items()}
+  found = {name: (leaf.shape, leaf.dtype.name) for name, leaf in flat.items()}
+  for name in sorted(described.keys() | found.keys()):
+    if described.get(name) != found.get(name):
+      raise InputError(f"{path}: {name} is {found.get(name)}; {DEFINITION} says {described.get(name)}.")
+  variables = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in flat.items()})
+  if base is None:
+    base = _base_from_json(definition["base"], path)
+  if not definition["widths"]:
+    return base, variables
+  widths = tuple((layer, tuple(sorted(fields.items()))) for layer, fields in sorted(definition["widths"].items()))
+  return NarrowModule(base, widths), variables
+
+
+def _read_definition(path: pathlib.Path) -> dict[str, Any]:
+  file = path / DEFINITION
+  try:
+    definition = json.loads(file.read_text())
+  except FileNotFoundError:
+    raise InputError(f"{file} is missing; {path} is not the directory of a saved model.") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
+  if not isinstance(definition, dict) or definition.get("format") != FORMAT:
+    found = definition.get("format") if isinstance(definition, dict) else None
+    raise InputError(f"{file} has format {found}; this version reads format {FORMAT}.")
+  if missing := [key for key in ("base", "widths", "variables", "sha256") if key not in definition]:
+    raise InputError(f"{file} lacks {missing[0]!r}; copy or save the model again.")
+  return definition
+
+
+def _fields_to_json(module: nn.Module) -> dict[str, Any]:
+  """Returns the fields of a module that JSON can hold; others are listed under their repr, to be read by people."""
+  fields = {}
+  for field in dataclasses.fields(module):
+    if field.name in ("parent", "name"):
+      continue
+    value = getattr(module, field.name)
+    if isinstance(value, bool | int | float | str | type(None)):
+      fields[field.name] = value
+    elif isinstance(value, tuple | list):
+      fields[field.name] = {"tuple": [v if isinstance(v, bool | int | float | str) else repr(v) for v in value]}
+    elif (dtype := _dtype_name(value)) is not None:
+      fields[field.name] = {"dtype": dtype}
+    else:
+      fields[field.name] = {"repr": repr(value)}
+  return fields
+
+
+def _dtype_name(value: Any) -> str | None:
+  try:
+    return jnp.dtype(value).name
+  except TypeError:
+    return None
+
+
+def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Module:
+  name = description["class"]
+  if name not in models.CLASSES:
+    raise InputError(
+      f"{path} holds a {name}, which is not a model of this package; give the module: load(path, base={name}(...))."
+    )
+  fields = {}
+  for field, value in description["fields"].items():
+    if isinstance(value, dict):
+      value = tuple(value["tuple"]) if "tuple" in value else jnp.dtype(value["dtype"]) if "dtype" in value else None
+    fields[field] = value
+  try:
+    return models.CLASSES[name](**fields)
+  except TypeError as error:
+    raise InputError(f"{path / DEFINITION}: {name} does not take the fields {sorted(fields)} ({error}).") from None
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:
+  """Puts `new` in the place of `path`, which may hold an older model."""
+  if path.exists():
+    old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.replace(path, old / path.name)
+    os.replace(new, path)
+    shutil.rmtree(old)
+  else:
+    os.replace(new, path)
+
+
+def count_params(variables: Mapping[str, Any]) -> int:
+  """Counts the trainable parameters."""
+  return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(variables["params"]))

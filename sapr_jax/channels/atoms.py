@@ -1,0 +1,245 @@
+"""Identities of array axes: which axes of which arrays are the same set of channels.
+
+Every axis of every traced value is an `Axis`. Two axes that must be cut together are made one by `unify`, a union-find.
+An axis can also be found to be *made of* others, and then only its parts carry an identity:
+
+  * a product, `(major, minor)`: the result of a reshape. Flattening `[H, W, C]` gives the product `H * W * C`, so a
+    Dense layer after it knows which rows of its kernel belong to which channel.
+  * a concatenation: the result of `jnp.concatenate`, so the consumer knows which slice came from where.
+
+Axes without parts are the *atoms*. An axis that must keep its size is *fixed*, with a reason that a person can read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+_INDIVISIBLE = "it is reshaped or joined across the boundaries of channels"
+
+
+@dataclasses.dataclass(eq=False)
+class Axis:
+  """An axis of a traced value. Compare axes by `find(a) is find(b)`.
+
+  Attributes:
+    size: Number of entries.
+    fixed: Why the axis must keep its size, or None. Meaningful for atoms (see `atoms`).
+    joined: Whether two different activations are added along it, as on a residual stream. Likewise for atoms.
+    kind: How `parts` form the axis; None for an atom.
+    parts: The axes it is made of, major first for a product, in order for a concatenation.
+  """
+
+  size: int
+  fixed: str | None = None
+  joined: bool = False
+  kind: Literal["product", "concatenation"] | None = None
+  parts: tuple[Axis, ...] = ()
+  _same_as: Axis | None = dataclasses.field(default=None, repr=False)
+
+
+def find(axis: Axis) -> Axis:
+  """Returns the representative of all axes that were unified with `axis`."""
+  while axis._same_as is not None:
+    if axis._same_as._same_as is not None:
+      axis._same_as = axis._same_as._same_as  # path halving
+    axis = axis._same_as
+  return axis
+
+
+def product(parts: Sequence[Axis]) -> Axis:
+  """Returns the axis that flattening `parts` (major first) gives."""
+  flat = _flatten(parts, "product", drop_size=1)
+  if not flat:
+    return Axis(1)
+  if len(flat) == 1:
+    return flat[0]
+  return Axis(math.prod(part.size for part in flat), kind="product", parts=tuple(flat))
+
+
+def concatenation(parts: Sequence[Axis]) -> Axis:
+  """Returns the axis that concatenating along `parts` gives."""
+  flat = _flatten(parts, "concatenation", drop_size=0)
+  if not flat:
+    return Axis(0)
+  if len(flat) == 1:
+    return flat[0]
+  return Axis(sum(part.size for part in flat), kind="concatenation", parts=tuple(flat))
+
+
+def _flatten(parts: Sequence[Axis], kind: str, drop_size: int) -> list[Axis]:
+  flat: list[Axis] = []
+  for part in map(find, parts):
+    if part.kind == kind:
+      flat.extend(_flatten(part.parts, kind, drop_size))
+    elif part.size != drop_size:
+      flat.append(part)
+  return flat
+
+
+def atoms(axis: Axis) -> Iterator[Axis]:
+  """Yields the atoms that `axis` is made of, in order; one may come twice."""
+  axis = find(axis)
+  if axis.kind is None:
+    yield axis
+  for part in axis.parts:
+    yield from atoms(part)
+
+
+def fix(axis: Axis, reason: str) -> None:
+  """Demands that all of `axis` keep its size. The first reason given is the one that is kept."""
+  for atom in atoms(axis):
+    atom.fixed = atom.fixed or reason
+
+
+def mark_joined(axis: Axis) -> None:
+  """Notes that two different activations are added along `axis`."""
+  for atom in atoms(axis):
+    atom.joined = True
+
+
+def unify(a: Axis, b: Axis) -> None:
+  """Makes `a` and `b`, of equal size, the same set of channels in the same order.
+
+  Where their parts do not line up, both are fixed: they still agree, as neither can be cut.
+  """
+  a, b = find(a), find(b)
+  if a is b:
+    return
+  if a.size != b.size:
+    raise ValueError(f"Axes of sizes {a.size} and {b.size} cannot be the same channels.")
+  if a.size <= 1:
+    return  # a broadcast dimension has no identity
+  if a.kind is None:
+    _bind(a, b)
+  elif b.kind is None:
+    _bind(b, a)
+  elif a.kind == b.kind == "product":
+    _unify_products(a, b)
+  elif a.kind == b.kind == "concatenation":
+    _unify_concatenations(a, b)
+  else:
+    concatenated, multiplied = (a, b) if a.kind == "concatenation" else (b, a)
+    _unify_concatenation_with_product(concatenated, multiplied)
+
+
+def _bind(atom: Axis, target: Axis) -> None:
+  # Parts are strictly smaller than the whole, so `target` cannot contain `atom`, which has the size of the whole.
+  atom._same_as = target
+  if atom.fixed:
+    fix(target, atom.fixed)
+  if atom.joined:
+    mark_joined(target)
+
+
+def _set_parts(atom: Axis, kind: Literal["product", "concatenation"], *sizes: int) -> list[Axis]:
+  """Divides `atom` into new atoms, which inherit what is known of it."""
+  parts = [Axis(size, fixed=atom.fixed, joined=atom.joined) for size in sizes]
+  atom.kind, atom.parts = kind, tuple(parts)
+  return parts
+
+
+def _give_up(a: Axis, b: Axis) -> None:
+  fix(a, _INDIVISIBLE)
+  fix(b, _INDIVISIBLE)
+
+
+def _unify_products(a: Axis, b: Axis) -> None:
+  left, right = _flatten([a], "product", 1), _flatten([b], "product", 1)
+  while left and right:
+    x, y = left.pop(0), right.pop(0)
+    if x.size == y.size:
+      unify(x, y)
+    else:
+      (big, rest), small = ((x, left), y) if x.size > y.size else ((y, right), x)
+      if big.kind is not None or big.size % small.size:
+        for axis in (x, y, *left, *right):
+          fix(axis, _INDIVISIBLE)
+        return
+      major, minor = _set_parts(big, "product", small.size, big.size // small.size)
+      unify(major, small)
+      rest.insert(0, minor)
+    # A unification may have divided what is still to come.
+    left, right = _flatten(left, "product", 1), _flatten(right, "product", 1)
+
+
+def _unify_concatenations(a: Axis, b: Axis) -> None:
+  left, right = _flatten([a], "concatenation", 0), _flatten([b], "concatenation", 0)
+  while left and right:
+    x, y = left.pop(0), right.pop(0)
+    if x.size == y.size:
+      unify(x, y)
+    else:
+      (big, rest), small = ((x, left), y) if x.size > y.size else ((y, right), x)
+      pieces = _cut(big, small.size)
+      if pieces is None:
+        for axis in (x, y, *left, *right):
+          fix(axis, _INDIVISIBLE)
+        return
+      unify(pieces[0], small)
+      rest.insert(0, pieces[1])
+    left, right = _flatten(left, "concatenation", 0), _flatten(right, "concatenation", 0)
+
+
+def _cut(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
+  """Divides an atom or a product into its first `first` entries and the others, if its parts allow it."""
+  if axis.kind is None:
+    head, tail = _set_parts(axis, "concatenation", first, axis.size - first)
+    return head, tail
+  major, *minors = _flatten([axis], "product", 1)
+  minor = product(minors)
+  if major.kind is not None or first % minor.size:
+    return None
+  head, tail = _set_parts(major, "concatenation", first // minor.size, major.size - first // minor.size)
+  return product([head, minor]), product([tail, minor])
+
+
+def _unify_concatenation_with_product(concatenated: Axis, multiplied: Axis) -> None:
+  major, *minors = _flatten([multiplied], "product", 1)
+  minor = product(minors)
+  pieces = _flatten([concatenated], "concatenation", 0)
+  if major.kind is not None or any(piece.size % minor.size for piece in pieces):
+    _give_up(concatenated, multiplied)
+    return
+  majors = _set_parts(major, "concatenation", *(piece.size // minor.size for piece in pieces))
+  for piece, piece_major in zip(pieces, majors, strict=True):
+    unify(piece, product([piece_major, minor]))
+
+
+def channel_index(axis: Axis, atom: Axis) -> np.ndarray:
+  """Tells which channel of `atom` each entry of `axis` belongs to.
+
+  Returns:
+    int array `[axis.size]`: the channel, or -1 where the entry belongs to none.
+  """
+  axis = find(axis)
+  if axis is atom:
+    return np.arange(axis.size)
+  if axis.kind is None:
+    return np.full(axis.size, -1)
+  parts = [channel_index(part, atom) for part in axis.parts]
+  if axis.kind == "concatenation":
+    return np.concatenate(parts)
+  index = parts[0]
+  for part in parts[1:]:
+    # At most one factor contains the atom (`fix_repeated_factors`), and the others say -1.
+    index = np.maximum(index[:, None], part[None, :]).reshape(-1)
+  return index
+
+
+def fix_repeated_factors(axis: Axis) -> None:
+  """Fixes atoms that occur in several factors of one product: an outer product of channels with themselves."""
+  axis = find(axis)
+  for part in axis.parts:
+    fix_repeated_factors(part)
+  if axis.kind == "product":
+    seen: set[int] = set()
+    for part in axis.parts:
+      found = {id(atom): atom for atom in atoms(part)}
+      for key in seen & found.keys():
+        fix(found[key], "it is multiplied with itself (an outer product)")
+      seen |= found.keys()

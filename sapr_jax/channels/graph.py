@@ -1,0 +1,253 @@
+"""The channel graph: what must be cut together in a network, and what each channel costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapr_jax.channels.rules import ParamKey
+from sapr_jax.errors import InputError
+
+Masks = Mapping[str, Any]
+"""Group name -> 0/1 array `[group.size]`; 1 keeps the channel."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+  """One axis of one variable that is cut with its group.
+
+  Attributes:
+    collection: "params", "batch_stats", ...
+    path: Names of modules, then of the variable: ("block1", "conv1", "kernel").
+    axis: Which axis.
+    role: "out" if a kernel's output channels, "in" if a kernel's input channels, "vector" for what goes along: biases,
+      normalization scales and statistics.
+    ndim: Rank of the variable.
+    channels: int array `[size of the axis]`: the group's channel that each entry belongs to, or -1. It is
+      `arange(group.size)` unless the axis was flattened or concatenated.
+  """
+
+  collection: str
+  path: tuple[str, ...]
+  axis: int
+  role: Literal["in", "out", "vector"]
+  ndim: int
+  channels: np.ndarray
+
+  @functools.cached_property
+  def is_whole_axis(self) -> bool:
+    """Whether the axis consists of the group's channels, each once and in order."""
+    return np.array_equal(self.channels, np.arange(self.channels.size))
+
+  def along_axis(self, per_channel: Any, fill: float) -> Any:
+    """Spreads `[group.size]` values to the variable's axis, shaped to broadcast with the variable.
+
+    Args:
+      per_channel: Array `[group.size]` (NumPy or JAX).
+      fill: Value for entries that belong to no channel of the group.
+    """
+    xp = np if isinstance(per_channel, np.ndarray) else jnp
+    if not self.is_whole_axis:
+      per_channel = xp.append(per_channel, xp.asarray(fill, per_channel.dtype))[self.channels]
+    shape = [1] * self.ndim
+    shape[self.axis] = self.channels.size
+    return per_channel.reshape(shape)
+
+  def __str__(self) -> str:
+    return f"{'/'.join((self.collection, *self.path))} axis {self.axis} ({self.role})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGroup:
+  """Channels that exist or vanish together in all of `members`.
+
+  Attributes:
+    name: Path of the first layer that produces the channels.
+    size: Number of channels.
+    members: The axes that are cut, in the order of the variables.
+    scope: Deepest module that holds all members, () for the whole network.
+    is_block: Whether `scope` is a sub-module of the network.
+    joined: Whether two different activations are added along it: a residual stream.
+  """
+
+  name: str
+  size: int
+  members: tuple[Member, ...]
+  scope: tuple[str, ...]
+  is_block: bool
+  joined: bool
+
+  def __str__(self) -> str:
+    lines = [f"{self.name}: {self.size} channels{', joined by an addition' if self.joined else ''}"]
+    return "\n  ".join([*lines, *map(str, self.members)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MacsPolynomial:
+  """MACs as a polynomial in the number of kept channels of each group.
+
+      macs = sum_t coefficients[t] * prod_j kept[factors[t, j]]
+
+  where the entry after the last group is the constant 1.
+  """
+
+  coefficients: np.ndarray
+  factors: np.ndarray
+
+  def __call__(self, kept: Any) -> Any:
+    """Evaluates at `kept`, an integer or floating array `[K]`; integers give an exact Python int."""
+    if isinstance(kept, np.ndarray):
+      extended = np.append(kept.astype(np.int64), 1)
+      return int((self.coefficients * extended[self.factors].prod(axis=1)).sum())
+    extended = jnp.append(kept, jnp.ones((), kept.dtype))
+    return jnp.sum(jnp.asarray(self.coefficients, kept.dtype) * jnp.prod(extended[self.factors], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A module whose number of output channels is a field that can be narrowed.
+
+  Attributes:
+    kernel: Path of its kernel in "params".
+    out_axis: The kernel's output axis.
+    multiplier: Output channels per input channel if it is a depthwise convolution, else None.
+  """
+
+  kernel: tuple[str, ...]
+  out_axis: int
+  multiplier: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelGraph:
+  """What must be cut together in a network, read off its jaxpr by `trace_channels`.
+
+  Attributes:
+    groups: The groups offered for pruning, in forward order.
+    fixed: (variable, axis, reason) for each output axis of a kernel that is not offered.
+    layers: Module path -> the layer whose `features` follow from the masks.
+    shapes: Variable -> its shape in the dense network.
+    total: MACs of all convolutions and matrix products, for one image.
+    prunable: The part of `total` in layers that touch a group.
+    jaxpr: The traced program of the dense network.
+    inputs: Abstract inputs that were traced, batch size 1.
+    apply_kwargs: Keyword arguments of `model.apply` that were used.
+  """
+
+  groups: tuple[ChannelGroup, ...]
+  fixed: tuple[tuple[ParamKey, int, str], ...]
+  layers: Mapping[tuple[str, ...], Layer]
+  shapes: Mapping[ParamKey, tuple[int, ...]]
+  total: MacsPolynomial
+  prunable: MacsPolynomial
+  jaxpr: Any
+  inputs: jax.ShapeDtypeStruct
+  apply_kwargs: Mapping[str, Any]
+
+  def full_masks(self) -> dict[str, np.ndarray]:
+    """Returns the masks that keep every channel, as float32 arrays."""
+    return {group.name: np.ones(group.size, np.float32) for group in self.groups}
+
+  def kept(self, masks: Masks | None = None) -> Any:
+    """Returns the number of kept channels of each group, `[K]`: integer for concrete masks, else as the masks are."""
+    if masks is None:
+      return np.array([group.size for group in self.groups], np.int64)
+    check_masks(self, masks)
+    arrays = [masks[group.name] for group in self.groups]
+    if any(isinstance(mask, jax.core.Tracer) for mask in arrays):
+      return jnp.stack([jnp.sum(mask) for mask in arrays])
+    return np.array([np.count_nonzero(np.asarray(mask)) for mask in arrays], np.int64)
+
+  def macs(self, masks: Masks | None = None) -> Any:
+    """Counts the multiply-accumulates of convolutions and matrix products for one image.
+
+    Args:
+      masks: Which channels are kept; None for the dense network.
+
+    Returns:
+      An exact int for concrete masks; under `jax.grad` or `jax.jit` a scalar that is differentiable in the masks.
+    """
+    return self.total(self.kept(masks))
+
+  def prunable_macs(self, masks: Masks | None = None) -> Any:
+    """Counts like `macs`, but only the layers that touch a group."""
+    return self.prunable(self.kept(masks))
+
+  def members_by_variable(self, collection: str) -> dict[tuple[str, ...], list[tuple[str, Member]]]:
+    """Returns for each variable of `collection` that is cut: [(group name, member), ...]."""
+    found: dict[tuple[str, ...], list[tuple[str, Member]]] = {}
+    for group in self.groups:
+      for member in group.members:
+        if member.collection == collection:
+          found.setdefault(member.path, []).append((group.name, member))
+    return found
+
+  def explain(self) -> str:
+    """Says in one line for each kernel that is not offered why its output channels stay."""
+    return "\n".join(f"{'/'.join(key)} axis {axis}: {reason}" for key, axis, reason in self.fixed)
+
+  def __str__(self) -> str:
+    head = (
+      f"{len(self.groups)} channel groups, {self.macs():,} MACs, {self.prunable_macs():,} in layers that touch them"
+    )
+    return "\n".join([head, *map(str, self.groups)])
+
+
+def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) -> None:
+  """Checks that `masks` fits `graph`.
+
+  Args:
+    graph: The channel graph.
+    masks: Group name -> array `[group.size]`.
+    allow_empty: Whether a group may drop all its channels. Only then may masks be traced arrays.
+
+  Raises:
+    InputError: If a group is missing or unknown, a mask is not `[group.size]`, or (unless `allow_empty`) a mask holds
+      other values than 0 and 1 or drops its whole group.
+  """
+  names = {group.name for group in graph.groups}
+  if missing := sorted(names - set(masks)):
+    raise InputError(f"masks misses the group {missing[0]!r}; graph.groups names all {len(names)} that it needs.")
+  if extra := sorted(set(masks) - names):
+    raise InputError(f"masks names an unknown group {extra[0]!r}; expected the names in graph.groups.")
+  for group in graph.groups:
+    shape = jnp.shape(masks[group.name])
+    if shape != (group.size,):
+      raise InputError(f"The mask of group {group.name!r} has shape {shape}; expected ({group.size},).")
+    if allow_empty:
+      continue
+    mask = np.asarray(masks[group.name])
+    if not np.isin(mask, (0, 1)).all():
+      raise InputError(f"The mask of group {group.name!r} must hold only 0 (drop) and 1 (keep).")
+    if not mask.any():
+      raise InputError(
+        f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one, as no layer can have none."
+      )
+
+
+def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) -> MacsPolynomial:
+  """Builds a `MacsPolynomial` from (coefficient, group indices) pairs, merging equal monomials."""
+  merged: dict[tuple[int, ...], int] = {}
+  for coefficient, factors in terms:
+    key = tuple(sorted(factors))
+    merged[key] = merged.get(key, 0) + coefficient
+  degree = max((len(key) for key in merged), default=0)
+  rows = [key + (num_groups,) * (degree - len(key)) for key in merged]
+  return MacsPolynomial(
+    np.array(list(merged.values()), np.int64), np.array(rows, np.int64).reshape(len(merged), degree)
+  )
+
+
+Selection = Literal["blocks", "unjoined", "exact"] | Callable[[ChannelGroup], bool]
+
+SELECTIONS: dict[str, Callable[[ChannelGroup], bool]] = {
+  "blocks": lambda group: group.is_block and not group.joined,
+  "unjoined": lambda group: not group.joined,
+  "exact": lambda group: True,
+}

@@ -1,0 +1,123 @@
+"""Random crops and flips, and normalization, of image batches on the device.
+
+All functions are pure and can be used under `jit`, `vmap` and `scan`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from sapr_jax.errors import InputError
+
+
+def augment(key: jax.Array, images: jax.Array, *, padding: int, flip: bool) -> jax.Array:
+  """Crops each image at random and then mirrors half of them.
+
+  Args:
+    key: Randomness; the crop and the flip use keys of their own, so that turning one off does not
+      change the other.
+    images: uint8 `[N, H, W, C]`.
+    padding: Zero pixels to add on each side before the crop; 0 leaves the crop out.
+    flip: Whether to mirror.
+
+  Returns:
+    uint8 `[N, H, W, C]`.
+
+  Raises:
+    InputError: If `images` is not uint8 `[N, H, W, C]` or `padding` is negative.
+  """
+  _check_uint8(images)
+  crop_key, flip_key = jax.random.split(key)
+  images = random_crop(crop_key, images, padding)
+  return random_flip(flip_key, images) if flip else images
+
+
+def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+  """Pads with zeros on all sides and cuts the original size out, at a random place in each image.
+
+  Args:
+    key: Randomness.
+    images: `[N, H, W, C]`, any dtype.
+    padding: Pixels to add on each side. 0 returns `images` as they are.
+
+  Returns:
+    `[N, H, W, C]` of the same dtype. The offsets of each image are uniform on 0 .. 2 * padding,
+    independently down and across.
+
+  Raises:
+    InputError: If `images` is not `[N, H, W, C]` or `padding` is negative.
+  """
+  _check_rank(images)
+  if padding < 0:
+    raise InputError(f"padding is {padding}, but must be at least 0 pixels")
+  if padding == 0:
+    return images
+  num_images, height, width, _ = images.shape
+  offsets = jax.random.randint(key, (2, num_images, 1), 0, 2 * padding + 1)
+  rows = offsets[0] + jnp.arange(height)[None, :]
+  columns = offsets[1] + jnp.arange(width)[None, :]
+  padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  # Two gathers fuse into one kernel; on CPU they take two thirds of the time of a vmapped
+  # dynamic_slice, and an eighth of that of a product with one-hot matrices.
+  cropped_rows = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1)
+  return jnp.take_along_axis(cropped_rows, columns[:, None, :, None], axis=2)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+  """Mirrors each image left to right with probability one half.
+
+  Args:
+    key: Randomness.
+    images: `[N, H, W, C]`, any dtype.
+
+  Returns:
+    `[N, H, W, C]` of the same dtype.
+
+  Raises:
+    InputError: If `images` is not `[N, H, W, C]`.
+  """
+  _check_rank(images)
+  is_flipped = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+  return jnp.where(is_flipped, images[:, :, ::-1, :], images)
+
+
+def normalize(
+  images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+  """Scales bytes to [0, 1], then shifts and scales each channel.
+
+      normalized = (images / 255 - mean) / std
+
+  Args:
+    images: uint8 `[N, H, W, C]`.
+    mean: `[C]`, mean of each channel on the [0, 1] scale.
+    std: `[C]`, standard deviation of each channel on the [0, 1] scale, positive.
+    dtype: Of the result. The arithmetic is done in float32 whatever it is.
+
+  Returns:
+    `[N, H, W, C]` of `dtype`.
+
+  Raises:
+    InputError: If `images` is not uint8 `[N, H, W, C]`, or `mean` or `std` is not `[C]`.
+  """
+  _check_uint8(images)
+  num_channels = images.shape[-1]
+  mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+  for name, value in (("mean", mean), ("std", std)):
+    if value.shape != (num_channels,):
+      raise InputError(
+        f"{name} has shape {value.shape}; expected ({num_channels},), one value a channel"
+      )
+  scaled = images.astype(jnp.float32) / 255.0
+  return ((scaled - mean[None, None, None, :]) / std[None, None, None, :]).astype(dtype)
+
+
+def _check_rank(images: jax.Array) -> None:
+  if images.ndim != 4:
+    raise InputError(f"images have shape {images.shape}; expected [N, H, W, C]")
+
+
+def _check_uint8(images: jax.Array) -> None:
+  _check_rank(images)
+  if images.dtype != jnp.uint8:
+    raise InputError(f"images have dtype {images.dtype}; expected uint8 with values 0 .. 255")

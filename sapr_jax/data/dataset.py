@@ -1,0 +1,174 @@
+"""Images and labels in host memory, and class-balanced subsets of them."""
+
+import dataclasses
+
+import numpy as np
+
+from sapr_jax.data.order import epoch_order
+from sapr_jax.errors import InputError
+
+# One grey level: a channel that varies less than that is constant for all purposes.
+_MIN_STD = 1.0 / 255.0
+_STATISTICS_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSplit:
+  """The images of one split and their labels.
+
+  Attributes:
+    images: uint8 `[N, H, W, C]`, values 0 .. 255.
+    labels: int32 `[N]`, class numbers from 0.
+
+  Raises:
+    InputError: On creation, if a shape or dtype differs, the two lengths differ, a label is
+      negative or there is no image.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __post_init__(self) -> None:
+    images, labels = self.images, self.labels
+    if images.ndim != 4 or images.dtype != np.uint8:
+      raise InputError(
+        f"images have shape {images.shape} and dtype {images.dtype}; expected uint8 [N, H, W, C]"
+      )
+    if labels.ndim != 1 or labels.dtype != np.int32:
+      raise InputError(
+        f"labels have shape {labels.shape} and dtype {labels.dtype}; expected int32 [N]"
+      )
+    if len(images) != len(labels):
+      raise InputError(f"{len(images)} images but {len(labels)} labels; expected one label each")
+    if images.size == 0:
+      raise InputError(f"images of shape {images.shape} hold no pixel; expected at least one image")
+    if labels.min() < 0:
+      raise InputError(f"label {labels.min()} is negative; expected class numbers from 0")
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset:
+  """A labelled image set with a training and a test split.
+
+  Attributes:
+    name: What the set is called in logs and reports.
+    train: Split to train on.
+    test: Split to evaluate on; its images have the same `[H, W, C]`.
+    class_names: Name of each class, in label order.
+
+  Raises:
+    InputError: On creation, if the image shapes of the splits differ or a label has no class name.
+  """
+
+  name: str
+  train: ImageSplit
+  test: ImageSplit
+  class_names: tuple[str, ...]
+
+  def __post_init__(self) -> None:
+    train_shape, test_shape = self.train.images.shape[1:], self.test.images.shape[1:]
+    if train_shape != test_shape:
+      raise InputError(
+        f"training images are {train_shape} but test images are {test_shape}; expected one [H, W, C] for both"
+      )
+    for split_name, split in (("train", self.train), ("test", self.test)):
+      if split.labels.max() >= self.num_classes:
+        raise InputError(
+          f"label {split.labels.max()} in split {split_name!r} has no name among the "
+          f"{self.num_classes} class names; expected labels below {self.num_classes}"
+        )
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes."""
+    return len(self.class_names)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """`(H, W, C)` of every image."""
+    height, width, channels = self.train.images.shape[1:]
+    return height, width, channels
+
+  def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over the training images, scaled to [0, 1].
+
+    They are computed exactly, from the histogram of the 256 grey levels.
+
+    Returns:
+      A pair of float32 `[C]`. The standard deviation is at least 1/255, so that a constant
+      channel can be divided by it.
+    """
+    images = self.train.images
+    num_channels = images.shape[-1]
+    counts = np.zeros((num_channels, 256), np.int64)
+    for start in range(0, len(images), _STATISTICS_CHUNK):
+      chunk = images[start : start + _STATISTICS_CHUNK]
+      for channel in range(num_channels):
+        counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255.0
+    frequencies = counts / counts.sum(axis=1, keepdims=True)
+    mean = frequencies @ levels
+    variance = (frequencies * (levels - mean[:, None]) ** 2).sum(axis=1)
+    return mean.astype(np.float32), np.maximum(np.sqrt(variance), _MIN_STD).astype(np.float32)
+
+
+def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndarray:
+  """Chooses items so that the classes are as evenly filled as their sizes allow.
+
+  The items of each class are shuffled, then taken in turns, one of each class, until there are
+  `size`. For one seed, a smaller choice is therefore contained in a larger one.
+
+  Args:
+    labels: Integer `[N]`, class numbers from 0.
+    size: How many items to choose, between 1 and N; None chooses all.
+    seed: Seed of the choice, in [0, 2**32).
+
+  Returns:
+    int32 `[size]`, increasing indices into `labels`.
+
+  Raises:
+    InputError: If `size` is below 1 or above N, or `seed` is out of range.
+
+  Example:
+    >>> labels = np.array([0, 0, 0, 0, 1, 2, 2])
+    >>> np.bincount(labels[balanced_indices(labels, 5, seed=0)]).tolist()
+    [2, 1, 2]
+  """
+  if size is None:
+    return np.arange(len(labels), dtype=np.int32)
+  if not 1 <= size <= len(labels):
+    raise InputError(
+      f"cannot choose {size} of {len(labels)} images; expected a number from 1 to {len(labels)}, or none for all"
+    )
+  shuffled = epoch_order(len(labels), seed=seed, epoch=0, stream="subset")
+  by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+  class_sizes = np.bincount(labels)
+  first_of_class = np.cumsum(class_sizes) - class_sizes
+  turn = np.arange(len(labels)) - first_of_class[labels[by_class]]
+  # Within a turn the classes come in random order, so that no class is favoured by its number.
+  class_order = epoch_order(len(class_sizes), seed=seed, epoch=0, stream="subset classes")
+  chosen = by_class[np.lexsort((class_order[labels[by_class]], turn))[:size]]
+  return np.sort(chosen)
+
+
+def subset(split: ImageSplit, size: int | None, seed: int) -> ImageSplit:
+  """Takes a random class-balanced subset of a split, keeping its order.
+
+  Args:
+    split: Split to choose from.
+    size: How many images to keep, between 1 and `len(split)`; None keeps all.
+    seed: Seed of the choice, in [0, 2**32).
+
+  Returns:
+    Split of `size` images, the same for the same seed.
+
+  Raises:
+    InputError: If `size` is below 1 or above `len(split)`, or `seed` is out of range.
+  """
+  if size is None:
+    return split
+  indices = balanced_indices(split.labels, size, seed)
+  return ImageSplit(images=split.images[indices], labels=split.labels[indices])

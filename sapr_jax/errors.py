@@ -1,0 +1,10 @@
+"""The one exception for what a user can mend."""
+
+
+class InputError(ValueError):
+  """Input that cannot be used: a config value, a file, an array of the wrong shape.
+
+  The message is one line that says what was wrong, what was expected and how to mend it. It is a `ValueError`, so
+  library users need not know this class; `python -m sapr_jax.main` prints the message alone, without a traceback, and
+  exits with a non-zero status.
+  """

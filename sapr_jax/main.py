@@ -1,0 +1,59 @@
+"""Runs one experiment: `python -m sapr_jax.main --config configs/resnet56_cifar10.py --workdir DIR`.
+
+Every field of the configuration can be given on the command line, `--config.train.epochs=10`. Running the same command
+again resumes an unfinished run. Exit status: 0 finished, 2 bad input (one line on standard error says what), 130 stopped
+by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sapr_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, such as configs/digits.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, records and the pruned model.")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the experiment that the flags describe; returns the exit status."""
+  if len(argv) > 1:
+    return _fail(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
+  for flag in (_CONFIG, _WORKDIR):
+    if flag.value is None:
+      return _fail(f"--{flag.name} is missing; see python -m sapr_jax.main --help.")
+  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
+  from sapr_jax import training  # JAX starts late, so that bad flags fail at once
+
+  try:
+    training.run(_CONFIG.value, _WORKDIR.value)
+  except InputError as error:
+    return _fail(str(error))
+  except KeyboardInterrupt:
+    print("stopped; the same command resumes the run", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _fail(message: str) -> int:
+  print(f"error: {message}", file=sys.stderr)
+  return 2
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the flags; an unknown field of the configuration or a missing file ends in one line."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(_fail(" ".join(str(error).split())))
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    sys.exit(_fail(" ".join(str(error).split())))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_flags)

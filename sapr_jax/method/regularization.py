@@ -1,0 +1,233 @@
+"""Partial regularization: a group lasso on the channels that the masks drop, and on no others.
+
+References:
+  Gao et al., ICCV 2023, supplement B, Eq. 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks
+from sapr_jax.errors import InputError
+
+Params = TypeVar("Params")
+Weighting = Literal["share", "relative", "uniform"]
+
+
+def group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting = "share") -> dict[str, jax.Array]:
+  """Returns the factor of each group in Eq. 2.
+
+  Args:
+    graph: The channel graph.
+    masks: Group name -> 0/1 array `[group.size]`.
+    weighting: With N_k the number of channels that group k drops and K the number of groups: "share" is N_k / N with N
+      the sum of the N_k; "relative" is N_k / N with N their mean, K times as much; "uniform" is 1 / K.
+
+  Returns:
+    Group name -> scalar.
+
+  Raises:
+    InputError: If `weighting` is unknown or `masks` does not fit `graph`.
+  """
+  if weighting not in ("share", "relative", "uniform"):
+    raise InputError(f"weighting={weighting!r} is unknown; expected share, relative or uniform.")
+  check_masks(graph, masks)
+  num_groups = len(graph.groups)
+  if weighting == "uniform":
+    return {group.name: jnp.full((), 1.0 / num_groups) for group in graph.groups}
+  dropped = {group.name: group.size - jnp.sum(jnp.asarray(masks[group.name])) for group in graph.groups}
+  total = sum(dropped.values())
+  scale = num_groups if weighting == "relative" else 1.0
+  # Nothing dropped: all weights are zero, not 0 / 0.
+  return {name: scale * count / jnp.maximum(total, 1.0) for name, count in dropped.items()}
+
+
+def partial_group_lasso(params: Any, graph: ChannelGraph, masks: Masks, *, weighting: Weighting = "share") -> jax.Array:
+  """Sums the norms of the channels that `masks` drops.
+
+      penalty = sum_k (N_k / N) sum_{c: masks[k][c] = 0} sum_m ||w[m, c]||_2
+
+  where w[m, c] is slice c of kernel m of channel group k: a filter of a layer that produces the group, or the weights
+  with which a layer reads channel c. Kept channels add nothing and receive a zero gradient: that is what makes it
+  partial. At w = 0 the gradient is defined as zero, so dead channels give no NaN. Biases and normalizations are not
+  regularized.
+
+  Args:
+    params: Parameters of the dense network.
+    graph: Which axis of which parameter belongs to which channel group.
+    masks: Group name -> 0/1 array `[group.size]`; 1 keeps the channel.
+    weighting: The factor of each group, see `group_weights`.
+
+  Returns:
+    Scalar, not yet multiplied by gamma.
+
+  Raises:
+    InputError: If `masks` misses a group, names an unknown one, or has an entry that is not `[group.size]`; the message
+      names the group and both shapes.
+
+  References:
+    Gao et al., ICCV 2023, supplement B, Eq. 2.
+  """
+  weights = group_weights(graph, masks, weighting)
+  norms = channel_norms(params, graph)
+  return sum(
+    (weights[group.name] * jnp.sum((1.0 - jnp.asarray(masks[group.name])) * norm)
+     for group in graph.groups for norm in norms[group.name]),
+    jnp.zeros(()),
+  )  # fmt: skip
+
+
+def prox_partial_group_lasso(
+  params: Params, graph: ChannelGraph, masks: Masks, step_size: Any, *, weighting: Weighting = "share"
+) -> Params:
+  """Applies the proximal operator of `step_size * partial_group_lasso`: shrinks dropped channels toward zero.
+
+      w[m, c] <- max(0, 1 - step_size (N_k / N) / ||w[m, c]||_2) w[m, c]   where masks[k][c] = 0
+
+  A slice whose norm does not exceed the threshold becomes exactly zero; kept channels are returned bit for bit. A kernel
+  that belongs to groups on both its axes (the middle of a bottleneck) gets the two operators one after the other, output
+  axis first: the joint minimizer of overlapping groups has no closed form.
+
+  Args:
+    params: Parameters of the dense network.
+    graph: Which axis of which parameter belongs to which channel group.
+    masks: Group name -> 0/1 array `[group.size]`; 1 keeps the channel.
+    step_size: The optimizer's effective learning rate times gamma.
+    weighting: The factor of each group, see `group_weights`.
+
+  Returns:
+    New parameters.
+
+  Raises:
+    InputError: As `partial_group_lasso`.
+
+  References:
+    Gao et al., ICCV 2023, supplement B, Eq. 2; Yuan and Lin, 2006, for the operator.
+  """
+  weights = group_weights(graph, masks, weighting)
+  flat = traverse_util.flatten_dict(params)
+  for path, members in _kernels(graph).items():
+    kernel = flat[path]
+    for name, member in members:
+      scale = _shrinkage(kernel, member, jnp.asarray(masks[name]), step_size * weights[name])
+      kernel = jnp.where(scale == 1.0, kernel, kernel * scale)
+    flat[path] = kernel
+  return traverse_util.unflatten_dict(flat)
+
+
+class PartialRegularizationState(NamedTuple):
+  """State of `partial_regularization`: the number of steps taken, int32 scalar."""
+
+  count: jax.Array
+
+
+def partial_regularization(
+  graph: ChannelGraph,
+  learning_rate: float | Callable[[Any], Any],
+  gamma: float,
+  *,
+  momentum: float = 0.0,
+  weighting: Weighting = "share",
+) -> optax.GradientTransformationExtraArgs:
+  """An optax transform that applies the proximal step after the optimizer's own.
+
+  Put it last in a chain and pass the masks to `update`; without masks it does nothing. The threshold follows the
+  effective learning rate, `learning_rate / (1 - momentum)`: a penalty in the loss would go through the momentum buffer,
+  and gamma shall mean the same in both forms.
+
+  Args:
+    graph: The channel graph of the network.
+    learning_rate: The optimizer's learning rate: a number or a schedule of the step.
+    gamma: Strength of the regularization.
+    momentum: The optimizer's momentum.
+    weighting: The factor of each group, see `group_weights`.
+
+  Returns:
+    A transform whose `update(updates, state, params, masks=masks)` returns the updates that lead to the shrunk weights.
+
+  Example:
+    >>> tx = optax.chain(
+    ...   optax.sgd(0.1, momentum=0.9), partial_regularization(graph, 0.1, gamma=5e-4, momentum=0.9)
+    ... )
+    >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
+  """
+
+  def init(params: Any) -> PartialRegularizationState:
+    del params
+    return PartialRegularizationState(jnp.zeros((), jnp.int32))
+
+  def update(
+    updates: Any, state: PartialRegularizationState, params: Any = None, *, masks: Masks | None = None, **extra: Any
+  ) -> tuple[Any, PartialRegularizationState]:
+    del extra
+    new_state = PartialRegularizationState(optax.safe_increment(state.count))
+    if masks is None:
+      return updates, new_state
+    if params is None:
+      raise InputError(
+        "partial_regularization needs the parameters: call tx.update(updates, state, params, masks=...)."
+      )
+    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    moved = optax.apply_updates(params, updates)
+    step_size = rate / (1.0 - momentum) * gamma
+    shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)
+    # What the operator left alone keeps its update bit for bit.
+    updates = jax.tree.map(lambda u, p, m, s: jnp.where(s == m, u, s - p), updates, params, moved, shrunk)
+    return updates, new_state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def channel_norms(params: Any, graph: ChannelGraph) -> dict[str, list[jax.Array]]:
+  """Returns the Euclidean norm of each channel in each kernel of its group.
+
+  Returns:
+    Group name -> one array `[group.size]` for each regularized kernel, producers and readers.
+  """
+  flat = traverse_util.flatten_dict(params)
+  norms: dict[str, list[jax.Array]] = {group.name: [] for group in graph.groups}
+  for path, members in _kernels(graph).items():
+    for name, member in members:
+      norms[name].append(_safe_sqrt(_sum_of_squares(flat[path], member)))
+  return norms
+
+
+def _kernels(graph: ChannelGraph) -> dict[tuple[str, ...], list[tuple[str, Member]]]:
+  """Returns the regularized axes of each kernel, output axes first."""
+  found = {}
+  for path, members in graph.members_by_variable("params").items():
+    kernels = [(name, member) for name, member in members if member.role in ("in", "out")]
+    if kernels:
+      found[path] = sorted(kernels, key=lambda entry: entry[1].role != "out")
+  return found
+
+
+def _sum_of_squares(kernel: jax.Array, member: Member) -> jax.Array:
+  """Returns `[group.size]`: the squared norm of each channel's slice."""
+  others = tuple(axis for axis in range(kernel.ndim) if axis != member.axis)
+  squares = jnp.sum(jnp.square(kernel), axis=others)
+  if member.is_whole_axis:
+    return squares
+  size = int(member.channels.max()) + 1
+  # Entries of no channel (-1) are collected in one segment more, and left out.
+  return jax.ops.segment_sum(squares, jnp.where(member.channels < 0, size, member.channels), size + 1)[:size]
+
+
+def _safe_sqrt(squares: jax.Array) -> jax.Array:
+  """Square root with gradient zero at zero."""
+  positive = squares > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def _shrinkage(kernel: jax.Array, member: Member, mask: jax.Array, threshold: Any) -> jax.Array:
+  """Returns the factors that the proximal operator multiplies with, shaped to broadcast; exactly 1 where kept."""
+  norms = _safe_sqrt(_sum_of_squares(kernel, member))
+  factors = jnp.maximum(0.0, 1.0 - threshold / jnp.where(norms > 0, norms, 1.0))
+  return member.along_axis(jnp.where(mask > 0, 1.0, factors).astype(kernel.dtype), 1.0)

@@ -1,0 +1,59 @@
+"""Measured latency of networks, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def measure_latency(
+  networks: Mapping[str, tuple[nn.Module, Any]],
+  input_shape: Sequence[int],
+  batch_sizes: Sequence[int],
+  *,
+  repeats: int = 15,
+) -> dict[str, dict[str, float]]:
+  """Times the compiled evaluation-mode forward pass.
+
+  The networks take turns, so that what else the machine does hits all of them; compilation and first calls do not count.
+
+  Args:
+    networks: Name -> (model, variables); called as `model(x, train=False)`.
+    input_shape: `(1, height, width, channels)`.
+    batch_sizes: Images in a call.
+    repeats: Timed calls of each network and batch size.
+
+  Returns:
+    Name -> batch size, as a string for JSON -> median milliseconds of a call.
+  """
+  result: dict[str, dict[str, float]] = {name: {} for name in networks}
+  for batch_size in batch_sizes:
+    x = jnp.zeros((batch_size, *input_shape[1:]))
+    calls = {name: _compiled(model, variables, x) for name, (model, variables) in networks.items()}
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(repeats):
+      for name, call in calls.items():
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+      result[name][str(batch_size)] = round(float(np.median(seconds)) * 1e3, 4)
+  return result
+
+
+def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Any:
+  variables = jax.device_put(variables)
+  forward = jax.jit(lambda v, inputs: model.apply(v, inputs, train=False)).lower(variables, x).compile()
+
+  def call() -> Any:
+    return forward(variables, x)
+
+  for _ in range(2):
+    jax.block_until_ready(call())
+  return call

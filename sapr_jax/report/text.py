@@ -1,0 +1,65 @@
+"""A run in words: a line for each epoch, and the table at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+_ROWS = {
+  "dense": "dense",
+  "subnetwork": "sub-network, before fine-tuning",
+  "pruned": "pruned, after fine-tuning",
+}
+
+
+def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
+  """Returns one line about the epoch of `record`."""
+  parts = [
+    f"{record['stage']} {record['epoch']}/{epochs}:",
+    f"loss {record['train_loss']:.4f},",
+    f"test {record['test_accuracy']:.2%}",
+  ]
+  if "subnetwork_accuracy" in record:
+    parts.append(f"(sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} MACs)")
+  if "dropped_norm_mean" in record:
+    parts.append(f"norms: kept {record['kept_norm_mean']:.3f}, dropped {record['dropped_norm_mean']:.3f}")
+  if "hamming_distance" in record:
+    parts.append(f"hamming {record['hamming_distance']:.3f}")
+  seconds = f"{record['weight_seconds']:.1f} s"
+  if "generator_seconds" in record:
+    seconds += f" + generator {record['generator_seconds']:.1f} s"
+  return f"{' '.join(parts)}, {seconds}"
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+  """Returns the table of a finished run: accuracy, MACs, parameters, latency."""
+  batch_sizes = list(summary["dense"]["latency_ms"])
+  header = ["network", "accuracy", "MACs", "of dense", "parameters", *(f"ms, batch {b}" for b in batch_sizes)]
+  rows = [header]
+  for name, title in _ROWS.items():
+    entry = summary[name]
+    rows.append(
+      [
+        title,
+        f"{entry['accuracy']:.2%}",
+        f"{entry['macs'] / 1e6:,.3f} M",
+        f"{entry['macs'] / summary['dense']['macs']:.1%}",
+        f"{entry['params']:,}",
+        *(f"{entry['latency_ms'][b]:.2f}" for b in batch_sizes),
+      ]
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+  lines = [
+    "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    for row in rows
+  ]
+  lines.insert(1, "-" * len(lines[0]))
+  return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of what the numbers depend on."""
+  names = ("sapr_jax", "jax", "jaxlib", "flax", "optax")
+  return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,5 @@
+"""Training: state, the three steps, devices, schedules, and the one loop."""
+
+from sapr_jax.training.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,120 @@
+"""One epoch of each kind: of the weights, of the generator, and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapr_jax import data
+from sapr_jax.channels import Masks
+from sapr_jax.method import project_to_budget, split_by_group
+from sapr_jax.training import setup as setup_lib
+from sapr_jax.training.devices import MappedSteps, replicate
+from sapr_jax.training.setup import Setup
+from sapr_jax.training.state import GeneratorState, NetworkState
+
+
+def train_weights(
+  setup: Setup,
+  steps: MappedSteps,
+  network: NetworkState,
+  *,
+  phase: Any,
+  stream: int,
+  epoch: int,
+  masks: Masks | None = None,
+  advance: Callable[[int], None],
+) -> tuple[NetworkState, dict[str, float]]:
+  """Trains the weights for one epoch.
+
+  Args:
+    setup: The run.
+    steps: The mapped weight step.
+    network: State before the epoch; donated.
+    phase: `config.train` or `config.finetune`.
+    stream: Which stream of orders and random numbers (`setup.TRAIN`, `setup.FINETUNE`).
+    epoch: From 0.
+    masks: The masks in force.
+    advance: Called with the number of steps done since the last call.
+
+  Returns:
+    (state, mean loss and accuracy over the epoch's training batches).
+  """
+  batches = data.epoch_batches(setup.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
+  shared = setup.train.replace(key=setup.key(stream), masks=masks)
+  history = []
+  for state, metrics in steps.run(network, shared, batches):
+    network = state
+    history.append(jax.device_get(metrics))
+    advance(len(metrics["loss"]))
+  return network, _mean(history)
+
+
+def train_generator(
+  setup: Setup, steps: MappedSteps, generator: GeneratorState, variables: Any, *, epoch: int
+) -> tuple[GeneratorState, dict[str, float]]:
+  """Trains the generator for one pass over its images, with the weights fixed.
+
+  Returns:
+    (state, mean loss and sampled share of the prunable MACs).
+  """
+  batch_size = setup.config.generator.batch_size
+  order = data.epoch_batches(
+    len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
+  )
+  shared = setup.train.replace(key=setup.key(setup_lib.GENERATOR), variables=variables)
+  history = []
+  for state, metrics in steps.run(generator, shared, setup.generator_images[order]):
+    generator = state
+    history.append(jax.device_get(metrics))
+  return generator, _mean(history)
+
+
+def masks_in_force(setup: Setup, generator: GeneratorState) -> dict[str, np.ndarray]:
+  """Returns the masks that the generator now proposes, projected onto the budget; the same on every host."""
+  prune = setup.config.prune
+  outputs = jax.device_get(setup.generator_outputs(generator.variables))
+  scores = split_by_group(outputs, setup.graph)
+  return project_to_budget(setup.graph, scores, prune.p, min_width=prune.min_width, round_to=prune.round_to)
+
+
+def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, float]:
+  """Evaluates on all test images.
+
+  Returns:
+    Accuracy in [0, 1] and mean cross-entropy.
+  """
+  indices, weights = data.evaluation_batches(len(setup.test.labels), setup.config.eval_batch_size)
+  sums = replicate({name: jnp.zeros(()) for name in ("correct", "loss", "count")}, setup.mesh)
+  for total, _ in steps.run(sums, setup.test.replace(variables=variables), (indices, weights)):
+    sums = total
+  totals = jax.device_get(sums)
+  return {
+    "accuracy": float(totals["correct"] / totals["count"]),
+    "loss": float(totals["loss"] / totals["count"]),
+  }
+
+
+def hamming_distance(before: Masks, after: Masks) -> float:
+  """Returns the share of channels on which two architectures differ (supplement D, Fig. 2)."""
+  changed = sum(int(np.sum(before[name] != after[name])) for name in after)
+  return changed / sum(len(mask) for mask in after.values())
+
+
+def norm_summary(setup: Setup, params: Any, masks: Masks) -> dict[str, float]:
+  """Returns mean and greatest norm of the dropped channels' slices, and the mean of the kept ones'."""
+  norms = jax.device_get(setup.channel_norms(params))
+  kept = np.concatenate([n[np.asarray(masks[name]) > 0] for name, rows in norms.items() for n in rows])
+  dropped = np.concatenate([n[np.asarray(masks[name]) == 0] for name, rows in norms.items() for n in rows])
+  summary = {"kept_norm_mean": float(kept.mean())}
+  if dropped.size:
+    summary |= {"dropped_norm_mean": float(dropped.mean()), "dropped_norm_max": float(dropped.max())}
+  return summary
+
+
+def _mean(history: list[dict[str, np.ndarray]]) -> dict[str, float]:
+  return {name: float(np.mean(np.concatenate([entry[name] for entry in history]))) for name in history[0]}

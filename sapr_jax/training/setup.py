@@ -1,0 +1,180 @@
+"""What a run is made of, built from its configuration once: data on the devices, model, graph, optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from sapr_jax import data, models
+from sapr_jax.channels import ChannelGraph, trace_channels
+from sapr_jax.errors import InputError
+from sapr_jax.method import ArchitectureGenerator, channel_norms, partial_regularization
+from sapr_jax.training import schedules, state, steps
+from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
+
+# Streams of random numbers and orders: one a purpose, so that none depends on how much another draws.
+_INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What does not change during a run.
+
+  Attributes:
+    config: The configuration, checked.
+    mesh: All devices.
+    train: Training images and labels on every device.
+    test: Test images and labels on every device.
+    input_shape: `(1, height, width, channels)`.
+    preprocessing: Augmentation and normalization.
+    model: The dense network.
+    variables: Its initial variables.
+    graph: Its channel graph.
+    generator: The architecture generator.
+    generator_images: Indices of the training images that the generator learns on, int32 `[M]`.
+  """
+
+  config: Any
+  mesh: Mesh
+  train: steps.Shared
+  test: steps.Shared
+  input_shape: tuple[int, int, int, int]
+  preprocessing: steps.Preprocessing
+  model: nn.Module
+  variables: dict[str, Any]
+  graph: ChannelGraph
+  generator: ArchitectureGenerator
+  generator_images: np.ndarray
+
+  def key(self, stream: int) -> jax.Array:
+    """The run's randomness for one purpose."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+
+  @property
+  def num_train(self) -> int:
+    return len(self.train.labels)
+
+  def weight_schedule(self, phase: Any) -> schedules.Schedule:
+    """The learning rate of `config.train` or `config.finetune` over optimizer steps."""
+    return schedules.learning_rate_schedule(phase, self.num_train // phase.batch_size)
+
+  @functools.cached_property
+  def train_tx(self) -> optax.GradientTransformationExtraArgs:
+    """SGD, and after it the proximal step of the partial regularization."""
+    phase, prune = self.config.train, self.config.prune
+    schedule = self.weight_schedule(phase)
+    sgd = schedules.sgd(phase, schedule)
+    if prune.form == "penalty":
+      return optax.with_extra_args_support(sgd)
+    regularization = partial_regularization(
+      self.graph, schedule, prune.gamma, momentum=phase.momentum, weighting=prune.weighting
+    )
+    return optax.chain(sgd, regularization)
+
+  @functools.cached_property
+  def finetune_tx(self) -> optax.GradientTransformation:
+    return schedules.sgd(self.config.finetune, self.weight_schedule(self.config.finetune))
+
+  @functools.cached_property
+  def generator_tx(self) -> optax.GradientTransformation:
+    return optax.adamw(self.config.generator.learning_rate, weight_decay=self.config.generator.weight_decay)
+
+  def initial_network(self) -> state.NetworkState:
+    return replicate(state.network_state(self.variables, self.train_tx), self.mesh)
+
+  def initial_generator(self) -> state.GeneratorState:
+    key = self.key(_GENERATOR_INIT)
+    return replicate(state.generator_state(self.generator, self.generator_tx, key), self.mesh)
+
+  def mapped(self, step: Any) -> MappedSteps:
+    return MappedSteps(step, self.mesh, self.config.steps_per_call)
+
+  @functools.cached_property
+  def generator_outputs(self) -> Any:
+    """The generator's outputs `[K, max C]` from its variables, compiled."""
+    return jax.jit(self.generator.apply)
+
+  @functools.cached_property
+  def channel_norms(self) -> Any:
+    """Group name -> norms of its channels in each kernel, from the parameters, compiled."""
+    return jax.jit(lambda params: channel_norms(params, self.graph))
+
+  @functools.cached_property
+  def evaluation(self) -> MappedSteps:
+    """Evaluates the dense network, with or without masks in its parameters."""
+    return self.mapped(steps.evaluation_step(self.model, self.preprocessing))
+
+
+def build(config: Any) -> Setup:
+  """Loads the data, creates the network and traces its channels.
+
+  Raises:
+    InputError: If the data cannot be read, a batch does not fit, or the network has no channels to prune.
+  """
+  mesh = data_mesh()
+  dataset = data.load_dataset(
+    config.data.source,
+    name=config.data.name,
+    path=config.data.path,
+    train_images=config.data.train_images,
+    test_images=config.data.test_images,
+    seed=config.seed,
+  )
+  _check_batches(config, len(dataset.train), mesh.devices.size)
+  mean, std = dataset.channel_statistics()
+  model = models.create(config.model.name, num_classes=dataset.num_classes, dtype=jnp.dtype(config.model.dtype))
+  input_shape = (1, *dataset.image_shape)
+  init_key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
+  variables = jax.jit(model.init)(init_key, jnp.zeros(input_shape))
+  graph = trace_channels(model, variables, input_shape, select=config.prune.select)
+  return Setup(
+    config=config,
+    mesh=mesh,
+    train=_on_devices(dataset.train, mesh),
+    test=_on_devices(dataset.test, mesh),
+    input_shape=input_shape,
+    preprocessing=steps.Preprocessing(
+      mean=tuple(map(float, mean)),
+      std=tuple(map(float, std)),
+      crop_padding=config.data.crop_padding,
+      flip=config.data.flip,
+    ),
+    model=model,
+    variables=variables,
+    graph=graph,
+    generator=ArchitectureGenerator.for_graph(graph),
+    generator_images=_generator_images(config, len(dataset.train)),
+  )
+
+
+def _on_devices(split: data.ImageSplit, mesh: Mesh) -> steps.Shared:
+  return replicate(steps.Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)), mesh)
+
+
+def _generator_images(config: Any, num_train: int) -> np.ndarray:
+  size = round(config.generator.data_share * num_train)
+  return data.epoch_order(num_train, seed=config.seed, epoch=0, stream="generator subset")[:size]
+
+
+def _check_batches(config: Any, num_train: int, num_devices: int) -> None:
+  generator_images = round(config.generator.data_share * num_train)
+  for name, batch, images in (
+    ("train.batch_size", config.train.batch_size, num_train),
+    ("finetune.batch_size", config.finetune.batch_size, num_train),
+    ("generator.batch_size", config.generator.batch_size, generator_images),
+    ("eval_batch_size", config.eval_batch_size, None),
+  ):
+    if batch % num_devices:
+      lower = batch // num_devices * num_devices
+      near = f"{lower} or {lower + num_devices}" if lower else str(num_devices)
+      raise InputError(f"{name}={batch} does not divide by the {num_devices} devices; {near} would.")
+    if images is not None and batch > images:
+      raise InputError(f"{name}={batch} is more than the {images} images there are; lower it, or use more images.")

@@ -1,0 +1,198 @@
+"""The three steps, written per device: weights, generator, evaluation.
+
+Each builder returns a function (carry, shared, batch) -> (carry, metrics) for `devices.MappedSteps`. The images of the
+whole data set are in `shared`, as uint8; a batch is an array of indices, and augmentation is part of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from sapr_jax import data
+from sapr_jax.channels import ChannelGraph, mask_params
+from sapr_jax.method import macs_penalty, partial_group_lasso, sample_masks, split_by_group
+from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
+from sapr_jax.training.state import GeneratorState, NetworkState
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """How uint8 images become inputs of the network.
+
+  Attributes:
+    mean: Mean of each channel, of images in [0, 1].
+    std: Standard deviation of each channel.
+    crop_padding: Random crops of the training images are taken after padding by this many pixels.
+    flip: Whether training images are flipped at random.
+  """
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  crop_padding: int
+  flip: bool
+
+  def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Augments and normalizes `[batch, height, width, channels]` uint8 images."""
+    return self.evaluate(data.augment(key, images, padding=self.crop_padding, flip=self.flip))
+
+  def evaluate(self, images: jax.Array) -> jax.Array:
+    """Normalizes images, without augmentation."""
+    return data.normalize(images, jnp.asarray(self.mean), jnp.asarray(self.std))
+
+
+@flax.struct.dataclass
+class Shared:
+  """What all steps of an epoch read.
+
+  Attributes:
+    images: uint8 `[N, height, width, channels]`.
+    labels: int32 `[N]`.
+    key: Randomness of the run; steps fold their number in.
+    masks: Group name -> 0/1 array: the masks in force, for the weight step.
+    variables: Variables of the network, for the generator step and evaluation.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  key: jax.Array | None = None
+  masks: Any = None
+  variables: Any = None
+
+
+def weight_step(
+  model: nn.Module,
+  tx: optax.GradientTransformationExtraArgs,
+  preprocessing: Preprocessing,
+  *,
+  graph: ChannelGraph | None = None,
+  penalty: float = 0.0,
+  weighting: Any = "relative",
+) -> Step:
+  """Builds the step that trains the weights; the carry is a `NetworkState`.
+
+  Args:
+    model: The network; called as `model(x, train=True)`.
+    tx: Its optimizer. With `graph`, the masks in force are passed to its `update`.
+    preprocessing: Augmentation and normalization.
+    graph: The channel graph while pruning, None in fine-tuning.
+    penalty: Coefficient of the partial group lasso in the loss; 0 if `tx` applies it as a proximal step.
+    weighting: See `method.group_weights`.
+  """
+
+  def step(state: NetworkState, shared: Shared, indices: jax.Array) -> tuple[NetworkState, dict[str, jax.Array]]:
+    key = device_key(jax.random.fold_in(shared.key, state.step))
+    x = preprocessing.train(key, shared.images[indices])
+    labels = shared.labels[indices]
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+      variables = {**state.variables, "params": params}
+      logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+      loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      total = loss
+      if graph is not None and penalty:
+        total = loss + penalty * partial_group_lasso(params, graph, shared.masks, weighting=weighting)
+      return total, (loss, logits, updated.get("batch_stats", {}))
+
+    grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, batch_stats = mean_over_devices((grads, batch_stats))
+    extra = {} if graph is None else {"masks": shared.masks}
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+    new_state = NetworkState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+    )
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return new_state, mean_over_devices({"loss": loss, "accuracy": accuracy})
+
+  return step
+
+
+def generator_step(
+  model: nn.Module,
+  generator: nn.Module,
+  graph: ChannelGraph,
+  tx: optax.GradientTransformation,
+  preprocessing: Preprocessing,
+  *,
+  p: float,
+  macs_weight: float,
+  bias: float,
+  temperature: float,
+) -> Step:
+  """Builds the step that trains the generator with the weights fixed; the carry is a `GeneratorState`.
+
+  The loss is the cross-entropy of the network with sampled masks, in evaluation mode, plus `macs_weight` times
+  `macs_penalty`. All devices sample the same masks.
+
+  Args:
+    model: The network; called as `model(x, train=False)`.
+    generator: The `ArchitectureGenerator`.
+    graph: The channel graph.
+    tx: The generator's optimizer.
+    preprocessing: Augmentation and normalization.
+    p: Share of the prunable MACs to keep.
+    macs_weight: Coefficient of the MACs penalty.
+    bias: b of Eq. 1.
+    temperature: tau of Eq. 1.
+  """
+
+  def step(state: GeneratorState, shared: Shared, indices: jax.Array) -> tuple[GeneratorState, dict[str, jax.Array]]:
+    mask_key, image_key = jax.random.split(jax.random.fold_in(shared.key, state.step))
+    x = preprocessing.train(device_key(image_key), shared.images[indices])
+    labels = shared.labels[indices]
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+      outputs = generator.apply({**state.variables, "params": params})
+      sampled = sample_masks(mask_key, outputs, bias=bias, temperature=temperature)
+      masks = split_by_group(sampled, graph)
+      masked = mask_params(shared.variables["params"], graph, masks)
+      logits = model.apply({**shared.variables, "params": masked}, x, train=False)
+      loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      share = graph.prunable_macs(masks) / graph.prunable_macs()
+      return loss + macs_weight * macs_penalty(graph, masks, p), (loss, share)
+
+    grads, (loss, share) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
+    new_state = GeneratorState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      constants=state.constants,
+      opt_state=opt_state,
+    )
+    return new_state, mean_over_devices({"loss": loss, "macs_share": share})
+
+  return step
+
+
+def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+  """Builds the step that counts correct answers; the carry is {"correct", "loss", "count"}, summed over images.
+
+  A batch is (indices, weights); an image of weight 0 only fills the batch.
+  """
+
+  def step(
+    carry: dict[str, jax.Array], shared: Shared, batch: Any
+  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    indices, weights = batch
+    labels = shared.labels[indices]
+    logits = model.apply(shared.variables, preprocessing.evaluate(shared.images[indices]), train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    sums = sum_over_devices(
+      {
+        "correct": jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels)),
+        "loss": jnp.sum(weights * losses),
+        "count": jnp.sum(weights),
+      }
+    )
+    return jax.tree.map(jnp.add, carry, sums), {}
+
+  return step

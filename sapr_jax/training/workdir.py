@@ -1,0 +1,60 @@
+"""The work directory of a run: what lies where, and whether it belongs to this configuration."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from sapr_jax.artifacts.files import write_json
+from sapr_jax.errors import InputError
+
+CONFIG = "config.json"
+SUMMARY = "summary.json"
+DENSE = "dense"
+PRUNED = "pruned"
+
+# Fields that change how a run goes about its work but not what comes out; they may differ when it resumes.
+_FREE_FIELDS = ("steps_per_call", "data.path", "checkpoint.", "report.", "eval_batch_size")
+
+
+def open_workdir(path: pathlib.Path, config: Any) -> pathlib.Path:
+  """Makes the work directory, or opens the one of an earlier run of the same configuration.
+
+  Raises:
+    InputError: If it cannot be written, or belongs to another configuration; the message names the fields that differ.
+  """
+  fields = _flatten(json.loads(config.to_json_best_effort()))
+  file = path / CONFIG
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+      write_json(file, fields)
+      return path
+  except OSError as error:
+    raise InputError(
+      f"The work directory {path} cannot be written ({error.strerror}); name another --workdir."
+    ) from error
+  try:
+    earlier = json.loads(file.read_text())
+  except ValueError as error:
+    raise InputError(f"{file} is damaged ({error}); name a new --workdir.") from error
+  names = sorted(fields.keys() | earlier.keys())
+  differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
+  if differing:
+    shown = ", ".join(f"{n} was {earlier.get(n)!r} and is now {fields.get(n)!r}" for n in differing[:5])
+    more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise InputError(
+      f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
+      " --workdir to start anew."
+    )
+  return path
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+  return flat
