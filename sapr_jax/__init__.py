@@ -1,1 +1,62 @@
-"""Structured pruning for JAX and Flax: partial regularization, channel surgery, and the training around them."""
+"""Structured pruning for JAX and Flax: a convolutional network made truly smaller and faster.
+
+    import sapr_jax as sapr
+
+    graph = sapr.trace_channels(model, variables, input_shape=(1, 32, 32, 3))
+    masks = {group.name: ... for group in graph.groups}
+    small_model, small_variables = sapr.prune(model, variables, graph, masks)
+
+The method is that of Gao et al., Structural Alignment for Network Pruning through Partial Regularization, ICCV 2023;
+docs/method.md leads from its equations to the code.
+"""
+
+from sapr_jax import models
+from sapr_jax.artifacts import load, save
+from sapr_jax.channels import (
+  ChannelGraph,
+  ChannelGroup,
+  NarrowModule,
+  count_macs,
+  mask_params,
+  prune,
+  prune_tree,
+  register_rule,
+  trace_channels,
+)
+from sapr_jax.errors import InputError
+from sapr_jax.method import (
+  ArchitectureGenerator,
+  architecture_loss,
+  macs_penalty,
+  partial_group_lasso,
+  partial_regularization,
+  project_to_budget,
+  prox_partial_group_lasso,
+  sample_masks,
+  split_by_group,
+)
+
+__all__ = [
+  "ArchitectureGenerator",
+  "ChannelGraph",
+  "ChannelGroup",
+  "InputError",
+  "NarrowModule",
+  "architecture_loss",
+  "count_macs",
+  "load",
+  "macs_penalty",
+  "mask_params",
+  "models",
+  "partial_group_lasso",
+  "partial_regularization",
+  "project_to_budget",
+  "prox_partial_group_lasso",
+  "prune",
+  "prune_tree",
+  "register_rule",
+  "sample_masks",
+  "save",
+  "split_by_group",
+  "trace_channels",
+]

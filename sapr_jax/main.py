@@ -1,8 +1,8 @@
 """Runs one experiment: `python -m sapr_jax.main --config configs/resnet56_cifar10.py --workdir DIR`.
 
 Every field of the configuration can be given on the command line, `--config.train.epochs=10`. Running the same command
-again resumes an unfinished run. Exit status: 0 finished, 2 bad input (one line on standard error says what), 130 stopped
-by Ctrl-C.
+again resumes an unfinished run. Exit status: 0 finished, 2 bad input (one line on standard error says what), 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def main(argv: Sequence[str]) -> int:
   """Runs the experiment that the flags describe; returns the exit status."""
   if len(argv) > 1:
     return _fail(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
-  for flag in (_CONFIG, _WORKDIR):
-    if flag.value is None:
-      return _fail(f"--{flag.name} is missing; see python -m sapr_jax.main --help.")
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  if config is None or workdir is None:
+    return _fail(f"--{'config' if config is None else 'workdir'} is missing; see python -m sapr_jax.main --help.")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   from sapr_jax import training  # JAX starts late, so that bad flags fail at once
 
   try:
-    training.run(_CONFIG.value, _WORKDIR.value)
+    training.run(config, workdir)
   except InputError as error:
     return _fail(str(error))
   except KeyboardInterrupt:

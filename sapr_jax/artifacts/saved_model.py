@@ -130,7 +130,7 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
 
 def _fields_to_json(module: nn.Module) -> dict[str, Any]:
   """Returns the fields of a module that JSON can hold; others are listed under their repr, to be read by people."""
-  fields = {}
+  fields: dict[str, Any] = {}
   for field in dataclasses.fields(module):
     if field.name in ("parent", "name"):
       continue

@@ -103,8 +103,8 @@ class MacsPolynomial:
   def __call__(self, kept: Any) -> Any:
     """Evaluates at `kept`, an integer or floating array `[K]`; integers give an exact Python int."""
     if isinstance(kept, np.ndarray):
-      extended = np.append(kept.astype(np.int64), 1)
-      return int((self.coefficients * extended[self.factors].prod(axis=1)).sum())
+      whole = np.append(kept.astype(np.int64), 1)
+      return int((self.coefficients * whole[self.factors].prod(axis=1)).sum())
     extended = jnp.append(kept, jnp.ones((), kept.dtype))
     return jnp.sum(jnp.asarray(self.coefficients, kept.dtype) * jnp.prod(extended[self.factors], axis=1))
 
@@ -227,7 +227,7 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
       raise InputError(f"The mask of group {group.name!r} must hold only 0 (drop) and 1 (keep).")
     if not mask.any():
       raise InputError(
-        f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one, as no layer can have none."
+        f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one, no layer can have none."
       )
 
 

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import unfreeze
 
 from sapr_jax.channels import graph as graph_lib
 from sapr_jax.channels.atoms import Axis, atoms, channel_index, find, fix, fix_repeated_factors
@@ -31,8 +30,8 @@ def trace_channels(
   """Finds the channels of `model` that can be cut together without changing what is computed from the others.
 
   `model.apply(variables, x, **apply_kwargs)` is traced abstractly (nothing is computed, and `variables` may be
-  `jax.ShapeDtypeStruct`s). What the walk over the jaxpr does not understand it fixes: the graph is never wrong, at worst
-  less prunable, and `ChannelGraph.explain` says why.
+  `jax.ShapeDtypeStruct`s). What the walk over the jaxpr does not understand it fixes: the graph is never wrong, at
+  worst less prunable, and `ChannelGraph.explain` says why.
 
   Args:
     model: A Flax linen module that maps images to any pytree of arrays, in evaluation mode.
@@ -52,13 +51,12 @@ def trace_channels(
     InputError: If `select` is unknown, or offers no group; the message says which choice would.
 
   References:
-    Gao et al., ICCV 2023, supplement B: one mask per block, on the output of the upper and the input of the lower layer.
+    Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
   if isinstance(select, str) and select not in graph_lib.SELECTIONS:
     raise InputError(
       f"select={select!r} is unknown; expected one of {', '.join(graph_lib.SELECTIONS)}, or a predicate."
     )
-  variables = unfreeze(variables) if hasattr(variables, "unfreeze") else variables
   inputs = jax.ShapeDtypeStruct((1, *input_shape[1:]), input_dtype)
   kwargs = dict(apply_kwargs or {})
   closed, narrowable = trace_program(model, variables, inputs, kwargs)
@@ -228,19 +226,20 @@ def _layers(
 
 def _fix_unprunable(axes: Axes, roles: Roles, layers: Mapping[tuple[str, ...], Layer]) -> None:
   """Fixes channels that are repeated in a product, have no kernel at either end, or whose layer cannot be narrowed."""
-  produced, consumed = set(), set()
+  produced: set[int] = set()
+  consumed: set[int] = set()
   for (key, i), role in roles.items():
     (produced if role == "out" else consumed).update(id(atom) for atom in atoms(axes[key][i]))
   for key, variable in axes.items():
     for i, axis in enumerate(variable):
       fix_repeated_factors(axis)
-      role = roles.get((key, i))
+      is_output = roles.get((key, i)) == "out"
       for atom in atoms(axis):
         if id(atom) not in produced:
           fix(atom, "no kernel has it as output channels")
         elif id(atom) not in consumed:
           fix(atom, "no kernel reads it as input channels")
-        if role == "out" and (key[1:-1] not in layers or layers[key[1:-1]].kernel != key[1:]):
+        if is_output and (key[1:-1] not in layers or layers[key[1:-1]].kernel != key[1:]):
           fix(atom, f"{'/'.join(key[1:-1]) or 'the model'} has no integer field `features` that sets it")
         if atom.size == 1:
           fix(atom, "it is a single channel")

@@ -81,9 +81,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
   return jnp.where(is_flipped, images[:, :, ::-1, :], images)
 
 
-def normalize(
-  images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike = jnp.float32
-) -> jax.Array:
+def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike = jnp.float32) -> jax.Array:
   """Scales bytes to [0, 1], then shifts and scales each channel.
 
       normalized = (images / 255 - mean) / std
@@ -105,9 +103,7 @@ def normalize(
   mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
   for name, value in (("mean", mean), ("std", std)):
     if value.shape != (num_channels,):
-      raise InputError(
-        f"{name} has shape {value.shape}; expected ({num_channels},), one value a channel"
-      )
+      raise InputError(f"{name} has shape {value.shape}; expected ({num_channels},), one value a channel")
   scaled = images.astype(jnp.float32) / 255.0
   return ((scaled - mean[None, None, None, :]) / std[None, None, None, :]).astype(dtype)
 

@@ -31,13 +31,9 @@ class ImageSplit:
   def __post_init__(self) -> None:
     images, labels = self.images, self.labels
     if images.ndim != 4 or images.dtype != np.uint8:
-      raise InputError(
-        f"images have shape {images.shape} and dtype {images.dtype}; expected uint8 [N, H, W, C]"
-      )
+      raise InputError(f"images have shape {images.shape} and dtype {images.dtype}; expected uint8 [N, H, W, C]")
     if labels.ndim != 1 or labels.dtype != np.int32:
-      raise InputError(
-        f"labels have shape {labels.shape} and dtype {labels.dtype}; expected int32 [N]"
-      )
+      raise InputError(f"labels have shape {labels.shape} and dtype {labels.dtype}; expected int32 [N]")
     if len(images) != len(labels):
       raise InputError(f"{len(images)} images but {len(labels)} labels; expected one label each")
     if images.size == 0:

@@ -154,9 +154,7 @@ def _read_image(path: str) -> tuple[np.ndarray, bool]:
     raise InputError(
       f"cannot read image {path!r}; expected a whole image file, so replace or remove it ({reason})"
     ) from error
-  raise InputError(
-    f"image {path!r} has pixels of Pillow mode {mode!r}; expected 8 bits a channel, so convert it"
-  )
+  raise InputError(f"image {path!r} has pixels of Pillow mode {mode!r}; expected 8 bits a channel, so convert it")
 
 
 def _visible_folders(folder: Path) -> list[str]:
@@ -170,9 +168,7 @@ def _image_files(folder: Path) -> list[str]:
     names = [
       entry.name
       for entry in entries
-      if not entry.name.startswith(".")
-      and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-      and entry.is_file()
+      if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
     ]
   return [os.path.join(folder, file_name) for file_name in sorted(names)]
 

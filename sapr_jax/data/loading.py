@@ -64,6 +64,4 @@ def load_dataset(
   """
   if source not in SOURCES:
     raise InputError(f"unknown data source {source!r}; expected one of {', '.join(SOURCES)}")
-  return SOURCES[source](
-    name=name, path=path, train_images=train_images, test_images=test_images, seed=seed
-  )
+  return SOURCES[source](name=name, path=path, train_images=train_images, test_images=test_images, seed=seed)

@@ -46,9 +46,7 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, stream: str | int) ->
   return np.argsort(bits.random_raw(num_images), kind="stable").astype(np.int32)
 
 
-def epoch_batches(
-  num_images: int, batch_size: int, *, seed: int, epoch: int, stream: str | int
-) -> np.ndarray:
+def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int, stream: str | int) -> np.ndarray:
   """Cuts the order of one epoch into full batches.
 
   The last `num_images % batch_size` images of the order are left out, so that every step has the

@@ -89,7 +89,8 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
   """Says what is to be done about an error while a set was being prepared."""
   package = _missing_package(error)
   if package is not None:
-    return f"preparing {name!r} for the first time needs the package {package}; run: pip install {package}, {_OTHER_SOURCE}"
+    command = f"pip install {package}"
+    return f"preparing {name!r} for the first time needs {package}; run: {command}, {_OTHER_SOURCE}"
   if "File format is already set" in str(error):
     return (
       f"{name!r} lies in {path or 'the default folder of TensorFlow Datasets'} in a file format "

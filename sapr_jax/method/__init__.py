@@ -16,10 +16,13 @@ from sapr_jax.method.regularization import (
   partial_regularization,
   prox_partial_group_lasso,
 )
+from sapr_jax.method.search import SearchMetrics, architecture_loss
 
 __all__ = [
   "ArchitectureGenerator",
   "PartialRegularizationState",
+  "SearchMetrics",
+  "architecture_loss",
   "channel_norms",
   "check_share",
   "group_weights",

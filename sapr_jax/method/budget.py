@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def macs_penalty(graph: ChannelGraph, masks: Masks, p: float) -> jax.Array:
 
 
 def project_to_budget(
-  graph: ChannelGraph, scores: Mapping[str, np.ndarray], p: float, *, min_width: int = 1, round_to: int = 1
+  graph: ChannelGraph, scores: Mapping[str, Any], p: float, *, min_width: int = 1, round_to: int = 1
 ) -> dict[str, np.ndarray]:
   """Keeps the highest-ranked channels that the MACs budget allows.
 
@@ -112,7 +113,9 @@ def _steps_above(prices: list[list[float]], threshold: float) -> np.ndarray:
   return np.array([sum(1 for price in row if price >= threshold) for row in prices], np.int64)
 
 
-def _next_step(steps: np.ndarray, prices: list[list[float]], macs, budget: float) -> int | None:
+def _next_step(
+  steps: np.ndarray, prices: list[list[float]], macs: Callable[[np.ndarray], int], budget: float
+) -> int | None:
   """Returns the group whose next step has the highest score among those that fit."""
   candidates = sorted((k for k, row in enumerate(prices) if steps[k] < len(row)), key=lambda k: -prices[k][steps[k]])
   for k in candidates:

@@ -91,9 +91,9 @@ def prox_partial_group_lasso(
 
       w[m, c] <- max(0, 1 - step_size (N_k / N) / ||w[m, c]||_2) w[m, c]   where masks[k][c] = 0
 
-  A slice whose norm does not exceed the threshold becomes exactly zero; kept channels are returned bit for bit. A kernel
-  that belongs to groups on both its axes (the middle of a bottleneck) gets the two operators one after the other, output
-  axis first: the joint minimizer of overlapping groups has no closed form.
+  A slice whose norm does not exceed the threshold becomes exactly zero; kept channels are returned bit for bit. A
+  kernel that belongs to groups on both its axes (the middle of a bottleneck) gets the two operators one after the
+  other, output axis first: the joint minimizer of overlapping groups has no closed form.
 
   Args:
     params: Parameters of the dense network.
@@ -123,9 +123,13 @@ def prox_partial_group_lasso(
 
 
 class PartialRegularizationState(NamedTuple):
-  """State of `partial_regularization`: the number of steps taken, int32 scalar."""
+  """State of `partial_regularization`.
 
-  count: jax.Array
+  Attributes:
+    step: Number of steps taken, int32 scalar.
+  """
+
+  step: jax.Array
 
 
 def partial_regularization(
@@ -167,14 +171,14 @@ def partial_regularization(
     updates: Any, state: PartialRegularizationState, params: Any = None, *, masks: Masks | None = None, **extra: Any
   ) -> tuple[Any, PartialRegularizationState]:
     del extra
-    new_state = PartialRegularizationState(optax.safe_increment(state.count))
+    new_state = PartialRegularizationState(optax.safe_increment(state.step))
     if masks is None:
       return updates, new_state
     if params is None:
       raise InputError(
         "partial_regularization needs the parameters: call tx.update(updates, state, params, masks=...)."
       )
-    rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+    rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
     moved = optax.apply_updates(params, updates)
     step_size = rate / (1.0 - momentum) * gamma
     shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)

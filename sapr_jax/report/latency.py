@@ -21,7 +21,8 @@ def measure_latency(
 ) -> dict[str, dict[str, float]]:
   """Times the compiled evaluation-mode forward pass.
 
-  The networks take turns, so that what else the machine does hits all of them; compilation and first calls do not count.
+  The networks take turns, so that what else the machine does hits all of them; compilation and first calls do not
+  count.
 
   Args:
     networks: Name -> (model, variables); called as `model(x, train=False)`.

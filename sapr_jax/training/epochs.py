@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def train_weights(
     (state, mean loss and accuracy over the epoch's training batches).
   """
   batches = data.epoch_batches(setup.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
-  shared = setup.train.replace(key=setup.key(stream), masks=masks)
+  shared = dataclasses.replace(setup.train, key=setup.key(stream), masks=masks)
   history = []
   for state, metrics in steps.run(network, shared, batches):
     network = state
@@ -66,7 +67,7 @@ def train_generator(
   order = data.epoch_batches(
     len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
   )
-  shared = setup.train.replace(key=setup.key(setup_lib.GENERATOR), variables=variables)
+  shared = dataclasses.replace(setup.train, key=setup.key(setup_lib.GENERATOR), variables=variables)
   history = []
   for state, metrics in steps.run(generator, shared, setup.generator_images[order]):
     generator = state
@@ -90,7 +91,7 @@ def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, floa
   """
   indices, weights = data.evaluation_batches(len(setup.test.labels), setup.config.eval_batch_size)
   sums = replicate({name: jnp.zeros(()) for name in ("correct", "loss", "count")}, setup.mesh)
-  for total, _ in steps.run(sums, setup.test.replace(variables=variables), (indices, weights)):
+  for total, _ in steps.run(sums, dataclasses.replace(setup.test, variables=variables), (indices, weights)):
     sums = total
   totals = jax.device_get(sums)
   return {

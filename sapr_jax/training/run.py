@@ -240,7 +240,7 @@ def _measure(setup: Setup, variables: Any, masks: Any, small_model: Any, small_v
 
 
 def _add_latency(setup: Setup, summary: dict[str, Any], variables: Any, small_model: Any, small_variables: Any) -> None:
-  """Measures dense and pruned alternately; the sub-network before fine-tuning has the pruned one's shapes, and its time."""
+  """Measures dense and pruned in turn; the sub-network before fine-tuning has the shapes of the pruned one."""
   settings = setup.config.report
   networks = {"dense": (setup.model, variables), "pruned": (small_model, small_variables)}
   latency = report.measure_latency(
@@ -252,15 +252,15 @@ def _add_latency(setup: Setup, summary: dict[str, Any], variables: Any, small_mo
 
 def _describe(setup: Setup) -> str:
   config, graph = setup.config, setup.graph
-  rate = np.sum([setup.weight_schedule(config.train)(s) for s in _regularized_steps(setup)])
+  rate = np.sum([setup.weight_schedule(config.train)(step) for step in _regularized_steps(setup)])
   mean_weight = 1.0 if config.prune.weighting == "relative" else 1.0 / len(graph.groups)
   shrinkage = rate / (1.0 - config.train.momentum) * config.prune.gamma * mean_weight
+  images = f"{setup.num_train} training and {len(setup.test.labels)} test images"
   return (
-    f"{config.model.name} on {setup.num_train} training and {len(setup.test.labels)} test images, {setup.mesh.devices.size}"
-    f" device(s): {jax.devices()[0].device_kind}\n"
-    f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} in layers that touch a group;"
-    f" {config.prune.p:.0%} of these are kept\n"
-    f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel over the run"
+    f"{config.model.name} on {images}, {setup.mesh.devices.size} device(s): {jax.devices()[0].device_kind}\n"
+    f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
+    f" a group; {config.prune.p:.0%} of these are kept\n"
+    f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel"
   )
 
 

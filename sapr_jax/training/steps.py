@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax import data
-from sapr_jax.channels import ChannelGraph, mask_params
-from sapr_jax.method import macs_penalty, partial_group_lasso, sample_masks, split_by_group
+from sapr_jax.channels import ChannelGraph
+from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss, partial_group_lasso
 from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.state import GeneratorState, NetworkState
 
@@ -61,7 +61,7 @@ class Shared:
 
   images: jax.Array
   labels: jax.Array
-  key: jax.Array | None = None
+  key: Any = None
   masks: Any = None
   variables: Any = None
 
@@ -118,7 +118,7 @@ def weight_step(
 
 def generator_step(
   model: nn.Module,
-  generator: nn.Module,
+  generator: ArchitectureGenerator,
   graph: ChannelGraph,
   tx: optax.GradientTransformation,
   preprocessing: Preprocessing,
@@ -150,17 +150,25 @@ def generator_step(
     x = preprocessing.train(device_key(image_key), shared.images[indices])
     labels = shared.labels[indices]
 
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-      outputs = generator.apply({**state.variables, "params": params})
-      sampled = sample_masks(mask_key, outputs, bias=bias, temperature=temperature)
-      masks = split_by_group(sampled, graph)
-      masked = mask_params(shared.variables["params"], graph, masks)
-      logits = model.apply({**shared.variables, "params": masked}, x, train=False)
-      loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-      share = graph.prunable_macs(masks) / graph.prunable_macs()
-      return loss + macs_weight * macs_penalty(graph, masks, p), (loss, share)
+    def network_loss(params: Any) -> jax.Array:
+      logits = _logits(model, {**shared.variables, "params": params}, x)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    grads, (loss, share) = jax.grad(loss_fn, has_aux=True)(state.params)
+    def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
+      return architecture_loss(
+        generator,
+        {**state.variables, "params": params},
+        graph,
+        shared.variables["params"],
+        network_loss,
+        mask_key,
+        p=p,
+        macs_weight=macs_weight,
+        bias=bias,
+        temperature=temperature,
+      )
+
+    grads, metrics = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
     new_state = GeneratorState(
       step=state.step + 1,
@@ -168,7 +176,7 @@ def generator_step(
       constants=state.constants,
       opt_state=opt_state,
     )
-    return new_state, mean_over_devices({"loss": loss, "macs_share": share})
+    return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.macs_share})
 
   return step
 
@@ -184,7 +192,7 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     indices, weights = batch
     labels = shared.labels[indices]
-    logits = model.apply(shared.variables, preprocessing.evaluate(shared.images[indices]), train=False)
+    logits = _logits(model, shared.variables, preprocessing.evaluate(shared.images[indices]))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {
@@ -196,3 +204,9 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
     return jax.tree.map(jnp.add, carry, sums), {}
 
   return step
+
+
+def _logits(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
+  """Runs the network in evaluation mode: with its running statistics, changing nothing."""
+  logits: Any = model.apply(variables, x, train=False)
+  return logits

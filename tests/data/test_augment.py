@@ -28,10 +28,7 @@ def test_crop_takes_every_offset_of_the_padded_image_equally_often():
   images = make_images(900)
   cropped = np.asarray(random_crop(jax.random.key(0), images, 1))
   assert (cropped.dtype, cropped.shape) == (np.uint8, images.shape)
-  counts = {
-    offset: int((cropped == crop).all(axis=(1, 2, 3)).sum())
-    for offset, crop in crops_of(images[0], 1).items()
-  }
+  counts = {offset: int((cropped == crop).all(axis=(1, 2, 3)).sum()) for offset, crop in crops_of(images[0], 1).items()}
   assert sum(counts.values()) == 900
   assert min(counts.values()) > 60 and max(counts.values()) < 140
 
@@ -99,9 +96,7 @@ def test_eager_jit_vmap_and_scan_agree():
 
 def test_normalize_is_the_same_under_jit_up_to_rounding():
   images, mean, std = make_images(2), np.array([0.1, 0.3]), np.array([0.2, 0.25])
-  np.testing.assert_allclose(
-    jax.jit(normalize)(images, mean, std), normalize(images, mean, std), rtol=1e-5, atol=1e-6
-  )
+  np.testing.assert_allclose(jax.jit(normalize)(images, mean, std), normalize(images, mean, std), rtol=1e-5, atol=1e-6)
 
 
 def test_no_implicit_promotion_of_dtype_or_rank():

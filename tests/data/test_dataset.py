@@ -69,9 +69,7 @@ def test_subset_keeps_each_image_with_its_label_and_takes_none_twice():
 def test_subset_depends_on_the_seed_alone_and_grows_with_its_size():
   split = make_split([0, 1] * 50)
   sources = {
-    (size, seed): subset(split, size, seed).images[:, 0, 0, 0].tolist()
-    for size in (10, 11, 60)
-    for seed in (0, 1)
+    (size, seed): subset(split, size, seed).images[:, 0, 0, 0].tolist() for size in (10, 11, 60) for seed in (0, 1)
   }
   assert sources[10, 0] == subset(split, 10, 0).images[:, 0, 0, 0].tolist()
   assert sources[10, 0] != sources[10, 1]

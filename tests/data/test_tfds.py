@@ -135,7 +135,7 @@ def test_sets_of_another_form_are_refused(tmp_path, refused):
 def test_what_is_missing_to_prepare_is_named(tmp_path, refused):
   with refused("pip install a_package_that_nobody_has", "source=folder"):
     load("sapr_tiny_missing_package", tmp_path)
-  with refused("needs the package tensorflow; run: pip install tensorflow,", "source=folder"):
+  with refused("needs tensorflow; run: pip install tensorflow,", "source=folder"):
     load("sapr_tiny_missing_deeper", tmp_path)
   with refused("could not download and prepare", "no route to the host", "source=folder"):
     load("sapr_tiny_offline", tmp_path)
