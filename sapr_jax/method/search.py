@@ -63,7 +63,8 @@ def architecture_loss(
   References:
     Gao et al., ICCV 2023, supplement A, Eq. 1; `macs_penalty` for the second term.
   """
-  masks = split_by_group(sample_masks(key, generator.apply(variables), bias=bias, temperature=temperature), graph)
+  outputs: Any = generator.apply(variables)
+  masks = split_by_group(sample_masks(key, outputs, bias=bias, temperature=temperature), graph)
   loss = loss_fn(mask_params(params, graph, masks))
   share = graph.prunable_macs(masks) / graph.prunable_macs()
   return loss + macs_weight * macs_penalty(graph, masks, p), SearchMetrics(loss, share)

@@ -13,6 +13,7 @@ CONFIG = "config.json"
 SUMMARY = "summary.json"
 DENSE = "dense"
 PRUNED = "pruned"
+REPORT = "report.txt"
 
 # Fields that change how a run goes about its work but not what comes out; they may differ when it resumes.
 _FREE_FIELDS = ("steps_per_call", "data.path", "checkpoint.", "report.", "eval_batch_size")
