@@ -50,7 +50,7 @@ class ArchitectureGenerator(nn.Module):
     z = self.variable(
       "constants", "z", lambda: jax.random.normal(self.make_rng("params"), (num_groups, self.input_size))
     ).value
-    h = nn.RNN(nn.GRUCell(self.hidden_size), name="gru")(z)
+    h = nn.RNN(nn.GRUCell(self.hidden_size))(z)
     h = nn.gelu(nn.LayerNorm(name="norm")(h), approximate=False)
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
     kernel = self.param("heads_kernel", init, (num_groups, self.hidden_size, widest))

@@ -176,7 +176,7 @@ def partial_regularization(
       return updates, new_state
     if params is None:
       raise InputError(
-        "partial_regularization needs the parameters: call tx.update(updates, state, params, masks=...)."
+        "partial_regularization needs the parameters: tx.update(updates, state, params, masks=masks)."
       )
     rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
     moved = optax.apply_updates(params, updates)

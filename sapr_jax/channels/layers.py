@@ -1,0 +1,160 @@
+"""Rules for the primitives that contract channels, and for those that hold a jaxpr."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sapr_jax.channels.atoms import Axis, fix, product, unify
+from sapr_jax.channels.rules import Contraction, Value, Walk, fixed_axes, inner_jaxprs, register_rule, union, unknown
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contractions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@register_rule("conv_general_dilated")
+def conv_general_dilated(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Ties the kernel's input axis to the operand, its output axis to the result; a depthwise one ties all three."""
+  params = eqn.params
+  if params["batch_group_count"] != 1:
+    return unknown(walk, eqn, operands)
+  lhs, rhs = operands
+  numbers = params["dimension_numbers"]
+  batch, feature, *space = (lhs.axes[i] for i in numbers.lhs_spec)
+  kernel_out, kernel_in, *window = (rhs.axes[i] for i in numbers.rhs_spec)
+  for axis in (*space, *window):
+    fix(axis, "it is a spatial dimension of a convolution")
+
+  groups, multiplier = params["feature_group_count"], None
+  if groups == 1:
+    unify(feature, kernel_in)
+  else:
+    group, depthwise = Axis(groups), kernel_in.size == 1
+    multiplier = kernel_out.size // groups if depthwise else None
+    if not depthwise:
+      fix(group, "it counts the groups of a grouped convolution")
+    per_group = Axis(kernel_out.size // groups, fixed="it multiplies the channels of a depthwise convolution")
+    unify(feature, product([group, kernel_in]))
+    unify(kernel_out, product([group, per_group if depthwise else Axis(per_group.size)]))
+
+  shape = eqn.outvars[0].aval.shape
+  out: list[Axis] = list(fixed_axes(shape, "it is a spatial dimension of a convolution"))
+  out[numbers.out_spec[0]], out[numbers.out_spec[1]] = batch, kernel_out
+  # Each input position of a transposed convolution meets the whole window; of an ordinary one, each output position.
+  dilated = any(dilation != 1 for dilation in params["lhs_dilation"])
+  positions = [a.size for a in space] if dilated else [shape[i] for i in numbers.out_spec[2:]]
+  producers = lhs.producers | rhs.producers
+  if producers:
+    walk.contractions.append(
+      Contraction(
+        kernel=frozenset() if rhs.producers else rhs.zeroed_by,
+        reduced=((feature, kernel_in),) if multiplier is None else (),
+        free=(kernel_out,),
+        factors=(kernel_in, kernel_out),
+        constant=walk.repetitions * math.prod(positions) * math.prod(axis.size for axis in window),
+        multiplier=multiplier,
+      )
+    )
+  return [Value(tuple(out), producers=walk.new_producer() if producers else frozenset())]
+
+
+@register_rule("dot_general")
+def dot_general(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Unifies the contracted and the batch axes of the operands; the kernel is a variable, not an activation."""
+  lhs, rhs = operands
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+  for i, j in (*zip(lhs_contract, rhs_contract, strict=True), *zip(lhs_batch, rhs_batch, strict=True)):
+    unify(lhs.axes[i], rhs.axes[j])
+  lhs_free = [axis for i, axis in enumerate(lhs.axes) if i not in (*lhs_contract, *lhs_batch)]
+  rhs_free = [axis for j, axis in enumerate(rhs.axes) if j not in (*rhs_contract, *rhs_batch)]
+  batch = [lhs.axes[i] for i in lhs_batch]
+  contracted = [(lhs.axes[i], rhs.axes[j]) for i, j in zip(lhs_contract, rhs_contract, strict=True)]
+
+  kernel, free = frozenset() if rhs.producers else rhs.zeroed_by, rhs_free
+  if not kernel and lhs.zeroed_by and not lhs.producers:
+    kernel, free = lhs.zeroed_by, lhs_free
+    contracted = [(b, a) for a, b in contracted]
+  producers = lhs.producers | rhs.producers
+  # A product of two kernels is a kernel: it costs nothing per image and is zero where either of them is.
+  if not producers:
+    for axis, _ in contracted:
+      fix(axis, "two variables are multiplied along it")
+    return [Value((*batch, *lhs_free, *rhs_free), lhs.zeroed_by | rhs.zeroed_by)]
+  walk.contractions.append(
+    Contraction(
+      kernel=kernel,
+      reduced=tuple(contracted),
+      free=tuple(free),
+      factors=(*batch, *(axis for axis, _ in contracted), *lhs_free, *rhs_free),
+      constant=walk.repetitions,
+    )
+  )
+  return [Value((*batch, *lhs_free, *rhs_free), producers=walk.new_producer())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Primitives that hold a jaxpr
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@register_rule(
+  "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+)  # fmt: skip
+def call(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  inner = inner_jaxprs(eqn)
+  if len(inner) != 1 or len(inner[0].invars) != len(operands):
+    return unknown(walk, eqn, operands)
+  return walk.walk_jaxpr(inner[0], operands)
+
+
+@register_rule("scan")
+def scan(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Walks the body once: what is carried keeps its channels, what is stacked has them in every slice."""
+  (jaxpr,) = inner_jaxprs(eqn)
+  num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+  num_fixed = num_consts + num_carry
+  sliced = []
+  for value in operands[num_fixed:]:
+    fix(value.axes[0], "a scan runs along it")
+    sliced.append(dataclasses.replace(value, axes=value.axes[1:]))
+  carry = [dataclasses.replace(value, zeroed_by=frozenset()) for value in operands[num_consts:num_fixed]]
+  length = int(eqn.params["length"])
+  walk.repetitions *= length
+  results = walk.walk_jaxpr(jaxpr, [*operands[:num_consts], *carry, *sliced])
+  walk.repetitions //= max(length, 1)
+  for before, after in zip(carry, results[:num_carry], strict=True):
+    for a, b in zip(before.axes, after.axes, strict=True):
+      unify(a, b)
+  outputs = [
+    Value(v.axes, producers=v.producers | c.producers) for v, c in zip(results[:num_carry], carry, strict=True)
+  ]
+  for value in results[num_carry:]:
+    axes = (Axis(length, fixed="a scan stacks along it"), *value.axes)
+    outputs.append(Value(axes, producers=value.producers))
+  return outputs
+
+
+@register_rule("cond", "while")
+def control_flow(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Fixes all it touches; counts the costliest branch of a `cond`, and one turn of a `while`."""
+  results = unknown(walk, eqn, operands)
+  best: list[Contraction] = []
+  producers = union([operand.producers for operand in operands])
+  reason = f"it goes through `{eqn.primitive.name}`"
+  for jaxpr in inner_jaxprs(eqn):
+    before = len(walk.contractions)
+    walk.walk_jaxpr(jaxpr, [Value(fixed_axes(var.aval.shape, reason), producers=producers) for var in jaxpr.invars])
+    branch = walk.contractions[before:]
+    del walk.contractions[before:]
+    if _total(branch) > _total(best):
+      best = branch
+  walk.contractions.extend(best)
+  return results
+
+
+def _total(contractions: Sequence[Contraction]) -> int:
+  return sum(c.constant * math.prod(axis.size for axis in c.factors) for c in contractions)

@@ -1,0 +1,238 @@
+"""Rules for primitives that compute entry by entry, move entries around, or act along some axes only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sapr_jax.channels.atoms import Axis, concatenation, fix, mark_joined, product, unify
+from sapr_jax.channels.rules import ParamKey, Value, Walk, fixed_axes, register_rule, union, unknown
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Elementwise
+# ----------------------------------------------------------------------------------------------------------------------
+
+# f(0) = 0, so a masked kernel stays masked through them.
+_ZERO_PRESERVING = frozenset(
+  {
+    *("neg", "abs", "sign", "sqrt", "cbrt", "square", "tanh", "sin", "tan", "sinh", "asin", "atan", "asinh", "atanh"),
+    *("expm1", "log1p", "erf", "floor", "ceil", "round", "convert_element_type", "reduce_precision", "real"),
+    *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"),
+  }
+)
+_OTHER_ELEMENTWISE = (
+  *("exp", "exp2", "log", "cos", "cosh", "acos", "acosh", "rsqrt", "logistic", "erfc", "erf_inv", "lgamma", "digamma"),
+  *("igamma", "igammac", "bessel_i0e", "bessel_i1e", "imag", "conj", "complex", "is_finite", "clz", "population_count"),
+  *("add", "add_any", "sub", "max", "min", "mul", "div", "rem", "pow", "integer_pow", "atan2", "nextafter", "clamp"),
+  *("select_n", "not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to"),
+  *("shift_left", "shift_right_logical", "shift_right_arithmetic"),
+)
+# Scaling one activation by another (a gate, squeeze-and-excitation) is no residual stream.
+_NOT_JOINING = frozenset({"mul", "div"})
+
+
+@register_rule(*_ZERO_PRESERVING, *_OTHER_ELEMENTWISE)
+def elementwise(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Unifies the axes of the operands, except those that are broadcast (scalars, size 1)."""
+  shape = eqn.outvars[0].aval.shape
+  full = [operand for operand in operands if len(operand.axes) == len(shape)]
+  axes = []
+  for dim, size in enumerate(shape):
+    same = [operand.axes[dim] for operand in full if operand.axes[dim].size == size]
+    for other in same[1:]:
+      unify(same[0], other)
+    axes.append(same[0])
+  if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in full if o.producers}) > 1:
+    for axis in axes:
+      mark_joined(axis)
+  producers = union([operand.producers for operand in operands])
+  return [Value(tuple(axes), _zeroed_by(eqn, operands), producers) for _ in eqn.outvars]
+
+
+def _zeroed_by(eqn: Any, operands: Sequence[Value]) -> frozenset[ParamKey]:
+  name = eqn.primitive.name
+  if name in _ZERO_PRESERVING or (name == "integer_pow" and eqn.params["y"] > 0):
+    return operands[0].zeroed_by if len(operands) == 1 else frozenset()
+  if name == "mul":
+    return union([operand.zeroed_by for operand in operands])
+  if name == "div":
+    return operands[0].zeroed_by
+  return frozenset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shape
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@register_rule("broadcast_in_dim")
+def broadcast_in_dim(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  axes = [Axis(size) for size in eqn.params["shape"]]
+  for axis, dim in zip(operands[0].axes, eqn.params["broadcast_dimensions"], strict=True):
+    if axis.size == axes[dim].size:
+      axes[dim] = axis
+  return [dataclasses.replace(operands[0], axes=tuple(axes))]
+
+
+@register_rule("reshape")
+def reshape(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Matches the smallest runs of dimensions with equal numbers of entries, as products."""
+  results = [Axis(size) for size in eqn.outvars[0].aval.shape]
+  source = [axis for axis in operands[0].axes if axis.size != 1]
+  target = [axis for axis in results if axis.size != 1]
+  while source and target:
+    i = j = 1
+    while (a := math.prod(x.size for x in source[:i])) != (b := math.prod(x.size for x in target[:j])):
+      i, j = (i + 1, j) if a < b else (i, j + 1)
+    unify(product(source[:i]), product(target[:j]))
+    source, target = source[i:], target[j:]
+  return [dataclasses.replace(operands[0], axes=tuple(results))]
+
+
+@register_rule("transpose")
+def transpose(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  return [dataclasses.replace(operands[0], axes=tuple(operands[0].axes[i] for i in eqn.params["permutation"]))]
+
+
+@register_rule("squeeze")
+def squeeze(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  gone = eqn.params["dimensions"]
+  axes = tuple(axis for dim, axis in enumerate(operands[0].axes) if dim not in gone)
+  return [dataclasses.replace(operands[0], axes=axes)]
+
+
+@register_rule("concatenate")
+def concatenate(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  along = eqn.params["dimension"]
+  axes = list(operands[0].axes)
+  for operand in operands[1:]:
+    for dim, axis in enumerate(operand.axes):
+      if dim != along:
+        unify(axes[dim], axis)
+  axes[along] = concatenation([operand.axes[along] for operand in operands])
+  return [Value(tuple(axes), producers=union([operand.producers for operand in operands]))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Primitives that act along some axes and leave the others alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _replace_axes(eqn: Any, value: Value, touched: Sequence[bool], reason: str) -> Value:
+  """Fixes the touched axes of `value` and gives it new, fixed ones in their place; keeps the others."""
+  axes = []
+  for axis, is_touched, size in zip(value.axes, touched, eqn.outvars[0].aval.shape, strict=True):
+    if is_touched:
+      fix(axis, reason)
+    axes.append(Axis(size, fixed=reason) if is_touched else axis)
+  return Value(tuple(axes), producers=value.producers)
+
+
+@register_rule(
+  "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"
+)
+def reduction(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Fixes what is reduced: a dropped channel need not be zero, nor would an average divide by the new number."""
+  axes = []
+  for dim, axis in enumerate(operands[0].axes):
+    if dim in eqn.params["axes"]:
+      fix(axis, f"`{eqn.primitive.name}` reduces over it, as a normalization over channels does")
+    else:
+      axes.append(axis)
+  return [Value(tuple(axes), producers=operands[0].producers)]
+
+
+@register_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+def cumulation(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  touched = [dim == eqn.params["axis"] for dim in range(len(operands[0].axes))]
+  return [_replace_axes(eqn, operands[0], touched, f"`{eqn.primitive.name}` runs along it")]
+
+
+@register_rule("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def reduce_window(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Pooling: axes with a window of one are left alone."""
+  if len(operands) > 2 or any(axis.size != 1 for operand in operands[1:] for axis in operand.axes):
+    return unknown(walk, eqn, operands)
+  params = eqn.params
+  dims = range(len(operands[0].axes))
+  base = params.get("base_dilation") or [1] * len(dims)
+  touched = [
+    params["window_dimensions"][i] != 1
+    or params["window_strides"][i] != 1
+    or tuple(params["padding"][i]) != (0, 0)
+    or base[i] != 1
+    for i in dims
+  ]
+  return [_replace_axes(eqn, operands[0], touched, "it is pooled over")]
+
+
+@register_rule("pad")
+def pad(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Fixes a padded axis: the amount is a number in the model's code, which pruning cannot change."""
+  touched = [tuple(amounts) != (0, 0, 0) for amounts in eqn.params["padding_config"]]
+  return [_replace_axes(eqn, operands[0], touched, "it is padded by a number of entries that the model's code fixes")]
+
+
+@register_rule("slice")
+def slice_(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Fixes a sliced axis: the bounds are numbers in the model's code."""
+  shape = eqn.outvars[0].aval.shape
+  touched = [axis.size != size for axis, size in zip(operands[0].axes, shape, strict=True)]
+  return [_replace_axes(eqn, operands[0], touched, "it is sliced at bounds that the model's code fixes")]
+
+
+@register_rule("dynamic_slice")
+def dynamic_slice(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  return slice_(walk, eqn, operands[:1])
+
+
+@register_rule("gather")
+def gather(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  """Keeps the axes that are taken whole; fixes the others, and those of the indices."""
+  value, indices = operands
+  numbers, taken = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+  reason = "its entries are picked by indices"
+  gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+  results = list(fixed_axes(eqn.outvars[0].aval.shape, reason))
+  places = iter(numbers.offset_dims)
+  for dim, axis in enumerate(value.axes):
+    place = None if dim in gone else next(places)
+    if place is not None and taken[dim] == axis.size and dim not in numbers.start_index_map:
+      results[place] = axis
+    else:
+      fix(axis, reason)
+  for axis in indices.axes:
+    fix(axis, reason)
+  return [Value(tuple(results), producers=value.producers | indices.producers)]
+
+
+@register_rule("split")
+def split(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  reason = "it is split at bounds that the model's code fixes"
+  along = eqn.params["axis"]
+  fix(operands[0].axes[along], reason)
+  return [
+    Value(
+      tuple(
+        Axis(var.aval.shape[dim], fixed=reason) if dim == along else axis for dim, axis in enumerate(operands[0].axes)
+      ),
+      producers=operands[0].producers,
+    )
+    for var in eqn.outvars
+  ]
+
+
+@register_rule("rev")
+def rev(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  touched = [dim in eqn.params["dimensions"] for dim in range(len(operands[0].axes))]
+  # Reversal moves zeros along the reversed axes only, so on the others the value still inherits them.
+  value = _replace_axes(eqn, operands[0], touched, "it is reversed")
+  return [dataclasses.replace(value, zeroed_by=operands[0].zeroed_by)]
+
+
+@register_rule("iota", "rng_bit_generator", "random_bits", "random_seed", "random_wrap")
+def constant(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  del operands
+  return [Value(fixed_axes(var.aval.shape, "it indexes a constant")) for var in eqn.outvars]

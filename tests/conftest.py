@@ -1,0 +1,121 @@
+"""Fixtures that several folders share: a tiny residual network, and one that is trained on real digits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sapr_jax as sapr
+from sapr_jax import data
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A model with all that the functions under test want."""
+
+  model: nn.Module
+  variables: Any
+  graph: sapr.ChannelGraph
+  input_shape: tuple[int, ...]
+
+  @property
+  def params(self) -> Any:
+    return self.variables["params"]
+
+
+def _network(model: nn.Module, input_shape: tuple[int, ...], **trace_options: Any) -> Network:
+  # Drawn by NumPy, as compiling `init` takes longer than all that follows.
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(input_shape))
+
+  def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    scale = (2 / max(np.prod(leaf.shape[:-1]), 1)) ** 0.5  # He et al.
+    return jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
+
+  variables = jax.tree.map(draw, shapes)
+  return Network(model, variables, sapr.trace_channels(model, variables, input_shape, **trace_options), input_shape)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Network:
+  """ResNet-8 with 4, 8 and 16 channels on 8x8 gray images."""
+  return _network(sapr.models.create("resnet8", width=4), (1, 8, 8, 1))
+
+
+class Bottleneck(nn.Module):
+  """Two pointwise convolutions around a 3x3 one, and a flattened Dense layer that reads the last."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for name, features, kernel in (("reduce", 4, 1), ("middle", 3, 3), ("expand", 2, 1)):
+      x = nn.relu(nn.Conv(features, (kernel, kernel), name=name)(x))
+    return nn.Dense(5, name="head")(x.reshape((x.shape[0], -1)))
+
+
+@pytest.fixture(scope="session")
+def bottleneck() -> Network:
+  """Groups on both axes of one kernel, and one that a flattened axis carries."""
+  return _network(Bottleneck(), (1, 4, 4, 2), select="unjoined")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Network):
+  """A network trained on the digits, with normalized images."""
+
+  images: Any
+  labels: Any
+  test_images: Any
+  test_labels: Any
+
+  def accuracy(self, params: Any) -> float:
+    logits = _forward(self.model, {**self.variables, "params": params}, self.test_images)
+    return float(jnp.mean(jnp.argmax(logits, axis=-1) == self.test_labels))
+
+
+def _forward(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
+  return model.apply(variables, x)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Trained:
+  """ResNet-8 with 8, 16 and 32 channels, trained on scikit-learn's digits."""
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  dataset = data.load_dataset("digits")
+  mean, std = dataset.channel_statistics()
+  network = _network(sapr.models.create("resnet8", width=8), (1, *dataset.image_shape))
+  model = network.model
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(network.input_shape))
+  images, labels = data.normalize(dataset.train.images, mean, std), jnp.asarray(dataset.train.labels)
+  tx = optax.sgd(optax.cosine_decay_schedule(0.1, 12 * 18), momentum=0.9)
+
+  @jax.jit
+  def step(variables, opt_state, indices):
+    def loss_fn(params):
+      logits, updated = model.apply({**variables, "params": params}, images[indices], train=True, mutable="batch_stats")
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices]).mean(), updated
+
+    grads, updated = jax.grad(loss_fn, has_aux=True)(variables["params"])
+    updates, opt_state = tx.update(grads, opt_state)
+    return {"params": optax.apply_updates(variables["params"], updates), **updated}, opt_state
+
+  opt_state = tx.init(variables["params"])
+  for epoch in range(12):
+    for indices in data.epoch_batches(len(labels), 64, seed=0, epoch=epoch, stream="fixture"):
+      variables, opt_state = step(variables, opt_state, indices)
+  return Trained(
+    model,
+    variables,
+    network.graph,
+    network.input_shape,
+    images,
+    labels,
+    data.normalize(dataset.test.images, mean, std),
+    np.asarray(dataset.test.labels),
+  )

@@ -1,0 +1,63 @@
+"""The generator alone, on a trained network whose weights are fixed."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import sapr_jax as sapr
+from sapr_jax.method import most_likely_masks
+
+
+@pytest.fixture(scope="module")
+def search(trained):
+  """(p) -> the generator's outputs after 200 steps."""
+  generator = sapr.ArchitectureGenerator.for_graph(trained.graph)
+  tx = optax.adamw(1e-2, weight_decay=1e-2)
+
+  @jax.jit
+  def step(variables, opt_state, key, p):
+    image_key, mask_key = jax.random.split(key)
+    indices = jax.random.randint(image_key, (128,), 0, len(trained.labels))
+
+    def loss_fn(params):
+      logits = trained.model.apply({**trained.variables, "params": params}, trained.images[indices])
+      return optax.softmax_cross_entropy_with_integer_labels(logits, trained.labels[indices]).mean()
+
+    def objective(params):
+      return sapr.architecture_loss(
+        generator, {**variables, "params": params}, trained.graph, trained.params, loss_fn, mask_key, p=p
+      )[0]
+
+    grads = jax.grad(objective)(variables["params"])
+    updates, opt_state = tx.update(grads, opt_state, variables["params"])
+    return {**variables, "params": optax.apply_updates(variables["params"], updates)}, opt_state
+
+  def run(p):
+    variables = generator.init(jax.random.key(1))
+    opt_state = tx.init(variables["params"])
+    for i in range(200):
+      variables, opt_state = step(variables, opt_state, jax.random.key(i), p)
+    return sapr.split_by_group(np.asarray(generator.apply(variables)), trained.graph)
+
+  return run
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
+def test_it_reaches_the_budget_and_beats_random_masks_of_the_same_macs(trained, search, p):
+  graph = trained.graph
+
+  def accuracy(scores):
+    masks = sapr.project_to_budget(graph, scores, p)
+    assert p - 0.01 <= graph.prunable_macs(masks) / graph.prunable_macs() <= p
+    return trained.accuracy(sapr.mask_params(trained.params, graph, masks))
+
+  outputs = search(p)
+  # The penalty alone brings the masks near the budget; the projection closes the rest.
+  share = graph.prunable_macs(most_likely_masks(outputs)) / graph.prunable_macs()
+  assert p - 0.05 <= share <= p + 0.02
+  rng = np.random.default_rng(0)
+  at_random = [accuracy({g.name: rng.random(g.size) for g in graph.groups}) for _ in range(5)]
+  assert accuracy(outputs) > max(at_random) + 0.05
