@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
   config.report = ConfigDict()
   config.report.latency_batch_sizes = (1, 128)
   config.report.latency_repeats = 15
-  return config
+  return config.lock()  # a misspelt field is an error, in the files that override it too
 
 
 def phase() -> ConfigDict:

@@ -24,8 +24,13 @@ def main(argv: Sequence[str]) -> int:
   """Runs the experiment that the flags describe; returns the exit status."""
   if len(argv) > 1:
     return _fail(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
-  config, workdir = _CONFIG.value, _WORKDIR.value
-  if config is None or workdir is None:
+  try:
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    if config is not None:
+      config.lock()
+  except OSError as error:  # a file that could not be loaded shows when the configuration is first used
+    return _fail(f"the configuration cannot be read: {_one_line(error.__cause__ or error)}")
+  if config is None or not workdir:
     return _fail(f"--{'config' if config is None else 'workdir'} is missing; see python -m sapr_jax.main --help.")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   from sapr_jax import training  # JAX starts late, so that bad flags fail at once
@@ -49,10 +54,15 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the flags; an unknown field of the configuration or a missing file ends in one line."""
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    sys.exit(_fail(" ".join(str(error).split())))
-  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    sys.exit(_fail(" ".join(str(error).split())))
+  except (AttributeError, KeyError) as error:
+    sys.exit(_fail(f"the configuration has no such field: {_one_line(error)}"))
+  except (flags.Error, OSError, TypeError, ValueError) as error:
+    sys.exit(_fail(_one_line(error)))
+
+
+def _one_line(error: BaseException) -> str:
+  text = error.args[0] if isinstance(error, KeyError) and error.args else error
+  return " ".join(str(text).split())
 
 
 if __name__ == "__main__":

@@ -16,21 +16,18 @@ _ROWS = {
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   """Returns one line about the epoch of `record`."""
-  parts = [
-    f"{record['stage']} {record['epoch']}/{epochs}:",
-    f"loss {record['train_loss']:.4f},",
-    f"test {record['test_accuracy']:.2%}",
-  ]
+  accuracy = f"test {record['test_accuracy']:.2%}"
   if "subnetwork_accuracy" in record:
-    parts.append(f"(sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} MACs)")
+    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} MACs)"
+  parts = [f"loss {record['train_loss']:.4f}", accuracy]
   if "dropped_norm_mean" in record:
-    parts.append(f"norms: kept {record['kept_norm_mean']:.3f}, dropped {record['dropped_norm_mean']:.3f}")
+    parts.append(f"norms {record['kept_norm_mean']:.3f} kept, {record['dropped_norm_mean']:.3f} dropped")
   if "hamming_distance" in record:
-    parts.append(f"hamming {record['hamming_distance']:.3f}")
-  seconds = f"{record['weight_seconds']:.1f} s"
+    parts.append(f"Hamming {record['hamming_distance']:.3f}")
+  parts.append(f"{record['weight_seconds']:.1f} s")
   if "generator_seconds" in record:
-    seconds += f" + generator {record['generator_seconds']:.1f} s"
-  return f"{' '.join(parts)}, {seconds}"
+    parts[-1] += f" + generator {record['generator_seconds']:.1f} s"
+  return f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

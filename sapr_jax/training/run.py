@@ -38,13 +38,15 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     InputError: If the configuration, the data or the work directory cannot be used.
   """
   check_config(config)
-  path = layout.open_workdir(pathlib.Path(workdir), config)
+  path = pathlib.Path(workdir)
+  layout.check_workdir(path, config)
   if (path / layout.SUMMARY).is_file():
     summary = json.loads((path / layout.SUMMARY).read_text())
     print(f"{path} holds a finished run.\n\n{report.format_summary(summary)}")
     return summary
   started = time.monotonic()
-  setup = build(config)
+  setup = build(config)  # what is wrong with the data shows before anything is written
+  layout.make_workdir(path, config)
   print(_describe(setup), flush=True)
   train_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "train", config.checkpoint.keep)
   finetune_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "finetune", config.checkpoint.keep)

@@ -19,27 +19,20 @@ REPORT = "report.txt"
 _FREE_FIELDS = ("steps_per_call", "data.path", "checkpoint.", "report.", "eval_batch_size")
 
 
-def open_workdir(path: pathlib.Path, config: Any) -> pathlib.Path:
-  """Makes the work directory, or opens the one of an earlier run of the same configuration.
+def check_workdir(path: pathlib.Path, config: Any) -> None:
+  """Checks that `path` is new or belongs to a run of the same configuration; writes nothing.
 
   Raises:
-    InputError: If it cannot be written, or belongs to another configuration; the message names the fields that differ.
+    InputError: If it belongs to another configuration; the message names the fields that differ.
   """
-  fields = _flatten(json.loads(config.to_json_best_effort()))
   file = path / CONFIG
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-      write_json(file, fields)
-      return path
-  except OSError as error:
-    raise InputError(
-      f"The work directory {path} cannot be written ({error.strerror}); name another --workdir."
-    ) from error
+  if not file.exists():
+    return
   try:
     earlier = json.loads(file.read_text())
   except ValueError as error:
     raise InputError(f"{file} is damaged ({error}); name a new --workdir.") from error
+  fields = _fields(config)
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
   if differing:
@@ -49,7 +42,25 @@ def open_workdir(path: pathlib.Path, config: Any) -> pathlib.Path:
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
       " --workdir to start anew."
     )
-  return path
+
+
+def make_workdir(path: pathlib.Path, config: Any) -> None:
+  """Makes the work directory and notes the configuration in it, unless an earlier run did.
+
+  Raises:
+    InputError: If it cannot be written.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / CONFIG).exists():
+      write_json(path / CONFIG, _fields(config))
+  except OSError as error:
+    why = error.strerror or error
+    raise InputError(f"The work directory {path} cannot be written ({why}); name another --workdir.") from error
+
+
+def _fields(config: Any) -> dict[str, Any]:
+  return _flatten(json.loads(config.to_json_best_effort()))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

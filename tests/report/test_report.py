@@ -1,0 +1,55 @@
+"""The line of an epoch, the table at the end, and latency."""
+
+from __future__ import annotations
+
+from sapr_jax import report
+
+
+def test_the_line_of_an_epoch():
+  plain = {"stage": "train", "epoch": 3, "train_loss": 0.5, "test_accuracy": 0.9, "weight_seconds": 12.0}
+  assert report.format_epoch(plain, 20) == "train 3/20: loss 0.5000, test 90.00%, 12.0 s"
+  searched = plain | {
+    "subnetwork_accuracy": 0.8,
+    "macs_share": 0.479,
+    "kept_norm_mean": 1.5,
+    "dropped_norm_mean": 0.25,
+    "hamming_distance": 0.01,
+    "generator_seconds": 1.0,
+  }
+  assert report.format_epoch(searched, 20) == (
+    "train 3/20: loss 0.5000, test 90.00% (sub-network 80.00% at 47.9% MACs),"
+    " norms 1.500 kept, 0.250 dropped, Hamming 0.010, 12.0 s + generator 1.0 s"
+  )
+
+
+def test_the_table():
+  def row(accuracy, macs, params, latency):
+    return {"accuracy": accuracy, "macs": macs, "params": params, "latency_ms": {"1": latency}}
+
+  summary = {
+    "dense": row(0.95, 2_000_000, 12345, 1.0),
+    "subnetwork": row(0.8, 1_000_000, 6000, 0.5),
+    "pruned": row(0.949, 1_000_000, 6000, 0.5),
+  }
+  assert report.format_summary(summary) == "\n".join(
+    [
+      "network                          accuracy     MACs  of dense  parameters  ms, batch 1",
+      "-------------------------------------------------------------------------------------",
+      "dense                              95.00%  2.000 M    100.0%      12,345         1.00",
+      "sub-network, before fine-tuning    80.00%  1.000 M     50.0%       6,000         0.50",
+      "pruned, after fine-tuning          94.90%  1.000 M     50.0%       6,000         0.50",
+    ]
+  )
+
+
+def test_latency_is_measured_for_each_network_and_batch_size(tiny):
+  networks = {"a": (tiny.model, tiny.variables), "b": (tiny.model, tiny.variables)}
+  latency = report.measure_latency(networks, tiny.input_shape, (1, 3), repeats=2)
+  assert latency.keys() == {"a", "b"}
+  assert all(times.keys() == {"1", "3"} and all(t > 0 for t in times.values()) for times in latency.values())
+
+
+def test_the_versions_name_what_numbers_depend_on():
+  versions = report.versions()
+  assert versions.keys() >= {"python", "jax", "jaxlib", "flax", "sapr_jax"}
+  assert all(isinstance(version, str) and version for version in versions.values())

@@ -1,0 +1,190 @@
+"""One small run from training to the pruned model, and what a killed one does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import sapr_jax as sapr
+from configs import digits
+from sapr_jax import artifacts, data, training
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+
+SMALL = {
+  "data.train_images": 320,
+  "data.test_images": 100,
+  "eval_batch_size": 64,
+  "train.epochs": 4,
+  "train.decay_epochs": (3,),
+  "prune.start_epoch": 1,
+  "prune.gamma": 0.1,  # strong, as there are only five steps in an epoch
+  "finetune.epochs": 2,
+  "finetune.decay_epochs": (1,),
+  "report.latency_batch_sizes": (1,),
+  "report.latency_repeats": 1,
+}
+
+
+def small_config(**overrides):
+  config = digits.get_config()
+  config.update_from_flattened_dict(SMALL | {name.replace("__", "."): value for name, value in overrides.items()})
+  return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """The runs below compile the same programs."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole_and_log(tmp_path_factory, compilation_cache):
+  """(work directory, summary) of a run that nothing disturbed, and what it printed."""
+  workdir = tmp_path_factory.mktemp("run") / "whole"
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    summary = training.run(small_config(), workdir)
+  return workdir, summary, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(whole_and_log):
+  return whole_and_log[:2]
+
+
+def without_times(records):
+  return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in records]
+
+
+def test_every_epoch_has_its_record(whole):
+  records = artifacts.read_records(whole[0])
+  assert [(r["stage"], r["epoch"], r["step"]) for r in records] == [
+    *(("train", i, i) for i in (1, 2, 3, 4)),
+    *(("finetune", i, 4 + i) for i in (1, 2)),
+  ]
+  common = {"learning_rate", "train_loss", "train_accuracy", "test_accuracy", "test_loss", "weight_seconds"}
+  searched = {
+    *("subnetwork_accuracy", "macs_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
+    *("kept_norm_mean", "generator_loss", "generator_macs_share", "generator_seconds", "widths"),
+  }
+  assert all(common <= record.keys() for record in records)
+  assert [searched <= record.keys() for record in records] == [False, True, True, True, False, False]
+  assert ["hamming_distance" in record for record in records] == [False, False, True, True, False, False]
+  assert [record["learning_rate"] for record in records] == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.05, 0.005])
+
+
+def test_the_masks_meet_the_budget_in_every_epoch(whole):
+  shares = [record["macs_share"] for record in artifacts.read_records(whole[0]) if "macs_share" in record]
+  assert len(shares) == 3
+  assert all(0.48 <= share <= 0.49 for share in shares)
+
+
+def test_the_dropped_channels_lose_their_norm(whole):
+  first = artifacts.read_records(whole[0])[1]
+  assert first["dropped_norm_mean"] < 0.6 * first["kept_norm_mean"]
+
+
+def test_tensorboard_gets_the_numbers(whole):
+  (events,) = (whole[0] / "tensorboard").glob("events.*")
+  content = events.read_bytes()
+  for tag in (b"train/subnetwork_accuracy", b"train/hamming_distance", b"finetune/test_accuracy"):
+    assert tag in content
+
+
+def test_the_summary_is_about_the_last_epoch_and_the_compact_model(whole):
+  workdir, summary = whole
+  records = artifacts.read_records(workdir)
+  assert summary == json.loads((workdir / "summary.json").read_text())
+  assert summary["dense"]["accuracy"] == pytest.approx(records[3]["test_accuracy"])
+  # Masked and compact are the same network.
+  assert summary["subnetwork"]["accuracy"] == pytest.approx(records[3]["subnetwork_accuracy"])
+  assert summary["pruned"]["accuracy"] == pytest.approx(records[5]["test_accuracy"])
+  assert summary["dense"]["macs"] == 747_136
+  assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.5
+  assert summary["pruned"]["params"] < summary["dense"]["params"]
+  table = (workdir / "report.txt").read_text()
+  assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [
+    "dense",
+    "sub-network, before fine-tuning",
+    "pruned, after fine-tuning",
+  ]
+
+
+def test_the_pruned_model_can_be_loaded_and_has_what_the_table_says(whole):
+  workdir, summary = whole
+  model, variables = sapr.load(workdir / "pruned")
+  assert artifacts.count_params(variables) == summary["pruned"]["params"]
+  assert sapr.count_macs(model, variables, (1, 8, 8, 1)) == summary["pruned"]["macs"]
+  dense, dense_variables = sapr.load(workdir / "dense")
+  assert dense.depth == 8
+  assert artifacts.count_params(dense_variables) == summary["dense"]["params"] == 75_002
+
+
+def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
+  monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: pytest.fail("the run was started again"))
+  assert training.run(small_config(), whole[0]) == whole[1]
+  assert "holds a finished run" in capsys.readouterr().out
+
+
+def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+  class StoppedError(Exception):
+    pass
+
+  write = artifacts.Recorder.write
+
+  def stop_at(step):
+    def stopping(recorder, record):
+      write(recorder, record)  # the record is there, its checkpoint is not
+      if record["step"] == step:
+        raise StoppedError
+
+    return stopping
+
+  for step in (3, 6):
+    monkeypatch.setattr(artifacts.Recorder, "write", stop_at(step))
+    with pytest.raises(StoppedError):
+      training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(artifacts.Recorder, "write", write)
+  training.run(small_config(), tmp_path / "run")
+
+  got, want = artifacts.read_records(tmp_path / "run"), artifacts.read_records(whole[0])
+  assert without_times(got) == without_times(want)
+  for name in ("dense", "pruned"):
+    (_, got_variables), (_, want_variables) = sapr.load(tmp_path / "run" / name), sapr.load(whole[0] / name)
+    jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
+
+
+def test_the_penalty_form_and_another_weighting_run_too(tmp_path):
+  config = small_config(
+    prune__form="penalty", prune__weighting="share", prune__round_to=4, finetune__epochs=0, train__epochs=2,
+    train__decay_epochs=(), finetune__decay_epochs=(),
+  )  # fmt: skip
+  summary = training.run(config, tmp_path / "run")
+  assert all(width % 4 == 0 for width in summary["run"]["widths"].values())
+  assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
+
+
+def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):
+  _, _, out, err = whole_and_log
+  lines = [line for line in out.splitlines() if line.startswith(("train ", "finetune "))]
+  assert len(lines) == 6
+  assert re.match(r"train 1/4: loss \d\.\d+, test [\d.]+%, [\d.]+ s, \d:\d\d:\d\d left$", lines[0])
+  assert "sub-network" in lines[1] and "dropped" in lines[1]
+  assert lines[5].startswith("finetune 2/2") and not lines[5].endswith("left")
+  assert "\r" not in out + err and "\x1b" not in out + err

@@ -1,0 +1,104 @@
+"""The per-device steps and how they are mapped and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sapr_jax as sapr
+from sapr_jax.training import devices, steps
+from sapr_jax.training.state import network_state
+
+PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return devices.data_mesh()
+
+
+@pytest.fixture(scope="module")
+def shared(mesh):
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.integers(0, 256, (20, 8, 8, 1)), jnp.uint8)
+  return devices.replicate(
+    steps.Shared(images=images, labels=jnp.asarray(rng.integers(0, 10, 20), jnp.int32), key=jax.random.key(0)), mesh
+  )
+
+
+def test_many_steps_in_one_call_equal_one_after_the_other(mesh):
+  def step(carry, shared, batch):
+    carry = carry * shared + jnp.sum(batch)
+    return carry, {"sum": jnp.sum(batch)}
+
+  batches = np.arange(14.0).reshape(7, 2)
+  results = []
+  for steps_per_call in (1, 3, 7, 50):
+    mapped = devices.MappedSteps(step, mesh, steps_per_call)
+    calls = list(mapped.run(jnp.ones(()), jnp.asarray(0.5), batches))
+    assert len(calls) == -(-7 // steps_per_call)
+    np.testing.assert_array_equal(np.concatenate([metrics["sum"] for _, metrics in calls]), batches.sum(axis=1))
+    results.append(float(calls[-1][0]))
+  assert results == pytest.approx([results[0]] * 4)
+
+
+def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
+  tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
+  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh, 1)
+  before = network_state(tiny.variables, tx)
+  indices = np.arange(8)[None]
+  ((after, metrics),) = step.run(jax.tree.map(jnp.copy, before), shared, indices)
+
+  x = (np.asarray(shared.images[:8], np.float32) / 255 - 0.5) / 0.25
+
+  def loss_fn(params):
+    logits, updated = tiny.model.apply({**tiny.variables, "params": params}, x, train=True, mutable=["batch_stats"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels[:8]).mean(), updated["batch_stats"]
+
+  (loss, batch_stats), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(tiny.params)
+  want = jax.tree.map(lambda w, g: w - 0.1 * (g + 1e-2 * w), tiny.params, grads)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)  # noqa: E731
+  jax.tree.map(close, after.params, want)
+  jax.tree.map(close, after.batch_stats, batch_stats)
+  close(metrics["loss"][0], loss)
+  assert int(after.step) == 1
+
+
+def test_evaluation_counts_every_image_once(tiny, mesh, shared):
+  step = devices.MappedSteps(steps.evaluation_step(tiny.model, PREPROCESSING), mesh, 1)
+  x = (np.asarray(shared.images, np.float32) / 255 - 0.5) / 0.25
+  logits = tiny.model.apply(tiny.variables, x)
+  right = int(jnp.sum(jnp.argmax(logits, axis=-1) == shared.labels))
+  indices = np.concatenate([np.arange(20), np.zeros(4, int)]).reshape(3, 8)
+  weights = np.concatenate([np.ones(20), np.zeros(4)]).astype(np.float32).reshape(3, 8)
+  zero = {name: jnp.zeros(()) for name in ("correct", "loss", "count")}
+  *_, (sums, _) = step.run(zero, dataclasses.replace(shared, variables=tiny.variables), (indices, weights))
+  assert float(sums["count"]) == 20
+  assert float(sums["correct"]) == right
+  want = optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels).sum()
+  np.testing.assert_allclose(sums["loss"], want, rtol=1e-4)
+
+
+def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared):
+  masks = tiny.graph.full_masks()
+  name = tiny.graph.groups[0].name
+  masks[name][1] = 0
+  kernel = lambda params: np.asarray(params["stage1_block1"]["conv1"]["kernel"])  # noqa: E731
+
+  tx = optax.chain(optax.sgd(1e-3), sapr.partial_regularization(tiny.graph, 1e-3, gamma=50.0))
+  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING, graph=tiny.graph), mesh, 1)
+
+  def stepped(masks):
+    state = jax.tree.map(jnp.copy, network_state(tiny.variables, tx))
+    ((after, _),) = step.run(state, dataclasses.replace(shared, masks=masks), np.arange(8)[None])
+    return kernel(after.params)
+
+  plain, regularized = stepped(tiny.graph.full_masks()), stepped(masks)
+  np.testing.assert_array_equal(plain[..., [0, 2, 3]], regularized[..., [0, 2, 3]])
+  lost = np.linalg.norm(plain[..., 1]) - np.linalg.norm(regularized[..., 1])
+  np.testing.assert_allclose(lost, 0.05, rtol=1e-3)
