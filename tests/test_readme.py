@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""What the README and the guide show runs as it stands."""
 
 from __future__ import annotations
 
@@ -7,19 +7,38 @@ import re
 import subprocess
 import sys
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_from_outside_the_package(tmp_path):
-  (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  (tmp_path / "example.py").write_text(example)
-  done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+def run_example(page, folder):
+  """Runs the Python of a page as a script outside the package; returns its lines of output."""
+  (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (folder / "example.py").write_text(example)
+  done = subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  difference, macs = done.stdout.splitlines()[-2:]
+  return done.stdout.splitlines()
+
+
+def test_the_example_of_the_readme(tmp_path):
+  difference, macs = run_example(README, tmp_path)[-2:]
   assert float(difference) < 1e-4
   dense, small = (int(number) for number in macs.split(" -> "))
   assert 0.4 * dense < small < 0.55 * dense
   assert (tmp_path / "small_net" / "model.json").is_file()
+
+
+def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  dense, pruned = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)[-2:]
+  macs, accuracy = zip(
+    *(re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in (dense, pruned)), strict=True
+  )
+  dense_macs, pruned_macs = (int(number.replace(",", "")) for number in macs)
+  assert 0.49 * dense_macs < pruned_macs < 0.52 * dense_macs
+  assert float(accuracy[0]) > 90 and float(accuracy[1]) > 75
 
 
 def test_the_commands_name_fields_and_files_that_exist():
@@ -33,6 +52,5 @@ def test_the_commands_name_fields_and_files_that_exist():
     for part in name.split("."):
       assert part in value, name
       value = value[part]
-  root = pathlib.Path(__file__).parent.parent
   for link in re.findall(r"\]\(([\w./]+)\)", README):
-    assert (root / link).exists(), link
+    assert (ROOT / link).exists(), link
