@@ -37,8 +37,8 @@ def default_steps_per_call(mesh: Mesh) -> int:
 class MappedSteps:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
 
-  The carry is donated; batches are cut along their second axis. With n batches and `steps_per_call` s there are two
-  compiled programs at most: s steps, and the remaining n mod s.
+  The carry is donated; batches are cut along their second axis. Every number of steps in a call is a program to compile,
+  so a call runs fewer than `steps_per_call` where that leaves no remainder.
   """
 
   def __init__(self, step: Step, mesh: Mesh, steps_per_call: int | None = None):
@@ -69,8 +69,10 @@ class MappedSteps:
       After each call (carry, metrics), the metrics stacked `[steps of this call, ...]`; the host has waited for them.
     """
     total = jax.tree.leaves(batches)[0].shape[0]
-    for start in range(0, total, self._steps_per_call):
-      part = jax.tree.map(operator.itemgetter(slice(start, start + self._steps_per_call)), batches)
+    most = self._steps_per_call
+    size = next((size for size in range(most, most // 2, -1) if total % size == 0), most)
+    for start in range(0, total, size):
+      part = jax.tree.map(operator.itemgetter(slice(start, start + size)), batches)
       carry, metrics = self._many(carry, shared, jax.device_put(part, self._sharding))
       jax.block_until_ready(metrics)
       yield carry, metrics

@@ -47,6 +47,12 @@ def test_many_steps_in_one_call_equal_one_after_the_other(mesh):
   assert results == pytest.approx([results[0]] * 4)
 
 
+def test_calls_are_of_one_length_where_that_is_near(mesh):
+  mapped = devices.MappedSteps(lambda carry, shared, batch: (carry, {"batch": batch}), mesh, 5)
+  calls = list(mapped.run(jnp.zeros(()), jnp.zeros(()), np.zeros((12, 2))))
+  assert [len(metrics["batch"]) for _, metrics in calls] == [4, 4, 4]
+
+
 def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
   step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh, 1)
