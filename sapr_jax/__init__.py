@@ -35,6 +35,7 @@ from sapr_jax.method import (
   sample_masks,
   split_by_group,
 )
+from sapr_jax.version import __version__
 
 __all__ = [
   "ArchitectureGenerator",
@@ -42,6 +43,7 @@ __all__ = [
   "ChannelGroup",
   "InputError",
   "NarrowModule",
+  "__version__",
   "architecture_loss",
   "count_macs",
   "load",

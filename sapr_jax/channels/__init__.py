@@ -1,8 +1,9 @@
 """What must be cut together in a Flax network, and the cutting. Knows nothing of training, data or the paper."""
 
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_masks
+from sapr_jax.channels.pruning import prune
 from sapr_jax.channels.rules import register_rule
-from sapr_jax.channels.surgery import NarrowModule, mask_params, prune, prune_tree
+from sapr_jax.channels.surgery import NarrowModule, mask_params, prune_tree
 from sapr_jax.channels.trace import count_macs, trace_channels
 
 __all__ = [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels.rules import ParamKey
+from sapr_jax.channels.rules import ParamKey, Place
 from sapr_jax.errors import InputError
 
 Masks = Mapping[str, Any]
@@ -89,10 +89,10 @@ class ChannelGroup:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MacsPolynomial:
-  """MACs as a polynomial in the number of kept channels of each group.
+class ChannelPolynomial:
+  """A number, such as MACs, as a polynomial in the number of kept channels of each group.
 
-      macs = sum_t coefficients[t] * prod_j kept[factors[t, j]]
+      value = sum_t coefficients[t] * prod_j kept[factors[t, j]]
 
   where the entry after the last group is the constant 1.
   """
@@ -101,10 +101,11 @@ class MacsPolynomial:
   factors: np.ndarray
 
   def __call__(self, kept: Any) -> Any:
-    """Evaluates at `kept`, an integer or floating array `[K]`; integers give an exact Python int."""
-    if isinstance(kept, np.ndarray):
-      whole = np.append(kept.astype(np.int64), 1)
+    """Evaluates at `kept`: a NumPy array `[K]` of int64 gives an exact Python int, a floating array a JAX scalar."""
+    if isinstance(kept, np.ndarray) and kept.dtype == np.int64:
+      whole = np.append(kept, 1)
       return int((self.coefficients * whole[self.factors].prod(axis=1)).sum())
+    kept = jnp.asarray(kept)
     extended = jnp.append(kept, jnp.ones((), kept.dtype))
     return jnp.sum(jnp.asarray(self.coefficients, kept.dtype) * jnp.prod(extended[self.factors], axis=1))
 
@@ -115,7 +116,7 @@ class Layer:
 
   Attributes:
     kernel: Path of its kernel in "params".
-    out_axis: The kernel's output axis.
+    out_axis: The kernel's output axis, whose size is the module's field `features`.
     multiplier: Output channels per input channel if it is a depthwise convolution, else None.
   """
 
@@ -135,6 +136,8 @@ class ChannelGraph:
     shapes: Variable -> its shape in the dense network.
     total: MACs of all convolutions and matrix products, for one image.
     prunable: The part of `total` in layers that touch a group.
+    results: Place of an equation of the program -> for each result its shape in the sub-network, for all equations
+      where a mask changes it.
     jaxpr: The traced program of the dense network.
     inputs: Abstract inputs that were traced, batch size 1.
     apply_kwargs: Keyword arguments of `model.apply` that were used.
@@ -144,8 +147,9 @@ class ChannelGraph:
   fixed: tuple[tuple[ParamKey, int, str], ...]
   layers: Mapping[tuple[str, ...], Layer]
   shapes: Mapping[ParamKey, tuple[int, ...]]
-  total: MacsPolynomial
-  prunable: MacsPolynomial
+  total: ChannelPolynomial
+  prunable: ChannelPolynomial
+  results: Mapping[Place, Sequence[Sequence[int | ChannelPolynomial]]]
   jaxpr: Any
   inputs: jax.ShapeDtypeStruct
   apply_kwargs: Mapping[str, Any]
@@ -155,14 +159,16 @@ class ChannelGraph:
     return {group.name: np.ones(group.size, np.float32) for group in self.groups}
 
   def kept(self, masks: Masks | None = None) -> Any:
-    """Returns the number of kept channels of each group, `[K]`: integer for concrete masks, else as the masks are."""
+    """Returns the number of kept channels of each group, `[K]`: int64 for concrete 0/1 masks, else floating."""
     if masks is None:
       return np.array([group.size for group in self.groups], np.int64)
     check_masks(self, masks)
     arrays = [masks[group.name] for group in self.groups]
     if any(isinstance(mask, jax.core.Tracer) for mask in arrays):
-      return jnp.stack([jnp.sum(mask) for mask in arrays])
-    return np.array([np.count_nonzero(np.asarray(mask)) for mask in arrays], np.int64)
+      return jnp.stack([jnp.sum(mask, dtype=jnp.result_type(mask, jnp.float32)) for mask in arrays])
+    concrete = [np.asarray(mask) for mask in arrays]
+    sums = np.array([mask.sum(dtype=np.float64) for mask in concrete])
+    return sums.astype(np.int64) if all(np.isin(mask, (0, 1)).all() for mask in concrete) else sums
 
   def macs(self, masks: Masks | None = None) -> Any:
     """Counts the multiply-accumulates of convolutions and matrix products for one image.
@@ -171,7 +177,7 @@ class ChannelGraph:
       masks: Which channels are kept; None for the dense network.
 
     Returns:
-      An exact int for concrete masks; under `jax.grad` or `jax.jit` a scalar that is differentiable in the masks.
+      An exact int for concrete 0/1 masks; under `jax.grad` or `jax.jit` a scalar that is differentiable in the masks.
     """
     return self.total(self.kept(masks))
 
@@ -231,15 +237,15 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
       )
 
 
-def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) -> MacsPolynomial:
-  """Builds a `MacsPolynomial` from (coefficient, group indices) pairs, merging equal monomials."""
+def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) -> ChannelPolynomial:
+  """Builds a `ChannelPolynomial` from (coefficient, group indices) pairs, merging equal monomials."""
   merged: dict[tuple[int, ...], int] = {}
   for coefficient, factors in terms:
     key = tuple(sorted(factors))
     merged[key] = merged.get(key, 0) + coefficient
   degree = max((len(key) for key in merged), default=0)
   rows = [key + (num_groups,) * (degree - len(key)) for key in merged]
-  return MacsPolynomial(
+  return ChannelPolynomial(
     np.array(list(merged.values()), np.int64), np.array(rows, np.int64).reshape(len(merged), degree)
   )
 

@@ -115,13 +115,20 @@ def call(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 def scan(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
   """Walks the body once: what is carried keeps its channels, what is stacked has them in every slice."""
   (jaxpr,) = inner_jaxprs(eqn)
-  num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-  num_fixed = num_consts + num_carry
+  # What is stacked has one dimension more outside than inside. JAX versions tell the numbers differently.
+  num_carry = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
+  num_fixed = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
+  num_consts = num_fixed - num_carry
   sliced = []
   for value in operands[num_fixed:]:
     fix(value.axes[0], "a scan runs along it")
     sliced.append(dataclasses.replace(value, axes=value.axes[1:]))
-  carry = [dataclasses.replace(value, zeroed_by=frozenset()) for value in operands[num_consts:num_fixed]]
+  # What starts as a constant may depend on the input after one turn.
+  everything = union([operand.producers for operand in operands])
+  carry = [
+    Value(value.axes, producers=value.producers or (everything if value.axes else frozenset()))
+    for value in operands[num_consts:num_fixed]
+  ]
   length = int(eqn.params["length"])
   walk.repetitions *= length
   results = walk.walk_jaxpr(jaxpr, [*operands[:num_consts], *carry, *sliced])

@@ -19,7 +19,6 @@ _ZERO_PRESERVING = frozenset(
   {
     *("neg", "abs", "sign", "sqrt", "cbrt", "square", "tanh", "sin", "tan", "sinh", "asin", "atan", "asinh", "atanh"),
     *("expm1", "log1p", "erf", "floor", "ceil", "round", "convert_element_type", "reduce_precision", "real"),
-    *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"),
   }
 )
 _OTHER_ELEMENTWISE = (
@@ -49,6 +48,11 @@ def elementwise(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
       mark_joined(axis)
   producers = union([operand.producers for operand in operands])
   return [Value(tuple(axes), _zeroed_by(eqn, operands), producers) for _ in eqn.outvars]
+
+
+@register_rule("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
+def identity(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  return list(operands)
 
 
 def _zeroed_by(eqn: Any, operands: Sequence[Value]) -> frozenset[ParamKey]:
@@ -113,6 +117,25 @@ def concatenate(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
         unify(axes[dim], axis)
   axes[along] = concatenation([operand.axes[along] for operand in operands])
   return [Value(tuple(axes), producers=union([operand.producers for operand in operands]))]
+
+
+@register_rule("stack")
+def stack(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  axes = list(operands[0].axes)
+  for operand in operands[1:]:
+    for axis, other in zip(axes, operand.axes, strict=True):
+      unify(axis, other)
+  axes.insert(eqn.params["axis"], Axis(len(operands), fixed="arrays are stacked along it"))
+  return [Value(tuple(axes), producers=union([operand.producers for operand in operands]))]
+
+
+@register_rule("tile")
+def tile(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+  axes = []
+  for times, axis in zip(eqn.params["reps"], operands[0].axes, strict=True):
+    repetitions = Axis(times, fixed="it counts repetitions" if axis.size > 1 else None)
+    axes.append(product([repetitions, axis]))
+  return [Value(tuple(axes), producers=operands[0].producers)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from sapr_jax.version import __version__
+
 _ROWS = {
   "dense": "dense",
   "subnetwork": "sub-network, before fine-tuning",
@@ -58,5 +60,5 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
   """Returns the versions of what the numbers depend on."""
-  names = ("sapr_jax", "jax", "jaxlib", "flax", "optax")
-  return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+  own = {"sapr_jax": __version__, "python": platform.python_version()}
+  return own | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}

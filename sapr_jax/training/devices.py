@@ -37,8 +37,8 @@ def default_steps_per_call(mesh: Mesh) -> int:
 class MappedSteps:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
 
-  The carry is donated; batches are cut along their second axis. Every number of steps in a call is a program to compile,
-  so a call runs fewer than `steps_per_call` where that leaves no remainder.
+  The carry is donated; batches are cut along their second axis. Every number of steps in a call is a program to
+  compile, so a call runs fewer than `steps_per_call` where that leaves no remainder.
   """
 
   def __init__(self, step: Step, mesh: Mesh, steps_per_call: int | None = None):

@@ -1,0 +1,291 @@
+"""Masking and cutting: worked cases, then laws on random masks and random statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import laws
+import networks
+import numpy as np
+import optax
+import pytest
+
+from sapr_jax import models
+from sapr_jax.channels import NarrowModule, mask_params, prune, prune_tree, trace_channels
+from sapr_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def resnet():
+  """A residual network with random variables in float32, its graph, masks, and what was cut with them."""
+  model = models.create("resnet8", width=4)
+  variables = laws.random_variables(model, 3, np.float32)
+  graph = trace_channels(model, variables, laws.SHAPE)
+  masks = laws.random_masks(graph, 0)
+  small, small_variables = prune(model, variables, graph, masks)
+  return model, variables, graph, masks, small, small_variables
+
+
+class TwoDense(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, use_bias=False, name="down")(nn.relu(nn.Dense(2, name="up")(x)))
+
+
+def test_two_channels_by_hand():
+  model = TwoDense()
+  params = {
+    "up": {"kernel": np.array([[1, 2], [3, 4]], np.float32), "bias": np.array([5, 6], np.float32)},
+    "down": {"kernel": np.array([[10], [100]], np.float32)},
+  }
+  graph = trace_channels(model, {"params": params}, (1, 2), select="unjoined")
+  masks = {"up": np.array([0.0, 1.0])}
+  masked = mask_params(params, graph, masks)
+  np.testing.assert_array_equal(masked["down"]["kernel"], [[0], [100]])
+  assert masked["up"]["kernel"] is params["up"]["kernel"]
+  small, small_variables = prune(model, {"params": params}, graph, masks)
+  np.testing.assert_array_equal(small_variables["params"]["up"]["kernel"], [[2], [4]])
+  np.testing.assert_array_equal(small_variables["params"]["up"]["bias"], [6])
+  np.testing.assert_array_equal(small_variables["params"]["down"]["kernel"], [[100]])
+  assert small.widths == (("up", (("features", 1),)),)
+  # relu(1 * 2 + 1 * 4 + 6) * 100
+  assert float(small.apply(small_variables, np.ones((1, 2), np.float32))[0, 0]) == 1200
+
+
+def features_of(model):
+  """Returns a function that gives the feature maps of all layers inside the blocks but the gated ones."""
+
+  def is_chosen(module, name):
+    return module.name is not None and module.name.startswith(("stage", "conv2", "bn2"))
+
+  def features(variables, images):
+    return model.apply(variables, images, capture_intermediates=is_chosen, mutable=["intermediates"])[1]
+
+  return features
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_masked_is_pruned_in_float64(seed):
+  model = models.create("resnet8", width=4, dtype=np.float64)
+  with jax.enable_x64(True):
+    # The logits are rounded to float32 at the end, so look at the feature maps.
+    variables = laws.random_variables(model, seed)
+    graph = trace_channels(model, variables, laws.SHAPE, input_dtype=np.float64)
+    masks = laws.random_masks(graph, seed, single=seed == 1)
+    small, small_variables = prune(model, variables, graph, masks)
+    images = laws.random_images(0)
+    masked = {**variables, "params": mask_params(variables["params"], graph, masks)}
+    want, got = (jax.jit(features_of(net))(v, images) for net, v in ((model, masked), (small, small_variables)))
+  assert {leaf.dtype for leaf in jax.tree.leaves(want)} == {np.dtype(np.float64)}
+  assert laws.relative_error(got, want) < 1e-10
+
+
+def test_masked_is_pruned_in_float32(resnet):
+  model, variables, graph, masks, *_ = resnet
+  laws.check_masked_is_pruned(model, graph, variables, masks, 1e-4, np.float32)
+
+
+def test_masks_of_ones_change_nothing(resnet):
+  model, variables, graph, *_ = resnet
+  masked = mask_params(variables["params"], graph, graph.full_masks())
+  jax.tree.map(np.testing.assert_array_equal, masked, variables["params"])
+  small, small_variables = prune(model, variables, graph, graph.full_masks())
+  assert small.widths == ()
+  jax.tree.map(np.testing.assert_array_equal, small_variables, variables)
+
+
+def test_nothing_in_the_arguments_is_changed(resnet):
+  model, variables, graph, masks, *_ = resnet
+  variables, masks = jax.tree.map(np.array, (variables, masks))
+  before = copy.deepcopy((variables, masks))
+  mask_params(variables["params"], graph, masks)
+  prune(model, variables, graph, masks)
+  prune_tree(variables, graph, masks)
+  jax.tree.map(np.testing.assert_array_equal, (variables, masks), before)
+
+
+def test_masking_is_the_same_inside_jit_and_for_frozen_trees(resnet):
+  _, variables, graph, masks, *_ = resnet
+  eager = mask_params(variables["params"], graph, masks)
+  jitted = jax.jit(lambda p, m: mask_params(p, graph, m))(variables["params"], masks)
+  jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+  assert jax.tree.structure(eager) == jax.tree.structure(variables["params"])
+
+
+class Gated(nn.Module):
+  """`TwoDense` after a flatten and a BatchNorm, with a gate on the hidden feature map that can be set by hand."""
+
+  @nn.compact
+  def __call__(self, x, gate=None):
+    x = nn.tanh(networks.norm(name="bn")(nn.Conv(4, (3, 3), name="conv1")(x)))
+    if gate is not None:
+      x = x * gate
+    x = nn.Conv(3, (3, 3), name="conv2")(x)
+    return nn.Dense(2, name="fc")(x.mean((1, 2)))
+
+
+def test_the_gradient_to_the_mask_is_that_of_a_gate_on_the_feature_map():
+  model = Gated()
+  with jax.enable_x64(True):
+    variables = laws.random_variables(model, 0)
+    graph = trace_channels(model, variables, laws.SHAPE, select="exact", input_dtype=np.float64)
+    images = laws.random_images(0)
+    gate = jnp.array([1.0, 0.0, 0.3, 1.0])
+
+    def by_masks(gate):
+      masks = {**{name: jnp.asarray(mask) for name, mask in graph.full_masks().items()}, "conv1": gate}
+      return jnp.sum(model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, images) ** 2)
+
+    def by_hand(gate):
+      return jnp.sum(model.apply(variables, images, gate) ** 2)
+
+    got, want = jax.grad(by_masks)(gate), jax.grad(by_hand)(gate)
+  np.testing.assert_allclose(got, want, rtol=1e-10)
+  assert np.all(np.abs(want) > 1e-6)
+
+
+def test_the_gradient_counts_a_gain_on_the_kernel_once():
+  model = networks.OwnLayers(gain=True)
+  variables = laws.random_variables(model, 0, np.float32)
+  graph = trace_channels(model, variables, laws.SHAPE, select="exact")
+  half = {name: mask / 2 for name, mask in graph.full_masks().items()}
+  masked = mask_params(variables["params"], graph, half)
+  np.testing.assert_allclose(masked["mine1"]["weights"], variables["params"]["mine1"]["weights"] / 2)
+  np.testing.assert_array_equal(masked["mine1"]["gain"], variables["params"]["mine1"]["gain"])
+
+
+def test_the_small_model_is_an_ordinary_module(resnet):
+  _, _, _, masks, small, small_variables = resnet
+  fresh = jax.eval_shape(small.init, jax.random.key(1), jax.ShapeDtypeStruct(laws.SHAPE, jnp.float32))
+  assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, small_variables)
+  kept = int(masks["stage2_block1/conv1"].sum())
+  assert kept < 8
+  assert small_variables["batch_stats"]["stage2_block1"]["bn1"]["mean"].shape == (kept,)
+
+  def loss(params):
+    logits, updates = small.apply(
+      {**small_variables, "params": params}, laws.random_images(0, np.float32), train=True, mutable=["batch_stats"]
+    )
+    return jnp.sum(logits**2), updates
+
+  gradient, updates = jax.jit(jax.grad(loss, has_aux=True))(small_variables["params"])
+  assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, small_variables["params"])
+  assert jax.tree.map(jnp.shape, updates["batch_stats"]) == jax.tree.map(jnp.shape, small_variables["batch_stats"])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+  before, after = (tree["batch_stats"]["stage2_block1"]["bn1"]["mean"] for tree in (small_variables, updates))
+  assert not np.array_equal(before, after)
+
+
+def test_the_small_model_runs_inside_another_module(resnet):
+  _, _, _, _, small, small_variables = resnet
+  images = laws.random_images(0, np.float32)
+
+  class Around(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+      return 2 * self.inner(x)
+
+  nested = {collection: {"inner": tree} for collection, tree in small_variables.items()}
+  got = Around(small).apply(nested, images)
+  np.testing.assert_allclose(got, 2 * small.apply(small_variables, images), rtol=1e-5)
+
+
+def test_pruning_twice_is_pruning_once(resnet):
+  model, variables, graph, *_ = resnet
+  first = {name: np.arange(mask.size) % 4 != 0 for name, mask in graph.full_masks().items()}
+  middle, middle_variables = prune(model, variables, graph, first)
+  middle_graph = trace_channels(middle, middle_variables, laws.SHAPE)
+  assert [group.name for group in middle_graph.groups] == [group.name for group in graph.groups]
+  second = laws.random_masks(middle_graph, 5)
+  small, small_variables = prune(middle, middle_variables, middle_graph, second)
+  both = {}
+  for name, mask in first.items():
+    both[name] = mask.astype(float)
+    both[name][mask] = second[name]
+  once, once_variables = prune(model, variables, graph, both)
+  assert small == once
+  jax.tree.map(np.testing.assert_array_equal, small_variables, once_variables)
+  assert isinstance(small.base, models.CifarResNet)
+
+
+def test_optimizer_states_are_cut_with_the_parameters(resnet):
+  _, variables, graph, masks, _, small_variables = resnet
+  tx = optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale_by_adam(), optax.add_decayed_weights(1e-4))
+  state = tx.init(variables["params"])
+  # Each moment holds the parameters themselves, so that it must come out as the small parameters.
+  state = jax.tree.map(lambda leaf: leaf, state)
+  state = (state[0], state[1]._replace(trace=variables["params"]), state[2]._replace(mu=variables["params"]), state[3])
+  cut = prune_tree(state, graph, masks)
+  want = tx.init(small_variables["params"])
+  assert jax.tree.structure(cut) == jax.tree.structure(want)
+  assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, want)
+  jax.tree.map(np.testing.assert_array_equal, cut[1].trace, small_variables["params"])
+  jax.tree.map(np.testing.assert_array_equal, cut[2].mu, small_variables["params"])
+  assert cut[2].count is state[2].count
+
+
+def test_trees_of_other_arrays_are_left_alone(resnet):
+  _, variables, graph, masks, _, small_variables = resnet
+  tree = {
+    "ema": [variables],
+    "statistics": variables["batch_stats"],
+    "rng": jnp.arange(8),
+    "stage2_block1": {"conv1": {"kernel": jnp.zeros((2, 2))}},
+    "none": None,
+  }
+  cut = prune_tree(tree, graph, masks)
+  jax.tree.map(np.testing.assert_array_equal, cut["ema"][0], small_variables)
+  jax.tree.map(np.testing.assert_array_equal, cut["statistics"], small_variables["batch_stats"])
+  assert cut["rng"] is tree["rng"]
+  assert cut["stage2_block1"]["conv1"]["kernel"] is tree["stage2_block1"]["conv1"]["kernel"]
+  assert cut["ema"][0]["params"]["conv"]["kernel"] is variables["params"]["conv"]["kernel"]
+
+
+class Names(nn.Module):
+  """A layer in a sub-module has the name and the shape of one that is cut at the top."""
+
+  @nn.compact
+  def __call__(self, x):
+    class Inner(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return nn.Dense(3, name="conv")(x)
+
+    x = nn.tanh(nn.Dense(3, name="conv")(x))
+    return Inner(name="block")(x)
+
+
+def test_a_path_that_ends_like_another_is_another():
+  model = Names()
+  variables = laws.random_variables(model, 0, np.float32, (1, 3))
+  graph = trace_channels(model, variables, (1, 3), select="unjoined")
+  small_variables = prune_tree(variables, graph, {"conv": np.array([1, 0, 1])})
+  assert jax.tree.map(jnp.shape, small_variables["params"]) == {
+    "conv": {"bias": (2,), "kernel": (3, 2)},
+    "block": {"conv": {"bias": (3,), "kernel": (2, 3)}},
+  }
+
+
+def test_bad_masks_are_refused(resnet):
+  model, variables, graph, masks, *_ = resnet
+  name = graph.groups[0].name
+  for bad, text in ((np.zeros(4), "drops all 4 channels"), (np.full(4, 0.5), "only 0"), (np.ones(3), "has shape")):
+    for call in (lambda m: prune(model, variables, graph, m), lambda m: prune_tree(variables, graph, m)):
+      with pytest.raises(InputError, match=f"group '{name}' .*{text}"):
+        call({**masks, name: bad})
+  with pytest.raises(InputError, match="masks misses the group"):
+    mask_params(variables["params"], graph, {})
+
+
+def test_widths_are_all_that_defines_a_small_model(resnet):
+  model, _, _, _, small, small_variables = resnet
+  again = NarrowModule(models.create("resnet8", width=4), small.widths)
+  assert again == small
+  images = laws.random_images(0, np.float32)
+  np.testing.assert_array_equal(again.apply(small_variables, images), small.apply(small_variables, images))
+  assert model.width == 4
