@@ -175,9 +175,7 @@ def partial_regularization(
     if masks is None:
       return updates, new_state
     if params is None:
-      raise InputError(
-        "partial_regularization needs the parameters: tx.update(updates, state, params, masks=masks)."
-      )
+      raise InputError("partial_regularization needs the parameters: tx.update(updates, state, params, masks=masks).")
     rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
     moved = optax.apply_updates(params, updates)
     step_size = rate / (1.0 - momentum) * gamma
