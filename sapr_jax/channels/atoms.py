@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
+
+Kind = Literal["product", "concatenation"]
 
 _INDIVISIBLE = "it is reshaped or joined across the boundaries of channels"
 
@@ -37,7 +39,7 @@ class Axis:
   size: int
   fixed: str | None = None
   joined: bool = False
-  kind: Literal["product", "concatenation"] | None = None
+  kind: Kind | None = None
   parts: tuple[Axis, ...] = ()
   _same_as: Axis | None = dataclasses.field(default=None, repr=False)
 
@@ -53,7 +55,7 @@ def find(axis: Axis) -> Axis:
 
 def product(parts: Sequence[Axis]) -> Axis:
   """Returns the axis that flattening `parts` (major first) gives."""
-  flat = _flatten(parts, "product", drop_size=1)
+  flat = _flatten(parts, "product")
   if not flat:
     return Axis(1)
   if len(flat) == 1:
@@ -63,7 +65,7 @@ def product(parts: Sequence[Axis]) -> Axis:
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
   """Returns the axis that concatenating along `parts` gives."""
-  flat = _flatten(parts, "concatenation", drop_size=0)
+  flat = _flatten(parts, "concatenation")
   if not flat:
     return Axis(0)
   if len(flat) == 1:
@@ -71,12 +73,14 @@ def concatenation(parts: Sequence[Axis]) -> Axis:
   return Axis(sum(part.size for part in flat), kind="concatenation", parts=tuple(flat))
 
 
-def _flatten(parts: Sequence[Axis], kind: str, drop_size: int) -> list[Axis]:
+def _flatten(parts: Sequence[Axis], kind: Kind) -> list[Axis]:
+  """Replaces parts of the same kind by their own parts, and leaves out those that change nothing."""
+  neutral_size = 1 if kind == "product" else 0
   flat: list[Axis] = []
   for part in map(find, parts):
     if part.kind == kind:
-      flat.extend(_flatten(part.parts, kind, drop_size))
-    elif part.size != drop_size:
+      flat.extend(_flatten(part.parts, kind))
+    elif part.size != neutral_size:
       flat.append(part)
   return flat
 
@@ -119,9 +123,9 @@ def unify(a: Axis, b: Axis) -> None:
   elif b.kind is None:
     _bind(b, a)
   elif a.kind == b.kind == "product":
-    _unify_products(a, b)
+    _unify_parts(a, b, "product", _factor)
   elif a.kind == b.kind == "concatenation":
-    _unify_concatenations(a, b)
+    _unify_parts(a, b, "concatenation", _cut)
   else:
     concatenated, multiplied = (a, b) if a.kind == "concatenation" else (b, a)
     _unify_concatenation_with_product(concatenated, multiplied)
@@ -136,7 +140,7 @@ def _bind(atom: Axis, target: Axis) -> None:
     mark_joined(target)
 
 
-def _set_parts(atom: Axis, kind: Literal["product", "concatenation"], *sizes: int) -> list[Axis]:
+def _set_parts(atom: Axis, kind: Kind, *sizes: int) -> list[Axis]:
   """Divides `atom` into new atoms, which inherit what is known of it."""
   parts = [Axis(size, fixed=atom.fixed, joined=atom.joined) for size in sizes]
   atom.kind, atom.parts = kind, tuple(parts)
@@ -148,41 +152,32 @@ def _give_up(a: Axis, b: Axis) -> None:
   fix(b, _INDIVISIBLE)
 
 
-def _unify_products(a: Axis, b: Axis) -> None:
-  left, right = _flatten([a], "product", 1), _flatten([b], "product", 1)
+def _unify_parts(a: Axis, b: Axis, kind: Kind, divide: Callable[[Axis, int], tuple[Axis, Axis] | None]) -> None:
+  """Unifies two products, or two concatenations, part by part; the larger of two parts that differ is divided."""
+  left, right = _flatten([a], kind), _flatten([b], kind)
   while left and right:
     x, y = left.pop(0), right.pop(0)
     if x.size == y.size:
       unify(x, y)
     else:
       (big, rest), small = ((x, left), y) if x.size > y.size else ((y, right), x)
-      if big.kind is not None or big.size % small.size:
-        for axis in (x, y, *left, *right):
-          fix(axis, _INDIVISIBLE)
-        return
-      major, minor = _set_parts(big, "product", small.size, big.size // small.size)
-      unify(major, small)
-      rest.insert(0, minor)
-    # A unification may have divided what is still to come.
-    left, right = _flatten(left, "product", 1), _flatten(right, "product", 1)
-
-
-def _unify_concatenations(a: Axis, b: Axis) -> None:
-  left, right = _flatten([a], "concatenation", 0), _flatten([b], "concatenation", 0)
-  while left and right:
-    x, y = left.pop(0), right.pop(0)
-    if x.size == y.size:
-      unify(x, y)
-    else:
-      (big, rest), small = ((x, left), y) if x.size > y.size else ((y, right), x)
-      pieces = _cut(big, small.size)
+      pieces = divide(big, small.size)
       if pieces is None:
         for axis in (x, y, *left, *right):
           fix(axis, _INDIVISIBLE)
         return
       unify(pieces[0], small)
       rest.insert(0, pieces[1])
-    left, right = _flatten(left, "concatenation", 0), _flatten(right, "concatenation", 0)
+    # A unification may have divided what is still to come.
+    left, right = _flatten(left, kind), _flatten(right, kind)
+
+
+def _factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
+  """Divides an atom into a product of which the major part has size `major`, if that divides it."""
+  if axis.kind is not None or axis.size % major:
+    return None
+  first, second = _set_parts(axis, "product", major, axis.size // major)
+  return first, second
 
 
 def _cut(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
@@ -190,7 +185,7 @@ def _cut(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
   if axis.kind is None:
     head, tail = _set_parts(axis, "concatenation", first, axis.size - first)
     return head, tail
-  major, *minors = _flatten([axis], "product", 1)
+  major, *minors = _flatten([axis], "product")
   minor = product(minors)
   if major.kind is not None or first % minor.size:
     return None
@@ -199,9 +194,9 @@ def _cut(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
 
 
 def _unify_concatenation_with_product(concatenated: Axis, multiplied: Axis) -> None:
-  major, *minors = _flatten([multiplied], "product", 1)
+  major, *minors = _flatten([multiplied], "product")
   minor = product(minors)
-  pieces = _flatten([concatenated], "concatenation", 0)
+  pieces = _flatten([concatenated], "concatenation")
   if major.kind is not None or any(piece.size % minor.size for piece in pieces):
     _give_up(concatenated, multiplied)
     return
