@@ -68,7 +68,7 @@ def collect(runs: pathlib.Path) -> list[dict]:
       {
         "gamma": float(gamma),
         "seed": int(seed),
-        **{f"{name}_accuracy": summary[name]["accuracy"] for name in ("dense", "subnetwork", "pruned")},
+        **{f"{name}_accuracy": round(summary[name]["accuracy"], 6) for name in ("dense", "subnetwork", "pruned")},
         "macs_share": summary["pruned"]["macs"] / summary["dense"]["macs"],
         "device": summary["run"]["device"],
         "versions": summary["run"]["versions"],

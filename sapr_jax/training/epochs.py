@@ -93,11 +93,8 @@ def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, floa
   sums = replicate({name: jnp.zeros(()) for name in ("correct", "loss", "count")}, setup.mesh)
   for total, _ in steps.run(sums, dataclasses.replace(setup.test, variables=variables), (indices, weights)):
     sums = total
-  totals = jax.device_get(sums)
-  return {
-    "accuracy": float(totals["correct"] / totals["count"]),
-    "loss": float(totals["loss"] / totals["count"]),
-  }
+  totals = {name: float(value) for name, value in jax.device_get(sums).items()}
+  return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
 
 
 def hamming_distance(before: Masks, after: Masks) -> float:
