@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> int:
   if config is None or not workdir:
     return _fail(f"--{'config' if config is None else 'workdir'} is missing; see python -m sapr_jax.main --help.")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
-  from sapr_jax import training  # JAX starts late, so that bad flags fail at once
-
   try:
+    from sapr_jax import training  # starts slowly; bad flags fail before
+
     training.run(config, workdir)
   except InputError as error:
     return _fail(str(error))
@@ -54,6 +54,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the flags; an unknown field of the configuration or a missing file ends in one line."""
   try:
     return flags.FLAGS(argv)
+  except (ImportError, SyntaxError) as error:
+    sys.exit(_fail(f"the file of the configuration cannot be run, from this directory at least: {_one_line(error)}"))
   except (AttributeError, KeyError) as error:
     sys.exit(_fail(f"the configuration has no such field: {_one_line(error)}"))
   except (flags.Error, OSError, TypeError, ValueError) as error:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from sapr_jax.errors import InputError
+
 Tree = TypeVar("Tree")
 
 
@@ -21,7 +23,7 @@ class Checkpointer:
   def __init__(self, directory: pathlib.Path, keep: int = 2):
     import orbax.checkpoint as ocp  # imports slowly
 
-    self._args = ocp.args
+    self._args, self._directory = ocp.args, directory
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -31,12 +33,22 @@ class Checkpointer:
     return self._manager.latest_step()
 
   def restore_latest(self, like: Tree) -> tuple[Tree, int]:
-    """Returns the newest state, with the structure, dtypes and placement of `like`, and its epoch; or (like, 0)."""
+    """Returns the newest state, with the structure, dtypes and placement of `like`, and its epoch; or (like, 0).
+
+    Raises:
+      InputError: If it cannot be read; the message names its directory.
+    """
     epoch = self.latest_epoch
     if epoch is None:
       return like, 0
     target = jax.tree.map(_abstract, like)
-    restored: Any = self._manager.restore(epoch, args=self._args.StandardRestore(target))
+    try:
+      restored: Any = self._manager.restore(epoch, args=self._args.StandardRestore(target))
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      raise InputError(
+        f"The checkpoint {self._directory / str(epoch)} cannot be read ({type(error).__name__}); remove that directory"
+        " to resume from the one before."
+      ) from error
     return restored, epoch
 
   def save(self, epoch: int, state: Any) -> None:

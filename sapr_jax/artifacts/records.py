@@ -47,14 +47,17 @@ class Recorder:
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the records of a work directory, in order; a last line that was cut off by a kill is left out."""
+  """Reads the records of a work directory, in order; what follows a damaged line is left out."""
   file = workdir / FILE
   if not file.is_file():
     return []
   records = []
-  for line in file.read_text().splitlines():
+  for line in file.read_text(errors="replace").splitlines():
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError:
       break
+    if not isinstance(record, dict) or "step" not in record:
+      break
+    records.append(record)
   return records

@@ -56,6 +56,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   try:
     flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
+    os.chmod(temporary / WEIGHTS, 0o644)
     base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
     definition = {
       "format": FORMAT,
@@ -89,6 +90,8 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   """
   path = pathlib.Path(path)
   definition = _read_definition(path)
+  if base is not None:
+    _check_base(base, definition["base"], path)
   weights = path / WEIGHTS
   if not weights.is_file():
     raise InputError(f"{weights} is missing; the directory is incomplete, save the model again.")
@@ -116,16 +119,39 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
   file = path / DEFINITION
   try:
     definition = json.loads(file.read_text())
-  except FileNotFoundError:
-    raise InputError(f"{file} is missing; {path} is not the directory of a saved model.") from None
+  except OSError as error:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    raise InputError(f"{file} {why}; {path} is not the directory of a saved model.") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
   if not isinstance(definition, dict) or definition.get("format") != FORMAT:
     found = definition.get("format") if isinstance(definition, dict) else None
     raise InputError(f"{file} has format {found}; this version reads format {FORMAT}.")
-  if missing := [key for key in ("base", "widths", "variables", "sha256") if key not in definition]:
-    raise InputError(f"{file} lacks {missing[0]!r}; copy or save the model again.")
+  try:
+    whole = (
+      isinstance(definition["base"]["class"], str)
+      and isinstance(definition["base"]["fields"], dict)
+      and isinstance(definition["sha256"][WEIGHTS], str)
+      and all(isinstance(w, int) for fields in definition["widths"].values() for w in fields.values())
+      and all({"shape", "dtype"} <= entry.keys() for entry in definition["variables"].values())
+    )
+  except (AttributeError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    raise InputError(f"{file} is damaged: entries are missing or of the wrong kind; copy or save the model again.")
   return definition
+
+
+def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Checks that `base` is the module that was saved, as far as its definition tells."""
+  got = {"class": type(base).__name__, "fields": json.loads(json.dumps(_fields_to_json(base)))}
+  if got["class"] != description["class"]:
+    raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
+  for name, value in description["fields"].items():
+    found = got["fields"].get(name)
+    # What JSON cannot hold is there as text for people; it may differ from one process to the next.
+    if found != value and not (isinstance(value, dict) and "repr" in value):
+      raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
 
 
 def _fields_to_json(module: nn.Module) -> dict[str, Any]:
@@ -160,11 +186,11 @@ def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Mo
       f"{path} holds a {name}, which is not a model of this package; give the module: load(path, base={name}(...))."
     )
   fields = {}
-  for field, value in description["fields"].items():
-    if isinstance(value, dict):
-      value = tuple(value["tuple"]) if "tuple" in value else jnp.dtype(value["dtype"]) if "dtype" in value else None
-    fields[field] = value
   try:
+    for field, value in description["fields"].items():
+      if isinstance(value, dict):
+        value = tuple(value["tuple"]) if "tuple" in value else jnp.dtype(value["dtype"]) if "dtype" in value else None
+      fields[field] = value
     return models.CLASSES[name](**fields)
   except TypeError as error:
     raise InputError(f"{path / DEFINITION}: {name} does not take the fields {sorted(fields)} ({error}).") from None

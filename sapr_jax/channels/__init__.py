@@ -3,7 +3,7 @@
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_masks
 from sapr_jax.channels.pruning import prune
 from sapr_jax.channels.rules import register_rule
-from sapr_jax.channels.surgery import NarrowModule, mask_params, prune_tree
+from sapr_jax.channels.surgery import NarrowModule, map_members, mask_params, prune_tree
 from sapr_jax.channels.trace import count_macs, trace_channels
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
   "NarrowModule",
   "check_masks",
   "count_macs",
+  "map_members",
   "mask_params",
   "prune",
   "prune_tree",

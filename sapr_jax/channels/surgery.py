@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels.graph import ChannelGraph, Masks, check_masks
+from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_masks
+from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")
 Widths = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
@@ -56,19 +57,53 @@ def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
     masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
 
   Raises:
-    InputError: If `masks` does not fit `graph`.
+    InputError: If `masks` or `params` does not fit `graph`.
   """
   check_masks(graph, masks)
-  members = graph.members_by_variable("params")
 
-  def gate(place: Any, leaf: Any) -> Any:
-    for name, member in members.get(_names(place), ()):
+  def gate(leaf: Any, members: Sequence[tuple[str, Member]]) -> Any:
+    for name, member in members:
       if member.role == "in":
         leaf = jnp.asarray(leaf)
         leaf = leaf * member.along_axis(jnp.asarray(masks[name]), 1).astype(leaf.dtype)
     return leaf
 
-  return jax.tree_util.tree_map_with_path(gate, params)
+  return map_members(gate, params, graph)
+
+
+def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], params: Tree, graph: ChannelGraph) -> Tree:
+  """Replaces each parameter that belongs to channel groups.
+
+  Args:
+    change: (parameter, its (group name, member) pairs) -> new parameter.
+    params: Parameters of the dense network.
+    graph: Its channel graph.
+
+  Returns:
+    A tree of the same structure; the other parameters are the same objects.
+
+  Raises:
+    InputError: If `params` lacks a parameter of the graph, or one has another shape than when it was traced.
+  """
+  members = graph.members_by_variable("params")
+  missing = set(members)
+
+  def visit(place: Any, leaf: Any) -> Any:
+    path = _names(place)
+    if path not in members:
+      return leaf
+    missing.discard(path)
+    if jnp.shape(leaf) != graph.shapes[("params", *path)]:
+      traced = graph.shapes[("params", *path)]
+      raise InputError(f"params has {'/'.join(path)} of shape {jnp.shape(leaf)}; the graph was traced with {traced}.")
+    return change(leaf, members[path])
+
+  changed = jax.tree_util.tree_map_with_path(visit, params)
+  if missing:
+    raise InputError(
+      f"params lacks {'/'.join(min(missing))}; expected variables['params'] of the network that was traced."
+    )
+  return changed
 
 
 def _names(place: Any) -> tuple[str, ...]:
@@ -149,4 +184,4 @@ def narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
   return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
 
 
-__all__ = ["NarrowModule", "mask_params", "narrow", "prune_tree"]
+__all__ = ["NarrowModule", "map_members", "mask_params", "narrow", "prune_tree"]

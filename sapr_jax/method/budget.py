@@ -28,7 +28,11 @@ def macs_penalty(graph: ChannelGraph, masks: Masks, p: float) -> jax.Array:
 
   Returns:
     Scalar, at least 0.
+
+  Raises:
+    InputError: If p is a number and not in (0, 1], or `masks` does not fit `graph`.
   """
+  check_share(p)
   budget = p * graph.prunable_macs()
   return jnp.log(jnp.maximum(graph.prunable_macs(masks), budget) / budget)
 
@@ -53,9 +57,14 @@ def project_to_budget(
     Group name -> 0/1 float32 array `[group.size]`, whose `graph.prunable_macs` is at most p times the dense one's.
 
   Raises:
-    InputError: If p is not in (0, 1], or if even the least widths exceed the budget.
+    InputError: If p is not in (0, 1], the scores do not fit `graph` or hold a NaN, `min_width` or `round_to` is below
+      1, or even the least widths exceed the budget.
   """
   check_share(p)
+  _check_scores(graph, scores)
+  for name, value in (("min_width", min_width), ("round_to", round_to)):
+    if value < 1:
+      raise InputError(f"{name}={value} is out of range; expected at least 1.")
   ladders = [_widths(group.size, min_width, round_to) for group in graph.groups]
   order = [np.argsort(-np.asarray(scores[group.name], np.float64), kind="stable") for group in graph.groups]
   ranked = [np.asarray(scores[g.name], np.float64)[o] for g, o in zip(graph.groups, order, strict=True)]
@@ -96,10 +105,22 @@ def project_to_budget(
   return masks
 
 
-def check_share(p: float) -> None:
-  """Raises InputError unless p is in (0, 1]."""
-  if not 0.0 < p <= 1.0:
+def check_share(p: Any) -> None:
+  """Raises InputError unless p is in (0, 1]; a traced p is not looked at."""
+  if not isinstance(p, jax.core.Tracer) and not 0.0 < p <= 1.0:
     raise InputError(f"p={p} is not a share of the MACs to keep; expected 0 < p <= 1.")
+
+
+def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
+  for group in graph.groups:
+    if group.name not in scores:
+      raise InputError(f"scores misses the group {group.name!r}; expected one array for each of graph.groups.")
+    if np.shape(scores[group.name]) != (group.size,):
+      raise InputError(
+        f"The scores of group {group.name!r} have shape {np.shape(scores[group.name])}; expected ({group.size},)."
+      )
+    if np.isnan(scores[group.name]).any():
+      raise InputError(f"The scores of group {group.name!r} hold a NaN; the generator or what it learns from diverged.")
 
 
 def _widths(size: int, min_width: int, round_to: int) -> list[int]:

@@ -7,21 +7,14 @@ References:
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sapr_jax.channels import ChannelGraph
 
 Logits = dict[str, jax.Array]
 """Group name -> outputs o_k of the generator, `[group.size]`."""
-
-# A channel is kept with probability P(o + g + b > 0) = 1 - exp(-exp(o + b)), as g ~ Gumbel(0, 1). It exceeds one half
-# where o + b exceeds this.
-MEDIAN_GUMBEL = -math.log(math.log(2.0))
 
 
 class ArchitectureGenerator(nn.Module):
@@ -93,10 +86,13 @@ def sample_masks(key: jax.Array, outputs: jax.Array, *, bias: float = 3.0, tempe
 
 
 def keep_probability(outputs: jax.Array, *, bias: float = 3.0) -> jax.Array:
-  """Returns the probability that `sample_masks` keeps a channel, 1 - exp(-exp(o + b))."""
-  return -jnp.expm1(-jnp.exp(outputs + bias))
+  """Returns the probability that `sample_masks` keeps a channel: P(o + g + b > 0) = 1 - exp(-exp(o + b))."""
+  return -jnp.expm1(-jnp.exp(jnp.asarray(outputs) + bias))
 
 
-def most_likely_masks(outputs: dict[str, np.ndarray], *, bias: float = 3.0) -> dict[str, np.ndarray]:
-  """Returns for each group the mask that keeps what is kept with a probability above one half."""
-  return {name: (np.asarray(o) + bias > -MEDIAN_GUMBEL).astype(np.float32) for name, o in outputs.items()}
+def most_likely_masks(outputs: Logits, *, bias: float = 3.0) -> dict[str, jax.Array]:
+  """Returns for each group the mask that keeps what is kept with a probability above one half.
+
+  They are what the generator means by itself. `project_to_budget` ranks the same outputs and meets the budget exactly.
+  """
+  return {name: (keep_probability(o, bias=bias) > 0.5).astype(jnp.float32) for name, o in outputs.items()}

@@ -6,29 +6,29 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 
-from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks
+from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks, map_members
 from sapr_jax.errors import InputError
 
 Params = TypeVar("Params")
 Weighting = Literal["share", "relative", "uniform"]
 
 
-def group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting = "share") -> dict[str, jax.Array]:
+def group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting = "relative") -> dict[str, jax.Array]:
   """Returns the factor of each group in Eq. 2.
 
   Args:
     graph: The channel graph.
     masks: Group name -> 0/1 array `[group.size]`.
-    weighting: With N_k the number of channels that group k drops and K the number of groups: "share" is N_k / N with N
-      the sum of the N_k; "relative" is N_k / N with N their mean, K times as much; "uniform" is 1 / K.
+    weighting: With N_k the number of channels that group k drops and K the number of groups: "relative" is N_k / N with
+      N the mean of the N_k; "share" is N_k / N with N their sum, K times less; "uniform" is 1 / K. The paper leaves N
+      open; docs/method.md says why the mean is the default.
 
   Returns:
     Group name -> scalar.
@@ -49,7 +49,9 @@ def group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting = "sha
   return {name: scale * count / jnp.maximum(total, 1.0) for name, count in dropped.items()}
 
 
-def partial_group_lasso(params: Any, graph: ChannelGraph, masks: Masks, *, weighting: Weighting = "share") -> jax.Array:
+def partial_group_lasso(
+  params: Any, graph: ChannelGraph, masks: Masks, *, weighting: Weighting = "relative"
+) -> jax.Array:
   """Sums the norms of the channels that `masks` drops.
 
       penalty = sum_k (N_k / N) sum_{c: masks[k][c] = 0} sum_m ||w[m, c]||_2
@@ -85,7 +87,7 @@ def partial_group_lasso(params: Any, graph: ChannelGraph, masks: Masks, *, weigh
 
 
 def prox_partial_group_lasso(
-  params: Params, graph: ChannelGraph, masks: Masks, step_size: Any, *, weighting: Weighting = "share"
+  params: Params, graph: ChannelGraph, masks: Masks, step_size: Any, *, weighting: Weighting = "relative"
 ) -> Params:
   """Applies the proximal operator of `step_size * partial_group_lasso`: shrinks dropped channels toward zero.
 
@@ -106,20 +108,20 @@ def prox_partial_group_lasso(
     New parameters.
 
   Raises:
-    InputError: As `partial_group_lasso`.
+    InputError: If `masks` or `params` does not fit `graph`.
 
   References:
     Gao et al., ICCV 2023, supplement B, Eq. 2; Yuan and Lin, 2006, for the operator.
   """
   weights = group_weights(graph, masks, weighting)
-  flat = traverse_util.flatten_dict(params)
-  for path, members in _kernels(graph).items():
-    kernel = flat[path]
-    for name, member in members:
+
+  def shrink(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
+    for name, member in _kernel_axes(members):
       scale = _shrinkage(kernel, member, jnp.asarray(masks[name]), step_size * weights[name])
       kernel = jnp.where(scale == 1.0, kernel, kernel * scale)
-    flat[path] = kernel
-  return traverse_util.unflatten_dict(flat)
+    return kernel
+
+  return map_members(shrink, params, graph)
 
 
 class PartialRegularizationState(NamedTuple):
@@ -138,7 +140,7 @@ def partial_regularization(
   gamma: float,
   *,
   momentum: float = 0.0,
-  weighting: Weighting = "share",
+  weighting: Weighting = "relative",
 ) -> optax.GradientTransformationExtraArgs:
   """An optax transform that applies the proximal step after the optimizer's own.
 
@@ -156,12 +158,20 @@ def partial_regularization(
   Returns:
     A transform whose `update(updates, state, params, masks=masks)` returns the updates that lead to the shrunk weights.
 
+  Raises:
+    InputError: If gamma is negative or momentum is not in [0, 1).
+
   Example:
     >>> tx = optax.chain(
     ...   optax.sgd(0.1, momentum=0.9), partial_regularization(graph, 0.1, gamma=5e-4, momentum=0.9)
     ... )
     >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
   """
+
+  if not gamma >= 0:
+    raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
+  if not 0 <= momentum < 1:
+    raise InputError(f"momentum={momentum} is out of range; expected a number in [0, 1).")
 
   def init(params: Any) -> PartialRegularizationState:
     del params
@@ -193,22 +203,21 @@ def channel_norms(params: Any, graph: ChannelGraph) -> dict[str, list[jax.Array]
   Returns:
     Group name -> one array `[group.size]` for each regularized kernel, producers and readers.
   """
-  flat = traverse_util.flatten_dict(params)
   norms: dict[str, list[jax.Array]] = {group.name: [] for group in graph.groups}
-  for path, members in _kernels(graph).items():
-    for name, member in members:
-      norms[name].append(_safe_sqrt(_sum_of_squares(flat[path], member)))
+
+  def note(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
+    for name, member in _kernel_axes(members):
+      norms[name].append(_safe_sqrt(_sum_of_squares(kernel, member)))
+    return kernel
+
+  map_members(note, params, graph)
   return norms
 
 
-def _kernels(graph: ChannelGraph) -> dict[tuple[str, ...], list[tuple[str, Member]]]:
-  """Returns the regularized axes of each kernel, output axes first."""
-  found = {}
-  for path, members in graph.members_by_variable("params").items():
-    kernels = [(name, member) for name, member in members if member.role in ("in", "out")]
-    if kernels:
-      found[path] = sorted(kernels, key=lambda entry: entry[1].role != "out")
-  return found
+def _kernel_axes(members: Sequence[tuple[str, Member]]) -> list[tuple[str, Member]]:
+  """Returns the regularized axes of a parameter, output axes first; none if it is not a kernel."""
+  kernels = [(name, member) for name, member in members if member.role in ("in", "out")]
+  return sorted(kernels, key=lambda entry: entry[1].role != "out")
 
 
 def _sum_of_squares(kernel: jax.Array, member: Member) -> jax.Array:

@@ -27,6 +27,7 @@ def check_config(config: Any) -> None:
   _in_range("generator.data_share", generator.data_share, 0.0, 1.0, low_included=False)
   for name in ("learning_rate", "temperature"):
     _positive(f"generator.{name}", generator[name])
+  _in_range("generator.bias", generator.bias, float("-inf"), float("inf"), low_included=False, high_included=False)
   for name in ("weight_decay", "macs_weight"):
     _at_least(f"generator.{name}", generator[name], 0)
   _at_least("data.crop_padding", config.data.crop_padding, 0)
@@ -52,6 +53,8 @@ def _check_phase(name: str, phase: Any) -> None:
   _in_range(f"{name}.momentum", phase.momentum, 0.0, 1.0, high_included=False)
   _at_least(f"{name}.weight_decay", phase.weight_decay, 0)
   decay = list(phase.decay_epochs)
+  if not all(isinstance(epoch, int) for epoch in decay):
+    raise InputError(f"{name}.decay_epochs={tuple(decay)} must be whole epochs, such as '(100, 150)'.")
   if (
     phase.schedule == "step"
     and phase.epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from sapr_jax import artifacts, report
 from sapr_jax.channels import mask_params
+from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, steps
 from sapr_jax.training.devices import MappedSteps, replicate
 from sapr_jax.training.progress import Progress
@@ -107,6 +109,8 @@ def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, reco
   schedule = setup.weight_schedule(phase)
   steps_per_epoch = setup.num_train // phase.batch_size
   progress = Progress(stage.name, phase.epochs, steps_per_epoch, first)
+  if first:
+    progress.line(f"{stage.name}: going on after epoch {first}/{phase.epochs}")
   for epoch in range(first, phase.epochs):
     record: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "step": stage.epochs_before + epoch + 1}
     record["learning_rate"] = float(schedule(epoch * steps_per_epoch))
@@ -126,6 +130,7 @@ def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, reco
       advance=progress.advance,
     )
     record |= {"weight_seconds": time.monotonic() - clock, **_prefixed("train", metrics)}
+    _check_finite(record, stage)
 
     clock = time.monotonic()
     record |= _prefixed("test", epochs.evaluate(setup, stage.evaluation, state["network"].variables))
@@ -139,6 +144,16 @@ def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, reco
       checkpointer.save(epoch + 1, state)
   progress.close()
   return state
+
+
+def _check_finite(record: dict[str, Any], stage: Stage) -> None:
+  for name in ("train_loss", "generator_loss"):
+    if not math.isfinite(record.get(name, 0.0)):
+      raise InputError(
+        f"{name} is {record[name]} in epoch {record['epoch']} of {stage.name}, at learning rate"
+        f" {record['learning_rate']:g}: training diverged. The checkpoint of the epoch before is kept; start anew with"
+        " a lower learning rate."
+      )
 
 
 def _renew_masks(setup: Setup, stage: Stage, state: State, epoch: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -40,15 +40,17 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   check_config(config)
   path = pathlib.Path(workdir)
   layout.check_workdir(path, config)
-  if (path / layout.SUMMARY).is_file():
-    summary = json.loads((path / layout.SUMMARY).read_text())
-    print(f"{path} holds a finished run.\n\n{report.format_summary(summary)}")
-    return summary
+  if (finished := layout.read_summary(path)) is not None:
+    print(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
+    return finished
   started = time.monotonic()
   setup = build(config)  # what is wrong with the data shows before anything is written
   layout.make_workdir(path, config)
   print(_describe(setup), flush=True)
   train_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "train", config.checkpoint.keep)
+  if (train_checkpoints.latest_epoch or 0) < config.train.epochs:
+    # Fine-tuning of a network that is not there yet: its training was lost.
+    shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True)
   finetune_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "finetune", config.checkpoint.keep)
   done = (train_checkpoints.latest_epoch or 0) + (finetune_checkpoints.latest_epoch or 0)
   recorder = artifacts.Recorder(path, keep=done)

@@ -16,7 +16,7 @@ def _step_decay(phase: Any, steps_per_epoch: int) -> Schedule:
 
 
 def _cosine(phase: Any, steps_per_epoch: int) -> Schedule:
-  return optax.cosine_decay_schedule(phase.learning_rate, phase.epochs * steps_per_epoch)
+  return optax.cosine_decay_schedule(phase.learning_rate, max(1, phase.epochs * steps_per_epoch))
 
 
 SCHEDULES: Mapping[str, Callable[[Any, int], Schedule]] = {"step": _step_decay, "cosine": _cosine}

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sapr_jax import data, models
 from sapr_jax.channels import ChannelGraph, trace_channels
 from sapr_jax.errors import InputError
-from sapr_jax.method import ArchitectureGenerator, channel_norms, partial_regularization
+from sapr_jax.method import ArchitectureGenerator, channel_norms, partial_regularization, project_to_budget
 from sapr_jax.training import schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 
@@ -117,7 +117,8 @@ def build(config: Any) -> Setup:
   """Loads the data, creates the network and traces its channels.
 
   Raises:
-    InputError: If the data cannot be read, a batch does not fit, or the network has no channels to prune.
+    InputError: If the data cannot be read, a batch does not fit, the network has no channels to prune, or no masks can
+      meet the budget.
   """
   mesh = data_mesh()
   dataset = data.load_dataset(
@@ -135,6 +136,10 @@ def build(config: Any) -> Setup:
   init_key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
   variables = jax.jit(model.init)(init_key, jnp.zeros(input_shape))
   graph = trace_channels(model, variables, input_shape, select=config.prune.select)
+  # A budget that no masks can meet shows now, not at E_start.
+  no_preference = {group.name: np.zeros(group.size) for group in graph.groups}
+  prune = config.prune
+  project_to_budget(graph, no_preference, prune.p, min_width=prune.min_width, round_to=prune.round_to)
   return Setup(
     config=config,
     mesh=mesh,

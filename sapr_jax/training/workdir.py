@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from sapr_jax.artifacts.files import write_json
+from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
 
 CONFIG = "config.json"
@@ -23,15 +24,22 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   """Checks that `path` is new or belongs to a run of the same configuration; writes nothing.
 
   Raises:
-    InputError: If it belongs to another configuration; the message names the fields that differ.
+    InputError: If it belongs to another configuration (the message names the fields that differ), holds something
+      else, or a file in it is damaged.
   """
   file = path / CONFIG
+  if path.exists() and not path.is_dir():
+    raise InputError(f"The work directory {path} is a file; name another --workdir.")
   if not file.exists():
+    if path.exists() and any(path.iterdir()):
+      raise InputError(f"{path} holds other files and no run; name a new or empty --workdir.")
     return
-  try:
-    earlier = json.loads(file.read_text())
-  except ValueError as error:
-    raise InputError(f"{file} is damaged ({error}); name a new --workdir.") from error
+  earlier = _read_json(file)
+  if earlier is None:
+    raise InputError(f"{file} is damaged; name a new --workdir.")
+  for name in (DENSE, PRUNED):
+    if (path / name).exists() and not (path / name / DEFINITION).is_file():
+      raise InputError(f"{path / name} holds no whole model; remove that directory, and the run goes on.")
   fields = _fields(config)
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
@@ -42,6 +50,22 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
       " --workdir to start anew."
     )
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the summary of a finished run; None if there is none, or what it speaks of is not there."""
+  if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
+    return None
+  summary = _read_json(path / SUMMARY)
+  return summary if summary is not None and {"dense", "subnetwork", "pruned"} <= summary.keys() else None
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    value = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None
 
 
 def make_workdir(path: pathlib.Path, config: Any) -> None:

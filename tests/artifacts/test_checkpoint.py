@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from sapr_jax.artifacts import Checkpointer
+from sapr_jax.errors import InputError
 from sapr_jax.training.state import network_state
 
 
@@ -28,4 +30,11 @@ def test_the_newest_state_comes_back_exactly(tmp_path):
   want = jax.tree.map(lambda x: x + 3, first)
   assert jax.tree.structure(restored) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, restored, want)
+  for file in (tmp_path / "run" / "3" / "default").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  checkpointer = Checkpointer(tmp_path / "run", keep=2)
+  with pytest.raises(InputError, match=r"run/3 cannot be read .* remove that directory"):
+    checkpointer.restore_latest(first)
+  checkpointer.close()
   assert sorted(d.name for d in (tmp_path / "run").iterdir() if d.name.isdigit()) == ["2", "3"]

@@ -37,5 +37,11 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
   assert read_records(tmp_path) == [record(1)]
 
 
+def test_what_follows_damage_is_left_out(tmp_path):
+  for damage in (b"\xff\x00\n", b"[1]\n", b"{}\n"):
+    (tmp_path / "records.jsonl").write_bytes(json.dumps(record(1)).encode() + b"\n" + damage + b'{"step": 2}\n')
+    assert read_records(tmp_path) == [record(1)]
+
+
 def test_no_file_means_no_records(tmp_path):
   assert read_records(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,15 @@ def test_a_users_own_model_is_loaded_with_its_module(tmp_path, bottleneck):
   np.testing.assert_array_equal(loaded.apply(loaded_variables, x), model.apply(variables, x))
 
 
+def test_another_module_than_the_saved_one_is_refused(tmp_path, tiny, pruned):
+  sapr.save(tmp_path / "model", *pruned)
+  with pytest.raises(sapr.InputError, match="holds a CifarResNet; base is a Dense"):
+    sapr.load(tmp_path / "model", base=nn.Dense(3))
+  with pytest.raises(sapr.InputError, match="CifarResNet with width=4; base has width=8"):
+    sapr.load(tmp_path / "model", base=sapr.models.create("resnet8", width=8))
+  assert isinstance(sapr.load(tmp_path / "model", base=tiny.model)[0], sapr.NarrowModule)
+
+
 def test_saving_again_replaces_the_model_and_leaves_nothing_behind(tmp_path, tiny, pruned):
   sapr.save(tmp_path / "model", *pruned)
   sapr.save(tmp_path / "model", tiny.model, tiny.variables)
@@ -116,6 +126,13 @@ def change_definition(file, **changes):
     (lambda d: (d / "model.json").write_text("[]"), r"has format None; this version reads format 1"),
     (lambda d: change_definition(d / "model.json", format=2), r"has format 2; this version reads format 1"),
     (lambda d: change_definition(d / "model.json", variables={}), r"says None"),
+    (lambda d: change_definition(d / "model.json", sha256={}), r"model\.json is damaged: entries are missing"),
+    (lambda d: change_definition(d / "model.json", base=[]), r"model\.json is damaged: entries are missing"),
+    (
+      lambda d: change_definition(d / "model.json", variables={"x": {}}),
+      r"model\.json is damaged: entries are missing",
+    ),
+    (lambda d: change_definition(d / "model.json", widths={"x": 3}), r"model\.json is damaged: entries are missing"),
     (lambda d: change_definition(d / "model.json", base={"class": "os.system", "fields": {}}), r"holds a os\.system"),
     (
       lambda d: change_definition(d / "model.json", base={"class": "CifarResNet", "fields": {"deep": 3}}),

@@ -104,6 +104,29 @@ def test_least_widths_and_multiples_are_kept(resnet20):
 def test_a_share_outside_0_to_1_is_refused(resnet20, p):
   with pytest.raises(sapr.InputError, match=r"^p=.* expected 0 < p <= 1\.$"):
     sapr.project_to_budget(resnet20, random_scores(resnet20, 0), p)
+  with pytest.raises(sapr.InputError, match=r"^p=.* expected 0 < p <= 1\.$"):
+    macs_penalty(resnet20, resnet20.full_masks(), p)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda scores, name: scores.pop(name), "scores misses the group 'stage1_block1/conv1'"),
+    (lambda scores, name: scores.update({name: np.ones(15)}), r"have shape \(15,\); expected \(16,\)"),
+    (lambda scores, name: scores.update({name: np.full(16, np.nan)}), "hold a NaN"),
+  ],
+)
+def test_scores_that_do_not_fit_are_refused(resnet20, change, message):
+  scores = random_scores(resnet20, 0)
+  change(scores, resnet20.groups[0].name)
+  with pytest.raises(sapr.InputError, match=message):
+    sapr.project_to_budget(resnet20, scores, 0.5)
+
+
+@pytest.mark.parametrize("option", ["min_width", "round_to"])
+def test_widths_below_one_are_refused(resnet20, option):
+  with pytest.raises(sapr.InputError, match=f"{option}=0 is out of range"):
+    sapr.project_to_budget(resnet20, random_scores(resnet20, 0), 0.5, **{option: 0})
 
 
 def test_a_budget_below_the_least_widths_is_refused(resnet20):

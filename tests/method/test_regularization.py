@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ def test_the_weights_of_eq_2(tiny, two, weighting):
 
 
 def test_only_dropped_channels_have_a_gradient(tiny, two):
-  gradient = jax.grad(lambda p: sapr.partial_group_lasso(p, tiny.graph, two))(tiny.params)
+  gradient = jax.grad(lambda p: sapr.partial_group_lasso(p, tiny.graph, two, weighting="share"))(tiny.params)
   upper, lower = kernels(gradient, "stage1_block1")
   assert (upper[..., [0, 2]] == 0).all() and (lower[:, :, [0, 2]] == 0).all()
   weight, (dense, _) = 1 / 3, kernels(tiny.params, "stage1_block1")
@@ -70,7 +71,7 @@ def test_a_zero_channel_gives_a_zero_gradient_and_no_nan(tiny, two):
 
 
 def test_the_proximal_step_by_hand(tiny, two):
-  shrunk = sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, 0.6)
+  shrunk = sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, 0.6, weighting="share")
   (before, _), (after, _) = kernels(tiny.params, "stage1_block1"), kernels(shrunk, "stage1_block1")
   norm = np.linalg.norm(before[..., 1])
   assert norm > 0.2
@@ -78,7 +79,7 @@ def test_the_proximal_step_by_hand(tiny, two):
 
 
 def test_the_proximal_step_leaves_the_rest_bit_for_bit(tiny, two):
-  shrunk = sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, 0.6)
+  shrunk = sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, 0.6, weighting="share")
   for block, kept in (("stage1_block1", [0, 2]), ("stage3_block1", range(4, 16))):
     for before, after, axis in zip(kernels(tiny.params, block), kernels(shrunk, block), (3, 2), strict=True):
       np.testing.assert_array_equal(np.take(before, kept, axis), np.take(after, kept, axis))
@@ -91,7 +92,9 @@ def test_a_threshold_above_the_norm_gives_exactly_zero(tiny, two):
   upper, _ = kernels(tiny.params, "stage1_block1")
   norms = np.linalg.norm(upper[..., [1, 3]].reshape(-1, 2), axis=0)
   between = float(norms.mean()) * 3  # times the weight 1/3: above one norm and below the other
-  shrunk, _ = kernels(sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, between), "stage1_block1")
+  shrunk, _ = kernels(
+    sapr.prox_partial_group_lasso(tiny.params, tiny.graph, two, between, weighting="share"), "stage1_block1"
+  )
   smaller, larger = (1, 3) if norms[0] < norms[1] else (3, 1)
   assert (shrunk[..., smaller] == 0).all()
   assert (shrunk[..., larger] != 0).any()
@@ -132,7 +135,7 @@ def test_a_kernel_with_groups_on_both_axes_gets_both_operators_in_turn(bottlenec
   masks = bottleneck.graph.full_masks()
   masks["reduce"][0] = masks["middle"][1] = 0
   kernel = np.asarray(bottleneck.params["middle"]["kernel"])
-  shrunk = sapr.prox_partial_group_lasso(bottleneck.params, bottleneck.graph, masks, 0.3)
+  shrunk = sapr.prox_partial_group_lasso(bottleneck.params, bottleneck.graph, masks, 0.3, weighting="share")
   expected = kernel.copy()
   expected[..., 1] *= max(0, 1 - 0.15 / np.linalg.norm(expected[..., 1]))  # output axis first
   expected[:, :, 0] *= max(0, 1 - 0.15 / np.linalg.norm(expected[:, :, 0]))
@@ -229,6 +232,31 @@ def test_without_masks_the_transform_does_nothing(tiny, grads):
   updates, state = tx.update(grads, tx.init(tiny.params), tiny.params)
   jax.tree.map(np.testing.assert_array_equal, updates, grads)
   assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [({"gamma": -1.0}, "gamma=-1.0 is out of range"), ({"gamma": 1.0, "momentum": 1.0}, "momentum=1.0 is out of range")],
+)
+def test_the_transform_checks_its_numbers(tiny, arguments, message):
+  with pytest.raises(sapr.InputError, match=message):
+    sapr.partial_regularization(tiny.graph, 0.1, **arguments)
+
+
+def test_parameters_that_do_not_fit_are_refused(tiny, two):
+  other = {**tiny.params, "stage1_block1": {"conv1": {"kernel": jnp.zeros((3, 3, 4, 5))}}}
+  for function in (sapr.mask_params, sapr.partial_group_lasso, lambda *a: sapr.prox_partial_group_lasso(*a, 0.1)):
+    with pytest.raises(sapr.InputError, match=r"params lacks stage1_block1/.*; expected variables\['params'\]"):
+      function(tiny.variables, tiny.graph, two)
+    with pytest.raises(sapr.InputError, match=r"conv1/kernel of shape \(3, 3, 4, 5\).* traced with \(3, 3, 4, 4\)"):
+      function(other, tiny.graph, two)
+
+
+def test_frozen_parameters_stay_frozen(tiny, two):
+  frozen = flax.core.freeze(tiny.params)
+  tx = optax.chain(optax.sgd(0.1), sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0))
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, frozen), tx.init(frozen), frozen, masks=two)
+  assert jax.tree.structure(optax.apply_updates(frozen, updates)) == jax.tree.structure(frozen)
 
 
 def test_the_transform_needs_the_parameters(tiny, two, grads):

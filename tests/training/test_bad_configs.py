@@ -51,11 +51,13 @@ def refused(config, workdir, *texts):
     ("generator.data_share", 0.0, ["generator.data_share=0.0"]),
     ("generator.data_share", 0.01, ["generator.batch_size=64", "12 images"]),
     ("generator.temperature", 0.0, ["generator.temperature=0.0"]),
+    ("generator.bias", float("nan"), ["generator.bias=nan"]),
+    ("prune.round_to", 64, ["p=0.49 cannot be met", "round_to=64"]),
     ("checkpoint.keep", 0, ["checkpoint.keep=0"]),
   ],
 )
 def test_a_field_out_of_range_is_refused(tmp_path, field, value, texts):
-  if field.startswith(("data.train", "train.batch_size", "generator.data_share")):
+  if field.startswith(("data.train", "train.batch_size", "generator.data_share", "prune.round_to")):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   config = digits.get_config()
   config.update_from_flattened_dict({field: value})
@@ -101,6 +103,16 @@ def test_a_work_directory_of_another_configuration_is_refused(tmp_path):
   with pytest.raises(sapr.InputError, match=r"prune\.p was 0\.49 and is now 0\.3, train\.epochs was 30 and is now 31"):
     training.run(config, tmp_path / "run")
   assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+  (tmp_path / "photos").mkdir()
+  (tmp_path / "photos" / "1.jpg").write_text("x")
+  (tmp_path / "file").write_text("x")
+  for name, message in (("photos", "holds other files and no run"), ("file", "is a file")):
+    with pytest.raises(sapr.InputError, match=message):
+      training.run(digits.get_config(), tmp_path / name)
+  assert [file.name for file in (tmp_path / "photos").iterdir()] == ["1.jpg"]
 
 
 def test_what_does_not_change_the_result_may_differ(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -168,6 +169,21 @@ def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path,
   for name in ("dense", "pruned"):
     (_, got_variables), (_, want_variables) = sapr.load(tmp_path / "run" / name), sapr.load(whole[0] / name)
     jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
+
+
+def test_training_that_diverges_stops_with_advice(tmp_path):
+  with pytest.raises(
+    sapr.InputError, match=r"train_loss is nan in epoch 1 of train, at learning rate 1e\+30: training"
+  ):
+    training.run(small_config(train__learning_rate=1e30), tmp_path / "run")
+
+
+def test_a_run_whose_checkpoints_were_lost_starts_again(whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "train")
+  (tmp_path / "run" / "summary.json").write_text("{")
+  training.run(small_config(), tmp_path / "run")
+  assert without_times(artifacts.read_records(tmp_path / "run")) == without_times(artifacts.read_records(whole[0]))
 
 
 def test_the_penalty_form_and_another_weighting_run_too(tmp_path):
