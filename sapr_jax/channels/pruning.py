@@ -12,7 +12,7 @@ import numpy as np
 
 from sapr_jax.channels.graph import ChannelGraph, Masks
 from sapr_jax.channels.program import ProgramError, compare_programs
-from sapr_jax.channels.surgery import mask_params, narrow, prune_tree
+from sapr_jax.channels.surgery import mask_params, narrow, path_of, prune_tree
 from sapr_jax.errors import InputError
 
 
@@ -36,9 +36,10 @@ def prune(
     (`NarrowModule`, its variables). Nothing in the arguments is changed.
 
   Raises:
-    InputError: If `masks` does not fit `graph` or drops a whole group, or if the cut model would compute something
-      else; the message names the group.
+    InputError: If `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model would
+      compute something else; the message names the variable or the group.
   """
+  _check_variables(variables, graph)
   small_variables = prune_tree(dict(variables), graph, masks)
   small = narrow(model, graph, masks)
   if (reason := _wrong(model, variables, graph, masks)) is not None:
@@ -48,6 +49,15 @@ def prune(
       f" width. Leave the group out by trace_channels(select=lambda group: group.name != {culprit!r} and ...)."
     )
   return small, small_variables
+
+
+def _check_variables(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
+  found = {path_of(place): jnp.shape(leaf) for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
+  for key, shape in graph.shapes.items():
+    if key not in found:
+      raise InputError(f"variables lacks {'/'.join(key)}; expected all collections of the network that was traced.")
+    if found[key] != shape:
+      raise InputError(f"variables has {'/'.join(key)} of shape {found[key]}; the graph was traced with {shape}.")
 
 
 def _wrong(model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks) -> str | None:

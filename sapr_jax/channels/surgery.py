@@ -89,7 +89,7 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
   missing = set(members)
 
   def visit(place: Any, leaf: Any) -> Any:
-    path = _names(place)
+    path = path_of(place)
     if path not in members:
       return leaf
     missing.discard(path)
@@ -106,7 +106,7 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
   return changed
 
 
-def _names(place: Any) -> tuple[str, ...]:
+def path_of(place: Any) -> tuple[str, ...]:
   """Returns the dictionary keys and names of fields on the way to a leaf."""
   names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in place)
   return tuple(str(name) for name in names if name is not None)
@@ -135,7 +135,7 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
   collections = sorted({key[0] for key in graph.shapes}, key=lambda name: name != "params")
 
   def cut(place: Any, leaf: Any) -> Any:
-    names = _names(place)
+    names = path_of(place)
     # The longest path that is a variable's: `block1/conv/kernel` is not `conv/kernel`.
     for start in range(len(names)):
       for key in (names[start:], *((collection, *names[start:]) for collection in collections)):
@@ -184,4 +184,4 @@ def narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
   return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
 
 
-__all__ = ["NarrowModule", "map_members", "mask_params", "narrow", "prune_tree"]
+__all__ = ["NarrowModule", "map_members", "mask_params", "narrow", "path_of", "prune_tree"]

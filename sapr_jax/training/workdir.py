@@ -31,7 +31,8 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   if path.exists() and not path.is_dir():
     raise InputError(f"The work directory {path} is a file; name another --workdir.")
   if not file.exists():
-    if path.exists() and any(path.iterdir()):
+    # A hidden file may be our own, left by a kill.
+    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
       raise InputError(f"{path} holds other files and no run; name a new or empty --workdir.")
     return
   earlier = _read_json(file)

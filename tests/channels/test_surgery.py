@@ -157,6 +157,15 @@ def test_the_gradient_counts_a_gain_on_the_kernel_once():
   np.testing.assert_array_equal(masked["mine1"]["gain"], variables["params"]["mine1"]["gain"])
 
 
+def test_variables_that_do_not_fit_are_refused(resnet):
+  model, variables, graph, masks, *_ = resnet
+  with pytest.raises(InputError, match=r"variables lacks batch_stats/.*; expected all collections"):
+    prune(model, {"params": variables["params"]}, graph, masks)
+  other = {**variables, "params": {**variables["params"], "fc": {"kernel": jnp.zeros((3, 10)), "bias": jnp.zeros(10)}}}
+  with pytest.raises(InputError, match=r"variables has params/fc/kernel of shape \(3, 10\); the graph was traced"):
+    prune(model, other, graph, masks)
+
+
 def test_the_small_model_is_an_ordinary_module(resnet):
   _, _, _, masks, small, small_variables = resnet
   fresh = jax.eval_shape(small.init, jax.random.key(1), jax.ShapeDtypeStruct(laws.SHAPE, jnp.float32))
