@@ -136,10 +136,11 @@ def _groups(contractions: Sequence[Contraction], axes: Axes, roles: Roles) -> li
       for atom in atoms(axis):
         if atom.fixed or id(atom) in found:
           continue
-        members = tuple(_member(axes, roles, key, i, atom) for key, i in uses[id(atom)])
-        producers = [key for key, i in uses[id(atom)] if key in contraction.kernel and roles.get((key, i)) == "out"]
-        if not producers:  # here it only passes through
+        used = uses.get(id(atom), [])
+        producers = [key for key, i in used if key in contraction.kernel and roles.get((key, i)) == "out"]
+        if not producers:  # here it only passes through, or no variable has it
           continue
+        members = tuple(_member(axes, roles, key, i, atom) for key, i in used)
         name = "/".join(producers[0][1:-1])
         names[name] = names.get(name, 0) + 1
         scope = _common_prefix([member.path[:-1] for member in members])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -18,7 +19,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 def data_mesh() -> Mesh:
   """Returns the mesh of all devices along the axis `AXIS`."""
-  return jax.make_mesh((jax.device_count(),), (AXIS,))
+  return Mesh(np.asarray(jax.devices()), (AXIS,))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -258,3 +258,19 @@ def test_a_primitive_without_a_rule_fixes_until_one_is_registered(monkeypatch):
   finally:
     RULES.pop("sort", None)
   assert "sort" not in RULES
+
+
+class WithUnusedProduct(nn.Module):
+  """Makes an axis that no variable has, by a product whose result goes nowhere."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (1, 1), name="first")(x))
+    jnp.einsum("bhwi,j->bhwij", x, jnp.zeros(7))
+    return nn.Conv(2, (1, 1), name="second")(x)
+
+
+def test_an_axis_that_no_variable_has_is_no_group():
+  model = WithUnusedProduct()
+  graph = trace_channels(model, laws.abstract_variables(model), laws.SHAPE, select="exact")
+  assert [group.name for group in graph.groups] == ["first"]
