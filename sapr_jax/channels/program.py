@@ -35,8 +35,12 @@ def trace_program(
     with nn.intercept_methods(note_features):
       return model.apply(variables, x, **apply_kwargs)
 
-  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), dict(variables))
-  return jax.make_jaxpr(apply)(abstract, inputs), features
+  return jax.make_jaxpr(apply)(abstract(variables), inputs), features
+
+
+def abstract(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the shapes and dtypes of variables, as `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), dict(variables))
 
 
 class ProgramError(Exception):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.graph import ChannelGraph, Masks
-from sapr_jax.channels.program import ProgramError, compare_programs
+from sapr_jax.channels.program import ProgramError, abstract, compare_programs
 from sapr_jax.channels.surgery import mask_params, narrow, path_of, prune_tree
 from sapr_jax.errors import InputError
 
@@ -42,7 +42,7 @@ def prune(
   _check_variables(variables, graph)
   small_variables = prune_tree(dict(variables), graph, masks)
   small = narrow(model, graph, masks)
-  if (reason := _wrong(model, variables, graph, masks)) is not None:
+  if (reason := _wrong(model, variables, small, graph, masks)) is not None:
     culprit = _culprit(model, variables, graph, masks)
     raise InputError(
       f"Cutting group {culprit!r} changes what the model computes ({reason}): its code derives a number from that"
@@ -60,11 +60,12 @@ def _check_variables(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
       raise InputError(f"variables has {'/'.join(key)} of shape {found[key]}; the graph was traced with {shape}.")
 
 
-def _wrong(model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks) -> str | None:
-  """Says why the pruned network does not compute what the masked one does; None if it does."""
-  small, small_variables = narrow(model, graph, masks), prune_tree(dict(variables), graph, masks)
+def _wrong(
+  model: nn.Module, variables: Mapping[str, Any], small: nn.Module, graph: ChannelGraph, masks: Masks
+) -> str | None:
+  """Says why the small network does not compute what the masked one does; None if it does."""
   try:
-    difference = compare_programs(small, small_variables, graph, masks)
+    difference = compare_programs(small, prune_tree(abstract(variables), graph, masks), graph, masks)
   except ProgramError as error:
     return str(error)
   if difference is None:
@@ -105,7 +106,8 @@ def _culprit(model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph
   """Finds the first group whose cut alone changes the result."""
   pruned = [group.name for group in graph.groups if not np.asarray(masks[group.name]).all()]
   for name in pruned:
-    if _wrong(model, variables, graph, {**graph.full_masks(), name: masks[name]}) is not None:
+    alone = {**graph.full_masks(), name: masks[name]}
+    if _wrong(model, variables, narrow(model, graph, alone), graph, alone) is not None:
       return name
   return pruned[0]
 

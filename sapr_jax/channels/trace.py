@@ -22,9 +22,9 @@ from sapr_jax.channels.groups import (
   reasons_left_out,
   size_terms,
 )
-from sapr_jax.channels.program import ProgramError, compare_programs, trace_program
+from sapr_jax.channels.program import ProgramError, abstract, compare_programs, trace_program
 from sapr_jax.channels.rules import ParamKey, Place, Value, Walk, fixed_axes
-from sapr_jax.channels.surgery import narrow, prune_tree
+from sapr_jax.channels.surgery import narrow, path_of, prune_tree
 from sapr_jax.errors import InputError
 
 
@@ -124,7 +124,7 @@ def _walk(closed: Any, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruc
   """Walks the program; returns the axes of all variables and what was found."""
   axes: dict[ParamKey, tuple[Axis, ...]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
-    axes[tuple(str(getattr(entry, "key", entry)) for entry in path)] = tuple(map(Axis, jnp.shape(leaf)))
+    axes[path_of(path)] = tuple(map(Axis, jnp.shape(leaf)))
   operands = [Value(variable, zeroed_by=frozenset({key})) for key, variable in axes.items()]
   operands.append(Value(fixed_axes(inputs.shape, "it is the network's input"), producers=frozenset({0})))
   walk = Walk()
@@ -163,14 +163,14 @@ def _results(walk: Walk, order: Mapping[int, int]) -> dict[Place, list[list[int 
 
 def _refused(model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph) -> dict[str, str]:
   """Cuts one channel of each group, abstractly. Returns the groups that the model's code does not follow, and why."""
-  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), dict(variables))
+  shapes = abstract(variables)
 
   def failure(names: Sequence[str]) -> str | None:
     masks = graph.full_masks()
     for name in names:
       masks[name][-1] = 0
     try:
-      compare_programs(narrow(model, graph, masks), prune_tree(abstract, graph, masks), graph, masks)
+      compare_programs(narrow(model, graph, masks), prune_tree(shapes, graph, masks), graph, masks)
     except ProgramError as error:
       return str(error)
     return None

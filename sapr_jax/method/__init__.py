@@ -1,6 +1,6 @@
 """The paper's method: generator, partial regularization, budget. Knows `channels`, nothing of data or devices."""
 
-from sapr_jax.method.budget import check_share, macs_penalty, project_to_budget
+from sapr_jax.method.budget import check_budget, check_share, macs_penalty, project_to_budget
 from sapr_jax.method.generator import (
   ArchitectureGenerator,
   keep_probability,
@@ -24,6 +24,7 @@ __all__ = [
   "SearchMetrics",
   "architecture_loss",
   "channel_norms",
+  "check_budget",
   "check_share",
   "group_weights",
   "keep_probability",

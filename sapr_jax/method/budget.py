@@ -60,11 +60,8 @@ def project_to_budget(
     InputError: If p is not in (0, 1], the scores do not fit `graph` or hold a NaN, `min_width` or `round_to` is below
       1, or even the least widths exceed the budget.
   """
-  check_share(p)
+  check_budget(graph, p, min_width=min_width, round_to=round_to)
   _check_scores(graph, scores)
-  for name, value in (("min_width", min_width), ("round_to", round_to)):
-    if value < 1:
-      raise InputError(f"{name}={value} is out of range; expected at least 1.")
   ladders = [_widths(group.size, min_width, round_to) for group in graph.groups]
   order = [np.argsort(-np.asarray(scores[group.name], np.float64), kind="stable") for group in graph.groups]
   ranked = [np.asarray(scores[g.name], np.float64)[o] for g, o in zip(graph.groups, order, strict=True)]
@@ -74,11 +71,6 @@ def project_to_budget(
     return graph.prunable(np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)]))
 
   steps = np.zeros(len(ladders), np.int64)
-  if (least := macs(steps)) > budget:
-    raise InputError(
-      f"p={p} cannot be met: the smallest widths (min_width={min_width}, round_to={round_to}) already take"
-      f" {least / graph.prunable_macs():.4f} of the prunable MACs; raise p or lower min_width and round_to."
-    )
   # A step is taken at the score of the last channel that it adds.
   prices = [
     [scores_k[ladder[s + 1] - 1] for s in range(len(ladder) - 1)]
@@ -105,6 +97,24 @@ def project_to_budget(
   return masks
 
 
+def check_budget(graph: ChannelGraph, p: float, *, min_width: int = 1, round_to: int = 1) -> None:
+  """Checks that some masks meet the budget; arguments as in `project_to_budget`.
+
+  Raises:
+    InputError: If p is not in (0, 1], `min_width` or `round_to` is below 1, or the least widths exceed the budget.
+  """
+  check_share(p)
+  for name, value in (("min_width", min_width), ("round_to", round_to)):
+    if value < 1:
+      raise InputError(f"{name}={value} is out of range; expected at least 1.")
+  least = graph.prunable(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups]))
+  if least > p * graph.prunable_macs():
+    raise InputError(
+      f"p={p} cannot be met: the smallest widths (min_width={min_width}, round_to={round_to}) already take"
+      f" {least / graph.prunable_macs():.4f} of the prunable MACs; raise p or lower min_width and round_to."
+    )
+
+
 def check_share(p: Any) -> None:
   """Raises InputError unless p is in (0, 1]; a traced p is not looked at."""
   if not isinstance(p, jax.core.Tracer) and not 0.0 < p <= 1.0:
@@ -125,8 +135,7 @@ def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
 
 def _widths(size: int, min_width: int, round_to: int) -> list[int]:
   """Returns the widths that a group may take, ascending."""
-  least = min(size, max(min_width, 1))
-  widths = [width for width in range(least, size) if width % round_to == 0]
+  widths = [width for width in range(min_width, size) if width % round_to == 0]
   return [*widths, size]
 
 

@@ -47,12 +47,7 @@ def train_weights(
   """
   batches = data.epoch_batches(setup.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
   shared = dataclasses.replace(setup.train, key=setup.key(stream), masks=masks)
-  history = []
-  for state, metrics in steps.run(network, shared, batches):
-    network = state
-    history.append(jax.device_get(metrics))
-    advance(len(metrics["loss"]))
-  return network, _mean(history)
+  return _run(steps, network, shared, batches, advance)
 
 
 def train_generator(
@@ -68,11 +63,7 @@ def train_generator(
     len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
   )
   shared = dataclasses.replace(setup.train, key=setup.key(setup_lib.GENERATOR), variables=variables)
-  history = []
-  for state, metrics in steps.run(generator, shared, setup.generator_images[order]):
-    generator = state
-    history.append(jax.device_get(metrics))
-  return generator, _mean(history)
+  return _run(steps, generator, shared, setup.generator_images[order])
 
 
 def masks_in_force(setup: Setup, generator: GeneratorState) -> dict[str, np.ndarray]:
@@ -114,5 +105,14 @@ def norm_summary(setup: Setup, params: Any, masks: Masks) -> dict[str, float]:
   return summary
 
 
-def _mean(history: list[dict[str, np.ndarray]]) -> dict[str, float]:
-  return {name: float(np.mean(np.concatenate([entry[name] for entry in history]))) for name in history[0]}
+def _run(
+  steps: MappedSteps, state: Any, shared: Any, batches: np.ndarray, advance: Callable[[int], None] | None = None
+) -> tuple[Any, dict[str, float]]:
+  """Runs a step on all batches; returns the last state and the means of the metrics."""
+  history = []
+  for new_state, metrics in steps.run(state, shared, batches):
+    state = new_state
+    history.append(jax.device_get(metrics))
+    if advance is not None:
+      advance(len(metrics["loss"]))
+  return state, {name: float(np.mean(np.concatenate([entry[name] for entry in history]))) for name in history[0]}

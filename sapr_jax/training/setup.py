@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sapr_jax import data, models
 from sapr_jax.channels import ChannelGraph, trace_channels
 from sapr_jax.errors import InputError
-from sapr_jax.method import ArchitectureGenerator, channel_norms, partial_regularization, project_to_budget
+from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
 from sapr_jax.training import schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 
@@ -137,9 +137,7 @@ def build(config: Any) -> Setup:
   variables = jax.jit(model.init)(init_key, jnp.zeros(input_shape))
   graph = trace_channels(model, variables, input_shape, select=config.prune.select)
   # A budget that no masks can meet shows now, not at E_start.
-  no_preference = {group.name: np.zeros(group.size) for group in graph.groups}
-  prune = config.prune
-  project_to_budget(graph, no_preference, prune.p, min_width=prune.min_width, round_to=prune.round_to)
+  check_budget(graph, config.prune.p, min_width=config.prune.min_width, round_to=config.prune.round_to)
   return Setup(
     config=config,
     mesh=mesh,

@@ -6,6 +6,8 @@ import json
 import pathlib
 from typing import Any
 
+from flax import traverse_util
+
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
@@ -85,13 +87,4 @@ def make_workdir(path: pathlib.Path, config: Any) -> None:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-  return _flatten(json.loads(config.to_json_best_effort()))
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-  return flat
+  return traverse_util.flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
