@@ -46,7 +46,7 @@ def _network(model: nn.Module, input_shape: tuple[int, ...], **trace_options: An
 @pytest.fixture(scope="session")
 def tiny() -> Network:
   """ResNet-8 with 4, 8 and 16 channels on 8x8 gray images."""
-  return _network(sapr.models.create("resnet8", width=4), (1, 8, 8, 1))
+  return _network(sapr.models.create("resnet8", width_multiplier=0.25), (1, 8, 8, 1))
 
 
 class Bottleneck(nn.Module):
@@ -89,7 +89,7 @@ def trained() -> Trained:
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   dataset = data.load_dataset("digits")
   mean, std = dataset.channel_statistics()
-  network = _network(sapr.models.create("resnet8", width=8), (1, *dataset.image_shape))
+  network = _network(sapr.models.create("resnet8", width_multiplier=0.5), (1, *dataset.image_shape))
   model = network.model
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(network.input_shape))
   images, labels = data.normalize(dataset.train.images, mean, std), jnp.asarray(dataset.train.labels)

@@ -9,14 +9,25 @@ from typing import Any
 import flax.linen as nn
 
 from sapr_jax.errors import InputError
-from sapr_jax.models.resnet import BasicBlock, CifarResNet
+from sapr_jax.models.mobilenet_v2 import InvertedResidual, MobileNetV2
+from sapr_jax.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-  f"resnet{depth}": functools.partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)
+  **{f"resnet{depth}": functools.partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+  "resnet18": functools.partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False),
+  "resnet34": functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=False),
+  "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
+  "resnet101": functools.partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True),
+  "resnet152": functools.partial(ResNet, blocks=(3, 8, 36, 3), bottleneck=True),
+  "mobilenetv2": MobileNetV2,
+  "mobilenetv2_cifar": functools.partial(MobileNetV2, num_classes=10, small_images=True, dropout=0.0),
 }
-"""Name -> constructor, for `create` and the config field `model.name`."""
+"""Name -> constructor, for `create` and the config field `model.name`.
 
-CLASSES: dict[str, type[nn.Module]] = {"CifarResNet": CifarResNet}
+ResNets of depth 8, 14, 20, 32, 44, 56 and 110 are for CIFAR, those of depth 18, 34, 50, 101 and 152 for ImageNet.
+"""
+
+CLASSES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (CifarResNet, ResNet, MobileNetV2)}
 """Class name -> class, for definitions of models on disk."""
 
 
@@ -38,4 +49,14 @@ def create(name: str, **fields: Any) -> nn.Module:
     raise InputError(f"The model {name!r} does not take these fields ({error}).") from error
 
 
-__all__ = ["CLASSES", "MODELS", "BasicBlock", "CifarResNet", "create"]
+__all__ = [
+  "CLASSES",
+  "MODELS",
+  "BasicBlock",
+  "Bottleneck",
+  "CifarResNet",
+  "InvertedResidual",
+  "MobileNetV2",
+  "ResNet",
+  "create",
+]

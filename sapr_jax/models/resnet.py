@@ -1,8 +1,13 @@
-"""Residual networks for CIFAR: He et al., CVPR 2016, section 4.2."""
+"""Residual networks: He et al., CVPR 2016. For CIFAR as in section 4.2, for ImageNet as in torchvision.
+
+Widths come from the fields alone, never from the shape of an input, so that a network whose channels were cut is still
+the same program.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,51 +16,107 @@ import jax.numpy as jnp
 
 # He et al., ICCV 2015, as in torchvision.
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_EXPANSION = 4
+
+
+def _conv(features: int, size: int, *, dtype: Any, stride: int = 1, name: str) -> nn.Conv:
+  """A convolution without bias, padded evenly on all sides as in PyTorch ("SAME" is uneven at stride 2)."""
+  return nn.Conv(
+    features,
+    (size, size),
+    strides=stride,
+    padding=size // 2,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=_kernel_init,
+    name=name,
+  )
+
+
+def _norm(train: bool, *, dtype: Any, name: str) -> nn.BatchNorm:
+  # PyTorch's defaults; its momentum 0.1 is the share of the new statistics.
+  return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
 
 
 class BasicBlock(nn.Module):
-  """Two 3x3 convolutions with a shortcut that has no parameters (option A).
+  """Two 3x3 convolutions and a shortcut.
 
   Attributes:
     features: Output channels.
-    stride: Stride of the first convolution. Where it is not 1 the shortcut is subsampled and padded with zeros.
+    stride: Stride of the first convolution and of the shortcut.
+    shortcut: "identity"; "projection", a 1x1 convolution with batch normalization (option B); or "padding", which
+      subsamples and adds channels of zeros, without parameters (option A).
+    added: Channels of zeros that the padding adds.
     dtype: Dtype of the computation; parameters are float32.
   """
 
   features: int
   stride: int = 1
+  shortcut: str = "identity"
+  added: int = 0
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    conv = functools.partial(
-      nn.Conv, self.features, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init
-    )
-    norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
-    y = conv(strides=self.stride, name="conv1")(x)
+    conv = functools.partial(_conv, dtype=self.dtype)
+    norm = functools.partial(_norm, train, dtype=self.dtype)
+    y = conv(self.features, 3, stride=self.stride, name="conv1")(x)
     y = nn.relu(norm(name="bn1")(y))
-    y = conv(name="conv2")(y)
+    y = conv(self.features, 3, name="conv2")(y)
     y = norm(name="bn2")(y)
-    if self.stride != 1 or x.shape[-1] != self.features:
-      missing = self.features - x.shape[-1]
+    if self.shortcut == "projection":
+      x = conv(self.features, 1, stride=self.stride, name="shortcut")(x)
+      x = norm(name="bn_shortcut")(x)
+    elif self.shortcut == "padding":
       x = x[:, :: self.stride, :: self.stride]
-      x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
+      x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (self.added // 2, self.added - self.added // 2)))
+    return nn.relu(x + y)
+
+
+class Bottleneck(nn.Module):
+  """A 1x1 convolution that reduces, a 3x3 one, and a 1x1 one that expands by four, with a shortcut.
+
+  Attributes:
+    features: Channels of the first two convolutions; the block has four times as many outputs.
+    stride: Stride of the 3x3 convolution (torchvision's form; He et al. have it on the first) and of the shortcut.
+    shortcut: "identity" or "projection", see `BasicBlock`.
+    dtype: Dtype of the computation; parameters are float32.
+  """
+
+  features: int
+  stride: int = 1
+  shortcut: str = "identity"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    conv = functools.partial(_conv, dtype=self.dtype)
+    norm = functools.partial(_norm, train, dtype=self.dtype)
+    y = conv(self.features, 1, name="conv1")(x)
+    y = nn.relu(norm(name="bn1")(y))
+    y = conv(self.features, 3, stride=self.stride, name="conv2")(y)
+    y = nn.relu(norm(name="bn2")(y))
+    y = conv(self.features * _EXPANSION, 1, name="conv3")(y)
+    y = norm(name="bn3")(y)
+    if self.shortcut == "projection":
+      x = conv(self.features * _EXPANSION, 1, stride=self.stride, name="shortcut")(x)
+      x = norm(name="bn_shortcut")(x)
     return nn.relu(x + y)
 
 
 class CifarResNet(nn.Module):
-  """ResNet for small images: three stages of basic blocks at full, half and quarter resolution.
+  """ResNet for small images: three stages of basic blocks at full, half and quarter resolution, option A shortcuts.
 
   Attributes:
     depth: 6 n + 2 for n blocks in a stage: 20, 32, 44, 56, 110; 8 and 14 are good for trying things out.
     num_classes: Number of logits.
-    width: Channels of the first stage; the others have two and four times as many.
+    width_multiplier: The stages have 16, 32 and 64 channels times this.
     dtype: Dtype of the computation; parameters are float32.
   """
 
   depth: int
   num_classes: int = 10
-  width: int = 16
+  width_multiplier: float = 1.0
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -64,15 +125,56 @@ class CifarResNet(nn.Module):
     blocks, remainder = divmod(self.depth - 2, 6)
     if remainder or blocks < 1:
       raise ValueError(f"A CIFAR ResNet has depth 6 n + 2 (20, 32, 44, 56, 110); got {self.depth}.")
-    x = x.astype(self.dtype)
-    x = nn.Conv(self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=_kernel_init, name="conv")(
-      x
-    )
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn")(x)
-    x = nn.relu(x)
-    for stage in range(3):
+    widths = [_scaled(16 * 2**stage, self.width_multiplier) for stage in range(3)]
+    x = _conv(widths[0], 3, dtype=self.dtype, name="conv")(x.astype(self.dtype))
+    x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
+    for stage, features in enumerate(widths):
       for block in range(blocks):
-        stride = 2 if stage > 0 and block == 0 else 1
-        x = BasicBlock(self.width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block + 1}")(x, train)
+        down = {}
+        if stage > 0 and block == 0:
+          down = {"stride": 2, "shortcut": "padding", "added": features - widths[stage - 1]}
+        x = BasicBlock(features, dtype=self.dtype, name=f"stage{stage + 1}_block{block + 1}", **down)(x, train)
     x = jnp.mean(x, axis=(1, 2))
     return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x).astype(jnp.float32)
+
+
+class ResNet(nn.Module):
+  """ResNet for ImageNet in torchvision's form: 7x7 stem, max-pooling, four stages, projection shortcuts.
+
+  Attributes:
+    blocks: Number of blocks in each stage: (3, 4, 6, 3) for ResNet-34 and ResNet-50.
+    bottleneck: Whether the blocks are bottlenecks (ResNet-50 and deeper) or pairs of 3x3 convolutions.
+    num_classes: Number of logits.
+    width_multiplier: The stages have 64, 128, 256 and 512 channels times this (bottlenecks expand them by four).
+    dtype: Dtype of the computation; parameters are float32.
+  """
+
+  blocks: Sequence[int]
+  bottleneck: bool
+  num_classes: int = 1000
+  width_multiplier: float = 1.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps images `[batch, height, width, channels]` to float32 logits `[batch, num_classes]`."""
+    block_type: Any = Bottleneck if self.bottleneck else BasicBlock
+    x = _conv(_scaled(64, self.width_multiplier), 7, stride=2, dtype=self.dtype, name="conv")(x.astype(self.dtype))
+    x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
+    x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    for stage, blocks in enumerate(self.blocks):
+      for block in range(blocks):
+        first = block == 0 and (stage > 0 or self.bottleneck)
+        x = block_type(
+          _scaled(64 * 2**stage, self.width_multiplier),
+          stride=2 if block == 0 and stage > 0 else 1,
+          shortcut="projection" if first else "identity",
+          dtype=self.dtype,
+          name=f"stage{stage + 1}_block{block + 1}",
+        )(x, train)
+    x = jnp.mean(x, axis=(1, 2))
+    return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x).astype(jnp.float32)
+
+
+def _scaled(features: int, multiplier: float) -> int:
+  return max(1, round(features * multiplier))

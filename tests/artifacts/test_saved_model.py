@@ -39,11 +39,11 @@ def test_a_pruned_model_comes_back_as_it_was(tmp_path, tiny, pruned):
 
 
 def test_a_dense_model_comes_back_with_its_fields_and_dtypes(tmp_path, tiny):
-  model = sapr.models.create("resnet8", width=4, num_classes=7, dtype=jnp.bfloat16)
+  model = sapr.models.create("resnet8", width_multiplier=0.25, num_classes=7, dtype=jnp.bfloat16)
   variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.variables)
   sapr.save(tmp_path / "deep" / "model", model, variables)
   loaded, loaded_variables = sapr.load(tmp_path / "deep" / "model")
-  assert (loaded.depth, loaded.width, loaded.num_classes, loaded.dtype) == (8, 4, 7, jnp.bfloat16)
+  assert (loaded.depth, loaded.width_multiplier, loaded.num_classes, loaded.dtype) == (8, 0.25, 7, jnp.bfloat16)
   assert_same(loaded_variables, variables)
 
 
@@ -72,8 +72,8 @@ def test_another_module_than_the_saved_one_is_refused(tmp_path, tiny, pruned):
   sapr.save(tmp_path / "model", *pruned)
   with pytest.raises(sapr.InputError, match="holds a CifarResNet; base is a Dense"):
     sapr.load(tmp_path / "model", base=nn.Dense(3))
-  with pytest.raises(sapr.InputError, match="CifarResNet with width=4; base has width=8"):
-    sapr.load(tmp_path / "model", base=sapr.models.create("resnet8", width=8))
+  with pytest.raises(sapr.InputError, match="CifarResNet with width_multiplier=0.25; base has width_multiplier=0.5"):
+    sapr.load(tmp_path / "model", base=sapr.models.create("resnet8", width_multiplier=0.5))
   assert isinstance(sapr.load(tmp_path / "model", base=tiny.model)[0], sapr.NarrowModule)
 
 

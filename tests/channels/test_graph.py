@@ -42,7 +42,7 @@ def two_dense():
 
 @pytest.fixture(scope="module")
 def resnet():
-  model = models.create("resnet8", width=4)
+  model = models.create("resnet8", width_multiplier=0.25)
   return trace_channels(model, laws.abstract_variables(model), laws.SHAPE)
 
 
@@ -147,7 +147,7 @@ def test_equal_monomials_are_merged():
 
 
 def test_a_predicate_selects(resnet):
-  model = models.create("resnet8", width=4)
+  model = models.create("resnet8", width_multiplier=0.25)
   graph = trace_channels(model, laws.abstract_variables(model), laws.SHAPE, select=lambda group: group.size > 4)
   assert [group.name for group in graph.groups] == [group.name for group in resnet.groups[1:]]
   assert graph.macs() == resnet.macs()

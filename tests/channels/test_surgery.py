@@ -21,7 +21,7 @@ from sapr_jax.errors import InputError
 @pytest.fixture(scope="module")
 def resnet():
   """A residual network with random variables in float32, its graph, masks, and what was cut with them."""
-  model = models.create("resnet8", width=4)
+  model = models.create("resnet8", width_multiplier=0.25)
   variables = laws.random_variables(model, 3, np.float32)
   graph = trace_channels(model, variables, laws.SHAPE)
   masks = laws.random_masks(graph, 0)
@@ -69,7 +69,7 @@ def features_of(model):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_masked_is_pruned_in_float64(seed):
-  model = models.create("resnet8", width=4, dtype=np.float64)
+  model = models.create("resnet8", width_multiplier=0.25, dtype=np.float64)
   with jax.enable_x64(True):
     # The logits are rounded to float32 at the end, so look at the feature maps.
     variables = laws.random_variables(model, seed)
@@ -293,8 +293,8 @@ def test_bad_masks_are_refused(resnet):
 
 def test_widths_are_all_that_defines_a_small_model(resnet):
   model, _, _, _, small, small_variables = resnet
-  again = NarrowModule(models.create("resnet8", width=4), small.widths)
+  again = NarrowModule(models.create("resnet8", width_multiplier=0.25), small.widths)
   assert again == small
   images = laws.random_images(0, np.float32)
   np.testing.assert_array_equal(again.apply(small_variables, images), small.apply(small_variables, images))
-  assert model.width == 4
+  assert model.width_multiplier == 0.25

@@ -71,7 +71,7 @@ def test_the_residual_stream_is_fixed_by_the_padded_shortcut():
 
 
 def test_logits_are_float32_whatever_the_dtype_of_the_computation():
-  model = models.create("resnet8", width=2, dtype=jnp.bfloat16)
+  model = models.create("resnet8", width_multiplier=0.125, dtype=jnp.bfloat16)
   variables = abstract_variables(model)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
   logits = jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32))
@@ -79,7 +79,7 @@ def test_logits_are_float32_whatever_the_dtype_of_the_computation():
 
 
 def test_training_mode_updates_the_statistics():
-  model = models.create("resnet8", width=2)
+  model = models.create("resnet8", width_multiplier=0.125)
   variables = abstract_variables(model)
   images = jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32)
   _, updates = jax.eval_shape(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
