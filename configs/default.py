@@ -16,16 +16,28 @@ def get_config() -> ConfigDict:
 
   config.model = ConfigDict()
   config.model.name = "resnet56"  # a name in sapr_jax.models.MODELS
+  config.model.width_multiplier = 1.0
   config.model.dtype = "float32"  # of the computation: float32 or bfloat16
+
+  config.init = ConfigDict()
+  config.init.weights = placeholder(str)  # start from a saved model (directory) or from PyTorch weights (file)
 
   config.data = ConfigDict()
   config.data.source = "tfds"  # tfds, folder or digits
   config.data.name = "cifar10"  # of the data set in tensorflow-datasets
-  config.data.path = placeholder(str)  # folder: train/<class>/*, test/<class>/*; tfds: its data directory
-  config.data.train_images = placeholder(int)  # use a balanced part only; unset: all
+  config.data.path = placeholder(str)  # folder: train/<class>/*, test/<class>/* (or val/); tfds: its data directory
+  config.data.train_images = placeholder(int)  # use a part only, balanced if labels are known; unset: all
   config.data.test_images = placeholder(int)
-  config.data.crop_padding = 4  # pixels
+  config.data.mean = placeholder(tuple)  # of each channel, of pixels in [0, 1]; unset: of the training images
+  config.data.std = placeholder(tuple)
   config.data.flip = True
+  config.data.stream = False  # False: all images lie on the devices; True: they are read from disk as they are needed
+  # Images on the devices, of one size:
+  config.data.crop_padding = 4  # pixels
+  # Streamed images, of any size:
+  config.data.image_size = 224  # pixels; random-resized crops in training, the centre in evaluation
+  config.data.eval_resize = 256  # shorter side, before the centre is cropped
+  config.data.workers = placeholder(int)  # processes that decode; unset: one for each core; 0: threads
 
   # Training of the dense network, the method included (supplement A).
   config.train = phase()
@@ -58,6 +70,7 @@ def get_config() -> ConfigDict:
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1
+  config.checkpoint.every_steps = placeholder(int)  # also within an epoch; unset: not
   config.checkpoint.keep = 2
 
   config.report = ConfigDict()

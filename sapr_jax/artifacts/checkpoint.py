@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -13,11 +14,12 @@ Tree = TypeVar("Tree")
 
 
 class Checkpointer:
-  """Saves and restores the state of one stage of a run; `step` is the number of finished epochs.
+  """Saves and restores one stage of a run: its arrays, and as JSON its position, what is not an array.
 
   Example:
     >>> checkpointer = Checkpointer(workdir / "checkpoints" / "train", keep=2)
-    >>> state, epoch = checkpointer.restore_latest(state)
+    >>> position = checkpointer.position()
+    >>> state = checkpointer.restore(state)
   """
 
   def __init__(self, directory: pathlib.Path, keep: int = 2):
@@ -25,35 +27,45 @@ class Checkpointer:
 
     self._args, self._directory = ocp.args, directory
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
 
-  @property
-  def latest_epoch(self) -> int | None:
-    """Number of finished epochs in the newest checkpoint, None if there is none."""
-    return self._manager.latest_step()
-
-  def restore_latest(self, like: Tree) -> tuple[Tree, int]:
-    """Returns the newest state, with the structure, dtypes and placement of `like`, and its epoch; or (like, 0).
+  def position(self) -> dict[str, Any] | None:
+    """Returns the position in the newest checkpoint, None if there is none.
 
     Raises:
       InputError: If it cannot be read; the message names its directory.
     """
-    epoch = self.latest_epoch
-    if epoch is None:
-      return like, 0
+    if self._manager.latest_step() is None:
+      return None
+    position: dict[str, Any] = self._restore(position=self._args.JsonRestore())["position"]
+    return position
+
+  def restore(self, like: Tree) -> Tree:
+    """Returns the newest state, with the structure, dtypes and placement of `like`; or `like` if there is none.
+
+    Raises:
+      InputError: If it cannot be read; the message names its directory.
+    """
+    if self._manager.latest_step() is None:
+      return like
     target = jax.tree.map(_abstract, like)
+    state: Tree = self._restore(state=self._args.StandardRestore(target))["state"]
+    return state
+
+  def _restore(self, **items: Any) -> Any:
+    step = self._manager.latest_step()
     try:
-      restored: Any = self._manager.restore(epoch, args=self._args.StandardRestore(target))
+      return self._manager.restore(step, args=self._args.Composite(**items))
     except Exception as error:  # Orbax and TensorStore raise many kinds
       raise InputError(
-        f"The checkpoint {self._directory / str(epoch)} cannot be read ({type(error).__name__}); remove that directory"
+        f"The checkpoint {self._directory / str(step)} cannot be read ({type(error).__name__}); remove that directory"
         " to resume from the one before."
       ) from error
-    return restored, epoch
 
-  def save(self, epoch: int, state: Any) -> None:
-    """Starts saving `state`; the call returns when it is copied from the devices."""
-    self._manager.save(epoch, args=self._args.StandardSave(state))
+  def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+    """Starts saving; the call returns when the state is copied from the devices. `step` grows from save to save."""
+    items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(dict(position)))
+    self._manager.save(step, args=items)
 
   def close(self) -> None:
     """Waits until all is written."""

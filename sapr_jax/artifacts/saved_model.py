@@ -149,8 +149,9 @@ def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.P
     raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
   for name, value in description["fields"].items():
     found = got["fields"].get(name)
-    # What JSON cannot hold is there as text for people; it may differ from one process to the next.
-    if found != value and not (isinstance(value, dict) and "repr" in value):
+    # What JSON cannot hold is there as text for people; it may differ from one process to the next. The dtype of the
+    # computation may differ too: the variables are the same.
+    if found != value and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
       raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
 
 

@@ -19,7 +19,8 @@ def check_config(config: Any) -> None:
   """
   _one_of("model.name", config.model.name, MODELS)
   _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-  _one_of("data.source", config.data.source, SOURCES)
+  _positive("model.width_multiplier", config.model.width_multiplier)
+  _check_data(config.data)
   for name in ("train", "finetune"):
     _check_phase(name, config[name])
   _check_prune(config)
@@ -30,18 +31,46 @@ def check_config(config: Any) -> None:
   _in_range("generator.bias", generator.bias, float("-inf"), float("inf"), low_included=False, high_included=False)
   for name in ("weight_decay", "macs_weight"):
     _at_least(f"generator.{name}", generator[name], 0)
-  _at_least("data.crop_padding", config.data.crop_padding, 0)
   for name, value in (
     ("steps_per_call", config.steps_per_call),
     ("eval_batch_size", config.eval_batch_size),
     ("generator.batch_size", generator.batch_size),
     ("checkpoint.every_epochs", config.checkpoint.every_epochs),
+    ("checkpoint.every_steps", config.checkpoint.every_steps),
     ("checkpoint.keep", config.checkpoint.keep),
     ("report.latency_repeats", config.report.latency_repeats),
     *(("report.latency_batch_sizes", size) for size in config.report.latency_batch_sizes),
   ):
     if value is not None:
       _at_least(name, value, 1)
+
+
+def _check_data(fields: Any) -> None:
+  _one_of("data.source", fields.source, SOURCES)
+  for name in ("mean", "std"):
+    value = fields[name]
+    if value is not None and not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+      raise InputError(f"data.{name}={value} must have one number in [0, 1] for each channel.")
+  if fields.std is not None and 0 in fields.std:
+    raise InputError(f"data.std={fields.std} has a zero; the images are divided by it.")
+  if (fields.mean is None) != (fields.std is None) or (fields.mean and len(fields.mean) != len(fields.std)):
+    raise InputError(f"data.mean={fields.mean} and data.std={fields.std} do not fit; give both or neither.")
+  _at_least("data.crop_padding", fields.crop_padding, 0)
+  _at_least("data.image_size", fields.image_size, 1)
+  if fields.workers is not None:
+    _at_least("data.workers", fields.workers, 0)
+  if not fields.stream:
+    return
+  if fields.eval_resize < fields.image_size:
+    raise InputError(
+      f"data.eval_resize={fields.eval_resize} is less than data.image_size={fields.image_size}; expected at least that,"
+      f" such as {round(fields.image_size * 8 / 7)}."
+    )
+  if fields.mean is None or len(fields.mean) != 3:
+    raise InputError(
+      f"data.mean={fields.mean}: streamed images need mean and deviation of red, green and blue; ImageNet's are"
+      " --config.data.mean='(0.485, 0.456, 0.406)' --config.data.std='(0.229, 0.224, 0.225)'."
+    )
 
 
 def _check_phase(name: str, phase: Any) -> None:

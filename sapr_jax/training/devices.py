@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,15 +34,19 @@ def default_steps_per_call(mesh: Mesh) -> int:
   return 1 if mesh.devices.flat[0].platform == "cpu" else 50
 
 
+def process_slice(batch_size: int) -> slice:
+  """Returns which rows of a global batch this process provides."""
+  rows = batch_size // jax.process_count()
+  return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
 class MappedSteps:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
 
-  The carry is donated; batches are cut along their second axis. Every number of steps in a call is a program to
-  compile, so a call runs fewer than `steps_per_call` where that leaves no remainder.
+  The carry is donated; batches are cut along their second axis.
   """
 
-  def __init__(self, step: Step, mesh: Mesh, steps_per_call: int | None = None):
-    self._steps_per_call = steps_per_call or default_steps_per_call(mesh)
+  def __init__(self, step: Step, mesh: Mesh):
     self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
 
     def many(carry: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
@@ -58,25 +61,29 @@ class MappedSteps:
     )
     self._many = jax.jit(mapped, donate_argnums=0)
 
-  def run(self, carry: Any, shared: Any, batches: Any) -> Iterator[tuple[Any, Any]]:
-    """Runs the step on all batches in turn.
+  def run(self, carry: Any, shared: Any, calls: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Runs the step on all batches in turn; every number of batches in a call is a program to compile.
 
     Args:
       carry: State before the first step, on all devices.
       shared: What every step reads, on all devices.
-      batches: Pytree of host arrays `[n, batch, ...]`; the batch is cut evenly over the devices.
+      calls: The batches of each call: a pytree of host arrays `[n, batch, ...]`, of which each process provides its
+        `process_slice`. The batch is cut evenly over the devices. The next call's batches are read and sent while the
+        devices work.
 
     Yields:
-      After each call (carry, metrics), the metrics stacked `[steps of this call, ...]`; the host has waited for them.
+      After each call (carry, metrics), the metrics stacked `[n, ...]`; the host has waited for them.
     """
-    total = jax.tree.leaves(batches)[0].shape[0]
-    most = self._steps_per_call
-    size = next((size for size in range(most, most // 2, -1) if total % size == 0), most)
-    for start in range(0, total, size):
-      part = jax.tree.map(operator.itemgetter(slice(start, start + size)), batches)
-      carry, metrics = self._many(carry, shared, jax.device_put(part, self._sharding))
-      jax.block_until_ready(metrics)
+    placed = map(self._place, calls)
+    batches = next(placed, None)
+    while batches is not None:
+      carry, metrics = self._many(carry, shared, batches)
+      batches = next(placed, None)
+      jax.block_until_ready((carry, metrics))
       yield carry, metrics
+
+  def _place(self, batches: Any) -> Any:
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._sharding, x), batches)
 
 
 def mean_over_devices(tree: Any) -> Any:
@@ -101,6 +108,7 @@ __all__ = [
   "default_steps_per_call",
   "device_key",
   "mean_over_devices",
+  "process_slice",
   "replicate",
   "sum_over_devices",
 ]

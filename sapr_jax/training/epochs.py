@@ -15,6 +15,7 @@ from sapr_jax.channels import Masks
 from sapr_jax.method import project_to_budget, split_by_group
 from sapr_jax.training import setup as setup_lib
 from sapr_jax.training.devices import MappedSteps, replicate
+from sapr_jax.training.position import Position
 from sapr_jax.training.setup import Setup
 from sapr_jax.training.state import GeneratorState, NetworkState
 
@@ -23,31 +24,37 @@ def train_weights(
   setup: Setup,
   steps: MappedSteps,
   network: NetworkState,
+  position: Position,
   *,
   phase: Any,
   stream: int,
-  epoch: int,
   masks: Masks | None = None,
-  advance: Callable[[int], None],
-) -> tuple[NetworkState, dict[str, float]]:
-  """Trains the weights for one epoch.
+  after_call: Callable[[NetworkState, int], None],
+) -> NetworkState:
+  """Trains the weights until the end of the epoch.
 
   Args:
     setup: The run.
     steps: The mapped weight step.
-    network: State before the epoch; donated.
+    network: State at `position`; donated.
+    position: Where the stage is; moved on, with the metrics of the steps.
     phase: `config.train` or `config.finetune`.
     stream: Which stream of orders and random numbers (`setup.TRAIN`, `setup.FINETUNE`).
-    epoch: From 0.
     masks: The masks in force.
-    advance: Called with the number of steps done since the last call.
+    after_call: Called with the state and the number of steps done since the last call.
 
   Returns:
-    (state, mean loss and accuracy over the epoch's training batches).
+    The state after the epoch.
   """
-  batches = data.epoch_batches(setup.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
-  shared = dataclasses.replace(setup.train, key=setup.key(stream), masks=masks)
-  return _run(steps, network, shared, batches, advance)
+  epoch = position.epoch
+  order = data.epoch_batches(setup.feed.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
+  calls = setup.feed.training(order, stream=stream, epoch=epoch, first=position.step)
+  shared = dataclasses.replace(setup.feed.train, key=setup.key(stream), masks=masks)
+  for state, metrics in steps.run(network, shared, calls):
+    network, before = state, position.step
+    position.add(jax.device_get(metrics))
+    after_call(network, position.step - before)
+  return network
 
 
 def train_generator(
@@ -62,8 +69,13 @@ def train_generator(
   order = data.epoch_batches(
     len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
   )
-  shared = dataclasses.replace(setup.train, key=setup.key(setup_lib.GENERATOR), variables=variables)
-  return _run(steps, generator, shared, setup.generator_images[order])
+  calls = setup.feed.training(setup.generator_images[order], stream=setup_lib.GENERATOR, epoch=epoch)
+  shared = dataclasses.replace(setup.feed.train, key=setup.key(setup_lib.GENERATOR), variables=variables)
+  history = []
+  for state, metrics in steps.run(generator, shared, calls):
+    generator = state
+    history.append(jax.device_get(metrics))
+  return generator, {name: float(np.mean(np.concatenate([h[name] for h in history]))) for name in history[0]}
 
 
 def masks_in_force(setup: Setup, generator: GeneratorState) -> dict[str, np.ndarray]:
@@ -80,9 +92,9 @@ def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, floa
   Returns:
     Accuracy in [0, 1] and mean cross-entropy.
   """
-  indices, weights = data.evaluation_batches(len(setup.test.labels), setup.config.eval_batch_size)
   sums = replicate({name: jnp.zeros(()) for name in ("correct", "loss", "count")}, setup.mesh)
-  for total, _ in steps.run(sums, dataclasses.replace(setup.test, variables=variables), (indices, weights)):
+  shared = dataclasses.replace(setup.feed.test, variables=variables)
+  for total, _ in steps.run(sums, shared, setup.feed.evaluation()):
     sums = total
   totals = {name: float(value) for name, value in jax.device_get(sums).items()}
   return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
@@ -103,16 +115,3 @@ def norm_summary(setup: Setup, params: Any, masks: Masks) -> dict[str, float]:
   if dropped.size:
     summary |= {"dropped_norm_mean": float(dropped.mean()), "dropped_norm_max": float(dropped.max())}
   return summary
-
-
-def _run(
-  steps: MappedSteps, state: Any, shared: Any, batches: np.ndarray, advance: Callable[[int], None] | None = None
-) -> tuple[Any, dict[str, float]]:
-  """Runs a step on all batches; returns the last state and the means of the metrics."""
-  history = []
-  for new_state, metrics in steps.run(state, shared, batches):
-    state = new_state
-    history.append(jax.device_get(metrics))
-    if advance is not None:
-      advance(len(metrics["loss"]))
-  return state, {name: float(np.mean(np.concatenate([entry[name] for entry in history]))) for name in history[0]}

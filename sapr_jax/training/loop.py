@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -13,12 +12,12 @@ import optax
 
 from sapr_jax import artifacts, report
 from sapr_jax.channels import mask_params
-from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, steps
 from sapr_jax.training.devices import MappedSteps, replicate
+from sapr_jax.training.position import Position
 from sapr_jax.training.progress import Progress
 from sapr_jax.training.setup import FINETUNE, TRAIN, Setup
-from sapr_jax.training.state import network_state
+from sapr_jax.training.state import NetworkState, network_state
 
 State = dict[str, Any]
 """What a checkpoint holds: "network", and while pruning "generator" and "masks"."""
@@ -55,7 +54,7 @@ def pruning_stage(setup: Setup) -> Stage:
   weight_step = steps.weight_step(
     setup.model,
     setup.train_tx,
-    setup.preprocessing,
+    setup.feed.preprocessing,
     graph=setup.graph,
     penalty=config.prune.gamma if config.prune.form == "penalty" else 0.0,
     weighting=config.prune.weighting,
@@ -65,7 +64,7 @@ def pruning_stage(setup: Setup) -> Stage:
     setup.generator,
     setup.graph,
     setup.generator_tx,
-    setup.preprocessing,
+    setup.feed.preprocessing,
     p=config.prune.p,
     macs_weight=config.generator.macs_weight,
     bias=config.generator.bias,
@@ -97,40 +96,28 @@ def finetuning_stage(setup: Setup, model: nn.Module, variables: Any) -> Stage:
     stream=FINETUNE,
     epochs_before=setup.config.train.epochs,
     state={"network": replicate(network_state(variables, tx), setup.mesh)},
-    weight_steps=setup.mapped(steps.weight_step(model, tx, setup.preprocessing)),
-    evaluation=setup.mapped(steps.evaluation_step(model, setup.preprocessing)),
+    weight_steps=setup.mapped(steps.weight_step(model, tx, setup.feed.preprocessing)),
+    evaluation=setup.mapped(steps.evaluation_step(model, setup.feed.preprocessing)),
   )
 
 
 def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, recorder: artifacts.Recorder) -> State:
-  """Runs the epochs of a stage that no checkpoint holds yet; returns its last state."""
+  """Runs what no checkpoint of a stage holds yet; returns its last state."""
   phase = stage.phase
-  state, first = checkpointer.restore_latest(stage.state)
-  schedule = setup.weight_schedule(phase)
-  steps_per_epoch = setup.num_train // phase.batch_size
-  progress = Progress(stage.name, phase.epochs, steps_per_epoch, first)
-  if first:
-    progress.line(f"{stage.name}: going on after epoch {first}/{phase.epochs}")
-  for epoch in range(first, phase.epochs):
-    record: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "step": stage.epochs_before + epoch + 1}
-    record["learning_rate"] = float(schedule(epoch * steps_per_epoch))
-    searching = stage.generator_steps is not None and epoch >= setup.config.prune.start_epoch
-
-    if searching:
-      record |= _renew_masks(setup, stage, state, epoch)
-    clock = time.monotonic()
-    state["network"], metrics = epochs.train_weights(
-      setup,
-      stage.weight_steps,
-      state["network"],
-      phase=phase,
-      stream=stage.stream,
-      epoch=epoch,
-      masks=state.get("masks"),
-      advance=progress.advance,
-    )
-    record |= {"weight_seconds": time.monotonic() - clock, **_prefixed("train", metrics)}
-    _check_finite(record, stage)
+  position = Position.read(checkpointer, setup.steps_per_epoch(phase))
+  state = checkpointer.restore(stage.state)
+  progress = Progress(stage.name, phase.epochs, position.steps_per_epoch, position.steps_done)
+  if position.steps_done:
+    in_epoch = f", step {position.step} of the next" if position.step else ""
+    progress.line(f"{stage.name}: going on after epoch {position.epoch}/{phase.epochs}{in_epoch}")
+  while position.epoch < phase.epochs:
+    searching = stage.generator_steps is not None and position.epoch >= setup.config.prune.start_epoch
+    if position.step == 0:
+      position.record = _first_of_record(setup, stage, position)
+      if searching:
+        position.record |= _renew_masks(setup, stage, state, position.epoch)
+    _train_weights(setup, stage, state, position, checkpointer, progress)
+    record = position.record | _prefixed("train", position.means())
 
     clock = time.monotonic()
     record |= _prefixed("test", epochs.evaluate(setup, stage.evaluation, state["network"].variables))
@@ -140,20 +127,53 @@ def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, reco
 
     recorder.write(record)
     progress.line(report.format_epoch(record, phase.epochs))
-    if (epoch + 1) % setup.config.checkpoint.every_epochs == 0 or epoch + 1 == phase.epochs:
-      checkpointer.save(epoch + 1, state)
+    position = Position(position.steps_per_epoch, position.epoch + 1)
+    if position.epoch % setup.config.checkpoint.every_epochs == 0 or position.epoch == phase.epochs:
+      checkpointer.save(position.steps_done, state, dataclasses.asdict(position))
   progress.close()
   return state
 
 
-def _check_finite(record: dict[str, Any], stage: Stage) -> None:
-  for name in ("train_loss", "generator_loss"):
-    if not math.isfinite(record.get(name, 0.0)):
-      raise InputError(
-        f"{name} is {record[name]} in epoch {record['epoch']} of {stage.name}, at learning rate"
-        f" {record['learning_rate']:g}: training diverged. The checkpoint of the epoch before is kept; start anew with"
-        " a lower learning rate."
-      )
+def _first_of_record(setup: Setup, stage: Stage, position: Position) -> dict[str, Any]:
+  return {
+    "stage": stage.name,
+    "epoch": position.epoch + 1,
+    "step": stage.epochs_before + position.epoch + 1,
+    "learning_rate": float(setup.weight_schedule(stage.phase)(position.steps_done)),
+    "weight_seconds": 0.0,
+  }
+
+
+def _train_weights(
+  setup: Setup,
+  stage: Stage,
+  state: State,
+  position: Position,
+  checkpointer: artifacts.Checkpointer,
+  progress: Progress,
+) -> None:
+  """Trains the weights to the end of the epoch, with a checkpoint every `checkpoint.every_steps` steps if asked for."""
+  clock, before = time.monotonic(), position.record["weight_seconds"]
+  every = setup.config.checkpoint.every_steps
+
+  def after_call(network: NetworkState, steps_done: int) -> None:
+    progress.advance(steps_done)
+    position.record["weight_seconds"] = before + time.monotonic() - clock
+    position.check_finite(stage.name)
+    now = position.steps_done
+    if every and now // every > (now - steps_done) // every and position.step < position.steps_per_epoch:
+      checkpointer.save(now, state | {"network": network}, dataclasses.asdict(position))
+
+  state["network"] = epochs.train_weights(
+    setup,
+    stage.weight_steps,
+    state["network"],
+    position,
+    phase=stage.phase,
+    stream=stage.stream,
+    masks=state.get("masks"),
+    after_call=after_call,
+  )
 
 
 def _renew_masks(setup: Setup, stage: Stage, state: State, epoch: int) -> dict[str, Any]:

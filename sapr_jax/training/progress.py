@@ -17,9 +17,9 @@ class Progress:
   long says every minute where it is.
   """
 
-  def __init__(self, stage: str, epochs: int, steps_per_epoch: int, epochs_done: int):
+  def __init__(self, stage: str, epochs: int, steps_per_epoch: int, steps_done: int):
     self._stage, self._epochs, self._steps_per_epoch = stage, epochs, steps_per_epoch
-    self._done = self._first = epochs_done * steps_per_epoch
+    self._done = self._first = steps_done
     self._started = self._last_line = time.monotonic()
     self._is_terminal = sys.stderr.isatty()
     self._bar = tqdm(

@@ -17,6 +17,7 @@ from sapr_jax.training import epochs, loop, steps
 from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.devices import replicate
+from sapr_jax.training.position import Position
 from sapr_jax.training.setup import Setup, build
 
 
@@ -48,12 +49,13 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   layout.make_workdir(path, config)
   print(_describe(setup), flush=True)
   train_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "train", config.checkpoint.keep)
-  if (train_checkpoints.latest_epoch or 0) < config.train.epochs:
+  epochs_done = Position.read(train_checkpoints, setup.steps_per_epoch(config.train)).epoch
+  if epochs_done < config.train.epochs:
     # Fine-tuning of a network that is not there yet: its training was lost.
     shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True)
   finetune_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "finetune", config.checkpoint.keep)
-  done = (train_checkpoints.latest_epoch or 0) + (finetune_checkpoints.latest_epoch or 0)
-  recorder = artifacts.Recorder(path, keep=done)
+  epochs_done += Position.read(finetune_checkpoints, setup.steps_per_epoch(config.finetune)).epoch
+  recorder = artifacts.Recorder(path, keep=epochs_done)
   try:
     state = loop.train(setup, loop.pruning_stage(setup), train_checkpoints, recorder)
     variables, masks = jax.device_get((state["network"].variables, state["masks"]))
@@ -99,7 +101,7 @@ def _summarize(
     settings.latency_batch_sizes,
     repeats=settings.latency_repeats,
   )
-  evaluation = setup.mapped(steps.evaluation_step(small_model, setup.preprocessing))
+  evaluation = setup.mapped(steps.evaluation_step(small_model, setup.feed.preprocessing))
   compact = {
     "macs": small_macs,
     "params": artifacts.count_params(small_variables),
@@ -121,12 +123,12 @@ def _summarize(
 def _describe(setup: Setup) -> str:
   """Says what is trained, what may be cut, and how strong the regularization is over the whole run."""
   config, graph = setup.config, setup.graph
-  per_epoch = setup.num_train // config.train.batch_size
+  per_epoch = setup.steps_per_epoch(config.train)
   regularized = range(config.prune.start_epoch * per_epoch, config.train.epochs * per_epoch)
   rate = float(np.sum(jax.vmap(setup.weight_schedule(config.train))(np.asarray(regularized))))
   mean_weight = 1.0 if config.prune.weighting == "relative" else 1.0 / len(graph.groups)
   shrinkage = rate / (1.0 - config.train.momentum) * config.prune.gamma * mean_weight
-  images = f"{setup.num_train} training and {len(setup.test.labels)} test images"
+  images = f"{setup.feed.num_train} training and {setup.feed.num_test} test images"
   return (
     f"{config.model.name} on {images}, {setup.mesh.devices.size} device(s): {jax.devices()[0].device_kind}\n"
     f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"

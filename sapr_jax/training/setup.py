@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +14,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sapr_jax import data, models
+from sapr_jax import artifacts, data, models
 from sapr_jax.channels import ChannelGraph, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
 from sapr_jax.training import schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
+from sapr_jax.training.feed import Feed, make_feed
 
 # Streams of random numbers and orders: one a purpose, so that none depends on how much another draws.
 _INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE = range(5)
@@ -31,10 +33,8 @@ class Setup:
   Attributes:
     config: The configuration, checked.
     mesh: All devices.
-    train: Training images and labels on every device.
-    test: Test images and labels on every device.
+    feed: The images.
     input_shape: `(1, height, width, channels)`.
-    preprocessing: Augmentation and normalization.
     model: The dense network.
     variables: Its initial variables.
     graph: Its channel graph.
@@ -44,10 +44,8 @@ class Setup:
 
   config: Any
   mesh: Mesh
-  train: steps.Shared
-  test: steps.Shared
+  feed: Feed
   input_shape: tuple[int, int, int, int]
-  preprocessing: steps.Preprocessing
   model: nn.Module
   variables: dict[str, Any]
   graph: ChannelGraph
@@ -58,13 +56,13 @@ class Setup:
     """The run's randomness for one purpose."""
     return jax.random.fold_in(jax.random.key(self.config.seed), stream)
 
-  @property
-  def num_train(self) -> int:
-    return len(self.train.labels)
+  def steps_per_epoch(self, phase: Any) -> int:
+    """Optimizer steps in an epoch of `config.train` or `config.finetune`; the incomplete last batch is left out."""
+    return self.feed.num_train // phase.batch_size
 
   def weight_schedule(self, phase: Any) -> schedules.Schedule:
     """The learning rate of `config.train` or `config.finetune` over optimizer steps."""
-    return schedules.learning_rate_schedule(phase, self.num_train // phase.batch_size)
+    return schedules.learning_rate_schedule(phase, self.steps_per_epoch(phase))
 
   @functools.cached_property
   def train_tx(self) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +93,7 @@ class Setup:
     return replicate(state.generator_state(self.generator, self.generator_tx, key), self.mesh)
 
   def mapped(self, step: Any) -> MappedSteps:
-    return MappedSteps(step, self.mesh, self.config.steps_per_call)
+    return MappedSteps(step, self.mesh)
 
   @functools.cached_property
   def generator_outputs(self) -> Any:
@@ -110,56 +108,54 @@ class Setup:
   @functools.cached_property
   def evaluation(self) -> MappedSteps:
     """Evaluates the dense network, with or without masks in its parameters."""
-    return self.mapped(steps.evaluation_step(self.model, self.preprocessing))
+    return self.mapped(steps.evaluation_step(self.model, self.feed.preprocessing))
 
 
 def build(config: Any) -> Setup:
-  """Loads the data, creates the network and traces its channels.
+  """Opens the data, creates the network and traces its channels.
 
   Raises:
-    InputError: If the data cannot be read, a batch does not fit, the network has no channels to prune, or no masks can
-      meet the budget.
+    InputError: If the data or the first weights cannot be read, a batch does not fit, the network has no channels to
+      prune, or no masks can meet the budget.
   """
   mesh = data_mesh()
-  dataset = data.load_dataset(
-    config.data.source,
-    name=config.data.name,
-    path=config.data.path,
-    train_images=config.data.train_images,
-    test_images=config.data.test_images,
-    seed=config.seed,
-  )
-  _check_batches(config, len(dataset.train), mesh.devices.size)
-  mean, std = dataset.channel_statistics()
-  model = models.create(config.model.name, num_classes=dataset.num_classes, dtype=jnp.dtype(config.model.dtype))
-  input_shape = (1, *dataset.image_shape)
-  init_key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
-  variables = jax.jit(model.init)(init_key, jnp.zeros(input_shape))
+  feed = make_feed(config, mesh)
+  _check_batches(config, feed.num_train, mesh.devices.size)
+  input_shape = (1, *feed.image_shape)
+  model, variables = initial_network(config, feed.num_classes, input_shape)
   graph = trace_channels(model, variables, input_shape, select=config.prune.select)
   # A budget that no masks can meet shows now, not at E_start.
   check_budget(graph, config.prune.p, min_width=config.prune.min_width, round_to=config.prune.round_to)
   return Setup(
     config=config,
     mesh=mesh,
-    train=_on_devices(dataset.train, mesh),
-    test=_on_devices(dataset.test, mesh),
+    feed=feed,
     input_shape=input_shape,
-    preprocessing=steps.Preprocessing(
-      mean=tuple(map(float, mean)),
-      std=tuple(map(float, std)),
-      crop_padding=config.data.crop_padding,
-      flip=config.data.flip,
-    ),
     model=model,
     variables=variables,
     graph=graph,
     generator=ArchitectureGenerator.for_graph(graph),
-    generator_images=_generator_images(config, len(dataset.train)),
+    generator_images=_generator_images(config, feed.num_train),
   )
 
 
-def _on_devices(split: data.ImageSplit, mesh: Mesh) -> steps.Shared:
-  return replicate(steps.Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)), mesh)
+def initial_network(
+  config: Any, num_classes: int, input_shape: tuple[int, int, int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns the dense network and its first variables: drawn at random, or read from `config.init.weights`."""
+  model = models.create(
+    config.model.name,
+    num_classes=num_classes,
+    width_multiplier=config.model.width_multiplier,
+    dtype=jnp.dtype(config.model.dtype),
+  )
+  path = config.init.weights
+  if path is not None and pathlib.Path(path).is_dir():
+    return artifacts.load(path, base=model)
+  if path is not None:
+    return model, artifacts.import_torch(path, model, input_shape)
+  key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
+  return model, jax.jit(model.init)(key, jnp.zeros(input_shape))
 
 
 def _generator_images(config: Any, num_train: int) -> np.ndarray:

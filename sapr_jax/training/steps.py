@@ -1,7 +1,8 @@
 """The three steps, written per device: weights, generator, evaluation.
 
-Each builder returns a function (carry, shared, batch) -> (carry, metrics) for `devices.MappedSteps`. The images of the
-whole data set are in `shared`, as uint8; a batch is an array of indices, and augmentation is part of the step.
+Each builder returns a function (carry, shared, batch) -> (carry, metrics) for `devices.MappedSteps`. Images are uint8;
+normalization and what `Preprocessing` asks for in augmentation are part of the step. Either the whole data set is in
+`shared`, and a batch is an array of indices; or a batch brings its images, `{"images": ..., "labels": ...}`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class Preprocessing:
   Attributes:
     mean: Mean of each channel, of images in [0, 1].
     std: Standard deviation of each channel.
-    crop_padding: Random crops of the training images are taken after padding by this many pixels.
+    crop_padding: Random crops of the training images are taken after padding by this many pixels; 0 for none.
     flip: Whether training images are flipped at random.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  crop_padding: int
-  flip: bool
+  crop_padding: int = 0
+  flip: bool = False
 
   def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
     """Augments and normalizes `[batch, height, width, channels]` uint8 images."""
@@ -52,18 +53,24 @@ class Shared:
   """What all steps of an epoch read.
 
   Attributes:
-    images: uint8 `[N, height, width, channels]`.
-    labels: int32 `[N]`.
+    images: uint8 `[N, height, width, channels]`; None where batches bring their images.
+    labels: int32 `[N]`; None likewise.
     key: Randomness of the run; steps fold their number in.
     masks: Group name -> 0/1 array: the masks in force, for the weight step.
     variables: Variables of the network, for the generator step and evaluation.
   """
 
-  images: jax.Array
-  labels: jax.Array
+  images: jax.Array | None = None
+  labels: jax.Array | None = None
   key: Any = None
   masks: Any = None
   variables: Any = None
+
+  def read(self, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns images and labels of a batch."""
+    if self.images is None or self.labels is None:
+      return batch["images"], batch["labels"]
+    return self.images[batch], self.labels[batch]
 
 
 def weight_step(
@@ -78,7 +85,7 @@ def weight_step(
   """Builds the step that trains the weights; the carry is a `NetworkState`.
 
   Args:
-    model: The network; called as `model(x, train=True)`.
+    model: The network; called as `model(x, train=True)` with a key named "dropout".
     tx: Its optimizer. With `graph`, the masks in force are passed to its `update`.
     preprocessing: Augmentation and normalization.
     graph: The channel graph while pruning, None in fine-tuning.
@@ -86,14 +93,14 @@ def weight_step(
     weighting: See `method.group_weights`.
   """
 
-  def step(state: NetworkState, shared: Shared, indices: jax.Array) -> tuple[NetworkState, dict[str, jax.Array]]:
-    key = device_key(jax.random.fold_in(shared.key, state.step))
-    x = preprocessing.train(key, shared.images[indices])
-    labels = shared.labels[indices]
+  def step(state: NetworkState, shared: Shared, batch: Any) -> tuple[NetworkState, dict[str, jax.Array]]:
+    image_key, dropout_key = jax.random.split(device_key(jax.random.fold_in(shared.key, state.step)))
+    images, labels = shared.read(batch)
+    x = preprocessing.train(image_key, images)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
       variables = {**state.variables, "params": params}
-      logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+      logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
       loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
       total = loss
       if graph is not None and penalty:
@@ -145,10 +152,10 @@ def generator_step(
     temperature: tau of Eq. 1.
   """
 
-  def step(state: GeneratorState, shared: Shared, indices: jax.Array) -> tuple[GeneratorState, dict[str, jax.Array]]:
+  def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, dict[str, jax.Array]]:
     mask_key, image_key = jax.random.split(jax.random.fold_in(shared.key, state.step))
-    x = preprocessing.train(device_key(image_key), shared.images[indices])
-    labels = shared.labels[indices]
+    images, labels = shared.read(batch)
+    x = preprocessing.train(device_key(image_key), images)
 
     def network_loss(params: Any) -> jax.Array:
       logits = _logits(model, {**shared.variables, "params": params}, x)
@@ -184,15 +191,15 @@ def generator_step(
 def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   """Builds the step that counts correct answers; the carry is {"correct", "loss", "count"}, summed over images.
 
-  A batch is (indices, weights); an image of weight 0 only fills the batch.
+  A batch is (batch as above, weights); an image of weight 0 only fills the batch.
   """
 
   def step(
     carry: dict[str, jax.Array], shared: Shared, batch: Any
   ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    indices, weights = batch
-    labels = shared.labels[indices]
-    logits = _logits(model, shared.variables, preprocessing.evaluate(shared.images[indices]))
+    batch, weights = batch
+    images, labels = shared.read(batch)
+    logits = _logits(model, shared.variables, preprocessing.evaluate(images))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {

@@ -19,7 +19,7 @@ PRUNED = "pruned"
 REPORT = "report.txt"
 
 # Fields that change how a run goes about its work but not what comes out; they may differ when it resumes.
-_FREE_FIELDS = ("steps_per_call", "data.path", "checkpoint.", "report.", "eval_batch_size")
+_FREE_FIELDS = ("steps_per_call", "data.path", "data.workers", "checkpoint.", "report.", "eval_batch_size")
 
 
 def check_workdir(path: pathlib.Path, config: Any) -> None:

@@ -171,9 +171,70 @@ def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
 
 
+def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monkeypatch):
+  class StoppedError(Exception):
+    pass
+
+  save, steps = artifacts.Checkpointer.save, []
+
+  def stop_at(stop):
+    def saving(checkpointer, step, state, position):
+      save(checkpointer, step, state, position)
+      steps.append(step)
+      if step == stop:
+        raise StoppedError
+
+    return saving
+
+  config = small_config(checkpoint__every_steps=3)
+  for stop in (12, 3):  # in the third epoch of training, and in the first of fine-tuning
+    monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(stop))
+    with pytest.raises(StoppedError):
+      training.run(config, tmp_path / "run")
+    steps.append("stopped")
+  monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(None))
+  training.run(config, tmp_path / "run")
+  assert steps == [3, 5, 6, 9, 10, 12, "stopped", 15, 18, 20, 3, "stopped", 5, 6, 9, 10]
+
+  got, want = artifacts.read_records(tmp_path / "run"), artifacts.read_records(whole[0])
+  assert without_times(got) == without_times(want)
+  for name in ("dense", "pruned"):
+    (_, got_variables), (_, want_variables) = sapr.load(tmp_path / "run" / name), sapr.load(whole[0] / name)
+    jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
+
+
+def test_data_that_has_changed_is_noticed(whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path / "run")
+  (tmp_path / "run" / "summary.json").unlink()
+  (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace("320", "256"))
+  with pytest.raises(sapr.InputError, match="The data has changed since the run began: an epoch had 5 steps and now has"):
+    training.run(small_config(data__train_images=256), tmp_path / "run")
+
+
+def test_a_run_starts_from_a_saved_model(whole, tmp_path):
+  weights = str(whole[0] / "dense")
+  config = small_config(init__weights=weights, finetune__epochs=0, finetune__decay_epochs=(), train__learning_rate=1e-6)
+  config.update_from_flattened_dict({"train.epochs": 1, "train.decay_epochs": (), "prune.start_epoch": 0})
+  training.run(config, tmp_path / "again")
+  params, want = (sapr.load(path / "dense")[1]["params"] for path in (tmp_path / "again", whole[0]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, want)  # the learning rate is tiny
+
+  # A pruned model can be pruned further.
+  config.init.weights, config.prune.p = str(whole[0] / "pruned"), 0.7
+  summary = training.run(config, tmp_path / "further")
+  assert summary["dense"]["macs"] == whole[1]["pruned"]["macs"]
+  assert summary["pruned"]["macs"] < 0.8 * summary["dense"]["macs"]
+  assert sapr.load(tmp_path / "further" / "pruned")[0].base == sapr.load(whole[0] / "dense")[0]
+
+  config.model.width_multiplier = 0.5
+  with pytest.raises(sapr.InputError, match=r"holds a CifarResNet with width_multiplier=1\.0; base has"):
+    training.run(config, tmp_path / "other")
+  assert not (tmp_path / "other").exists()
+
+
 def test_training_that_diverges_stops_with_advice(tmp_path):
   with pytest.raises(
-    sapr.InputError, match=r"train_loss is nan in epoch 1 of train, at learning rate 1e\+30: training"
+    sapr.InputError, match=r"train_loss is nan in epoch 1 of train, step \d of 5, at learning rate 1e\+30: training"
   ):
     training.run(small_config(train__learning_rate=1e30), tmp_path / "run")
 

@@ -37,28 +37,36 @@ def test_many_steps_in_one_call_equal_one_after_the_other(mesh):
     return carry, {"sum": jnp.sum(batch)}
 
   batches = np.arange(14.0).reshape(7, 2)
+  mapped = devices.MappedSteps(step, mesh)
   results = []
-  for steps_per_call in (1, 3, 7, 50):
-    mapped = devices.MappedSteps(step, mesh, steps_per_call)
-    calls = list(mapped.run(jnp.ones(()), jnp.asarray(0.5), batches))
-    assert len(calls) == -(-7 // steps_per_call)
-    np.testing.assert_array_equal(np.concatenate([metrics["sum"] for _, metrics in calls]), batches.sum(axis=1))
-    results.append(float(calls[-1][0]))
-  assert results == pytest.approx([results[0]] * 4)
+  for size in (1, 3, 7):
+    calls = [batches[start : start + size] for start in range(0, 7, size)]
+    done = list(mapped.run(jnp.ones(()), jnp.asarray(0.5), calls))
+    assert len(done) == len(calls)
+    np.testing.assert_array_equal(np.concatenate([metrics["sum"] for _, metrics in done]), batches.sum(axis=1))
+    results.append(float(done[-1][0]))
+  assert results == pytest.approx([results[0]] * 3)
 
 
-def test_calls_are_of_one_length_where_that_is_near(mesh):
-  mapped = devices.MappedSteps(lambda carry, shared, batch: (carry, {"batch": batch}), mesh, 5)
-  calls = list(mapped.run(jnp.zeros(()), jnp.zeros(()), np.zeros((12, 2))))
-  assert [len(metrics["batch"]) for _, metrics in calls] == [4, 4, 4]
+def test_the_next_batch_is_read_while_the_devices_work(mesh):
+  read = []
+
+  def calls():
+    for i in range(3):
+      read.append(i)
+      yield np.full((1, 2), float(i))
+
+  mapped = devices.MappedSteps(lambda carry, shared, batch: (carry + jnp.sum(batch), {}), mesh)
+  seen = [(list(read), float(carry)) for carry, _ in mapped.run(jnp.zeros(()), jnp.zeros(()), calls())]
+  assert seen == [([0, 1], 0.0), ([0, 1, 2], 2.0), ([0, 1, 2], 6.0)]
 
 
 def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
-  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh, 1)
+  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
   before = network_state(tiny.variables, tx)
-  indices = np.arange(8)[None]
-  ((after, metrics),) = step.run(jax.tree.map(jnp.copy, before), shared, indices)
+  calls = [np.arange(8)[None]]
+  ((after, metrics),) = step.run(jax.tree.map(jnp.copy, before), shared, calls)
 
   x = (np.asarray(shared.images[:8], np.float32) / 255 - 0.5) / 0.25
 
@@ -76,14 +84,14 @@ def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
 
 
 def test_evaluation_counts_every_image_once(tiny, mesh, shared):
-  step = devices.MappedSteps(steps.evaluation_step(tiny.model, PREPROCESSING), mesh, 1)
+  step = devices.MappedSteps(steps.evaluation_step(tiny.model, PREPROCESSING), mesh)
   x = (np.asarray(shared.images, np.float32) / 255 - 0.5) / 0.25
   logits = tiny.model.apply(tiny.variables, x)
   right = int(jnp.sum(jnp.argmax(logits, axis=-1) == shared.labels))
   indices = np.concatenate([np.arange(20), np.zeros(4, int)]).reshape(3, 8)
   weights = np.concatenate([np.ones(20), np.zeros(4)]).astype(np.float32).reshape(3, 8)
   zero = {name: jnp.zeros(()) for name in ("correct", "loss", "count")}
-  *_, (sums, _) = step.run(zero, dataclasses.replace(shared, variables=tiny.variables), (indices, weights))
+  *_, (sums, _) = step.run(zero, dataclasses.replace(shared, variables=tiny.variables), [(indices, weights)])
   assert float(sums["count"]) == 20
   assert float(sums["correct"]) == right
   want = optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels).sum()
@@ -97,11 +105,11 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   kernel = lambda params: np.asarray(params["stage1_block1"]["conv1"]["kernel"])  # noqa: E731
 
   tx = optax.chain(optax.sgd(1e-3), sapr.partial_regularization(tiny.graph, 1e-3, gamma=50.0, weighting="share"))
-  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING, graph=tiny.graph), mesh, 1)
+  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING, graph=tiny.graph), mesh)
 
   def stepped(masks):
     state = jax.tree.map(jnp.copy, network_state(tiny.variables, tx))
-    ((after, _),) = step.run(state, dataclasses.replace(shared, masks=masks), np.arange(8)[None])
+    ((after, _),) = step.run(state, dataclasses.replace(shared, masks=masks), [np.arange(8)[None]])
     return kernel(after.params)
 
   plain, regularized = stepped(tiny.graph.full_masks()), stepped(masks)
