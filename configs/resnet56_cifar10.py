@@ -7,7 +7,8 @@ or, with a folder of images, `train/<class>/*` and `test/<class>/*`, in place of
     python -m sapr_jax.main --config configs/resnet56_cifar10.py --workdir runs/resnet56 \\
       --config.data.source=folder --config.data.path=DIR
 
-Sized for one GPU. Published: 93.81 % after fine-tuning with 52.0 % of the MACs removed.
+Sized for one GPU. Keeps 48.2 % of 125.5 M MACs. Published for this method: 93.81 % after fine-tuning with 48.0 % of the
+MACs.
 """
 
 from ml_collections import ConfigDict
