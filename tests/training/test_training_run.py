@@ -39,23 +39,8 @@ def small_config(**overrides):
   return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """The runs below compile the same programs."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def whole_and_log(tmp_path_factory, compilation_cache):
+def whole_and_log(tmp_path_factory):
   """(work directory, summary) of a run that nothing disturbed, and what it printed."""
   workdir = tmp_path_factory.mktemp("run") / "whole"
   out, err = io.StringIO(), io.StringIO()
@@ -207,7 +192,9 @@ def test_data_that_has_changed_is_noticed(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "run")
   (tmp_path / "run" / "summary.json").unlink()
   (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace("320", "256"))
-  with pytest.raises(sapr.InputError, match="The data has changed since the run began: an epoch had 5 steps and now has"):
+  with pytest.raises(
+    sapr.InputError, match="The data has changed since the run began: an epoch had 5 steps and now has"
+  ):
     training.run(small_config(data__train_images=256), tmp_path / "run")
 
 

@@ -1,0 +1,185 @@
+"""Images resident on the devices or streamed from disk: what the steps get, and a whole run on streamed ones."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sapr_jax as sapr
+from configs import default_imagenet, digits
+from sapr_jax import artifacts, training
+from sapr_jax.training import devices, feed
+
+STREAMED = {
+  "model.name": "resnet8",
+  "data.source": "folder",
+  "data.image_size": 16,
+  "data.eval_resize": 18,
+  "data.workers": 0,
+  "train.epochs": 3,
+  "train.batch_size": 8,
+  "train.decay_epochs": (2,),
+  "prune.start_epoch": 1,
+  "prune.p": 0.5,
+  "generator.data_share": 0.5,
+  "generator.batch_size": 8,
+  "finetune.epochs": 1,
+  "finetune.batch_size": 8,
+  "finetune.decay_epochs": (),
+  "eval_batch_size": 8,
+  "checkpoint.every_steps": 2,
+  "report.latency_batch_sizes": (1,),
+  "report.latency_repeats": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Two classes of images of many sizes: 24 for training, 11 for validation."""
+  root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+  for split, count in (("train", 24), ("val", 11)):
+    for number in range(count):
+      name = "dark" if number % 2 else "light"
+      (root / split / name).mkdir(parents=True, exist_ok=True)
+      pixels = rng.integers(0, 128, (*rng.integers(20, 50, 2), 3), np.uint8) + (0 if name == "dark" else 100)
+      Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.JPEG")
+  return root
+
+
+def streamed_config(photos, **overrides):
+  pytest.importorskip("grain", reason="streaming needs grain, simplejpeg and OpenCV: pip install 'sapr_jax[imagenet]'")
+  config = default_imagenet.get_config()
+  config.update_from_flattened_dict(STREAMED | {"data.path": str(photos)} | overrides)
+  return config
+
+
+def resident_feed(**overrides):
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {"data.train_images": 100, "data.test_images": 20, "eval_batch_size": 8} | overrides
+  )
+  return feed.make_feed(config, devices.data_mesh())
+
+
+def test_resident_calls_are_of_one_length_where_that_is_near():
+  order = np.arange(96, dtype=np.int32).reshape(12, 8)
+  calls = list(resident_feed(steps_per_call=5).training(order, stream=0, epoch=0))
+  assert [len(call) for call in calls] == [4, 4, 4]
+  np.testing.assert_array_equal(np.concatenate(calls), order)
+  calls = list(resident_feed(steps_per_call=4).training(order[:7], stream=0, epoch=0, first=4))
+  assert [len(call) for call in calls] == [3]
+  np.testing.assert_array_equal(calls[0], order[4:7])
+
+
+def test_resident_evaluation_counts_every_image_once():
+  images = resident_feed(steps_per_call=2)
+  calls = list(images.evaluation())
+  assert [indices.shape for indices, _ in calls] == [(2, 8), (1, 8)]
+  counted = [index for indices, weights in calls for index in indices[weights > 0]]
+  assert sorted(counted) == list(range(images.num_test)) == list(range(20))
+
+
+def test_the_statistics_are_those_of_the_training_images_unless_given():
+  measured = resident_feed().preprocessing
+  given = resident_feed(**{"data.mean": (0.5,), "data.std": (0.25,)}).preprocessing
+  assert measured.mean == pytest.approx((0.305,), abs=0.01)
+  assert (given.mean, given.std) == ((0.5,), (0.25,))
+
+
+def test_streamed_batches_bring_their_images(photos):
+  images = feed.make_feed(streamed_config(photos), devices.data_mesh())
+  assert (images.num_train, images.num_test, images.num_classes, images.image_shape) == (24, 11, 2, (16, 16, 3))
+  order = np.arange(24, dtype=np.int32).reshape(3, 8)
+  calls = list(images.training(order, stream=1, epoch=0))
+  assert [call["images"].shape for call in calls] == [(1, 8, 16, 16, 3)] * 3
+  labels = np.concatenate([call["labels"].ravel() for call in calls])
+  assert labels.tolist() == [0] * 12 + [1] * 12
+  brightness = np.concatenate([call["images"].mean((2, 3, 4)).ravel() for call in calls])
+  assert (brightness[labels == 0] < 100).all() and (brightness[labels == 1] > 120).all()
+  (rest,) = images.training(order, stream=1, epoch=0, first=2)
+  np.testing.assert_array_equal(rest["images"], calls[2]["images"])
+
+  counts = [weights.sum() for _, weights in images.evaluation()]
+  assert counts == [8, 3]
+
+
+@pytest.fixture(scope="module")
+def streamed_run(photos, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("streamed") / "run"
+  return workdir, training.run(streamed_config(photos), workdir)
+
+
+def test_a_run_on_streamed_images(streamed_run):
+  workdir, summary = streamed_run
+  records = artifacts.read_records(workdir)
+  assert [(record["stage"], record["epoch"]) for record in records] == [
+    ("train", 1), ("train", 2), ("train", 3), ("finetune", 1),
+  ]  # fmt: skip
+  assert records[-1]["test_accuracy"] == summary["pruned"]["accuracy"]
+  # Eleven images, whatever the batch size.
+  assert summary["pruned"]["accuracy"] * 11 == pytest.approx(round(summary["pruned"]["accuracy"] * 11))
+  assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.55
+  model, variables = sapr.load(workdir / "pruned")
+  assert model.apply(variables, np.zeros((1, 16, 16, 3))).shape == (1, 2)
+
+
+def test_a_streamed_run_killed_within_an_epoch_goes_on_at_the_step(photos, streamed_run, tmp_path, monkeypatch):
+  class KilledError(Exception):
+    pass
+
+  save = artifacts.Checkpointer.save
+
+  def saving(checkpointer, step, state, position):
+    save(checkpointer, step, state, position)
+    if step == 8:  # two of the three steps of the last epoch
+      raise KilledError
+
+  monkeypatch.setattr(artifacts.Checkpointer, "save", saving)
+  with pytest.raises(KilledError):
+    training.run(streamed_config(photos), tmp_path / "run")
+  monkeypatch.setattr(artifacts.Checkpointer, "save", save)
+  generator_epochs = []
+  train_generator = training.epochs.train_generator
+  monkeypatch.setattr(
+    training.epochs,
+    "train_generator",
+    lambda *a, epoch: generator_epochs.append(epoch) or train_generator(*a, epoch=epoch),
+  )
+  # With a worker process in place of threads: it changes nothing.
+  training.run(streamed_config(photos, **{"data.workers": 1}), tmp_path / "run")
+  assert generator_epochs == []  # the masks of the epoch were found before
+  for name in ("dense", "pruned"):
+    got, want = (sapr.load(workdir / name)[1] for workdir in (tmp_path / "run", streamed_run[0]))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_what_cannot_be_streamed_is_refused(photos, tmp_path):
+  def refused(text, **overrides):
+    with pytest.raises(sapr.InputError, match=text) as info:
+      training.run(streamed_config(photos, **overrides), tmp_path / "run")
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "run").exists()
+
+  refused(r"data\.eval_resize=15 is less than data\.image_size=16", **{"data.eval_resize": 15})
+  refused("streamed images need mean and deviation", **{"data.mean": None, "data.std": None})
+  refused(r"data\.mean=.* do not fit; give both or neither", **{"data.std": None})
+  refused(r"data\.std=.* has a zero", **{"data.std": (0.2, 0.0, 0.2)})
+  refused("digits", **{"data.source": "digits"})
+  refused(r"data\.workers=-1", **{"data.workers": -1})
+
+
+def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
+  shutil.copytree(photos, tmp_path / "photos")
+  file = tmp_path / "photos" / "train" / "dark" / "1.JPEG"
+  whole = file.read_bytes()
+  file.write_bytes(whole[:200])
+  config = streamed_config(tmp_path / "photos", **{"train.epochs": 2, "train.decay_epochs": ()})
+  with pytest.raises(sapr.InputError, match=r"cannot read image .*dark/1\.JPEG"):
+    training.run(config, tmp_path / "run")
+  file.write_bytes(whole)
+  assert 0 <= training.run(config, tmp_path / "run")["pruned"]["accuracy"] <= 1
