@@ -1,7 +1,17 @@
-"""What a run leaves on disk: saved models, checkpoints, records."""
+"""What lies on disk: saved models, checkpoints, records, and weights from and to PyTorch."""
 
 from sapr_jax.artifacts.checkpoint import Checkpointer
 from sapr_jax.artifacts.records import Recorder, read_records
 from sapr_jax.artifacts.saved_model import count_params, load, save
+from sapr_jax.artifacts.torch_weights import export_torch, import_torch
 
-__all__ = ["Checkpointer", "Recorder", "count_params", "load", "read_records", "save"]
+__all__ = [
+  "Checkpointer",
+  "Recorder",
+  "count_params",
+  "export_torch",
+  "import_torch",
+  "load",
+  "read_records",
+  "save",
+]

@@ -60,7 +60,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
     base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
     definition = {
       "format": FORMAT,
-      "base": {"class": type(base).__name__, "fields": _fields_to_json(base)},
+      "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
       "widths": {layer: dict(fields) for layer, fields in widths},
       "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
       "sha256": {WEIGHTS: _sha256(temporary / WEIGHTS)},
@@ -144,7 +144,7 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
 
 def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
   """Checks that `base` is the module that was saved, as far as its definition tells."""
-  got = {"class": type(base).__name__, "fields": json.loads(json.dumps(_fields_to_json(base)))}
+  got = {"class": type(base).__name__, "fields": json.loads(json.dumps(fields_to_json(base)))}
   if got["class"] != description["class"]:
     raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
   for name, value in description["fields"].items():
@@ -155,7 +155,7 @@ def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.P
       raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
 
 
-def _fields_to_json(module: nn.Module) -> dict[str, Any]:
+def fields_to_json(module: nn.Module) -> dict[str, Any]:
   """Returns the fields of a module that JSON can hold; others are listed under their repr, to be read by people."""
   fields: dict[str, Any] = {}
   for field in dataclasses.fields(module):

@@ -1,0 +1,134 @@
+"""What PyTorch calls the layers and tensors of our networks: torchvision's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import flax.linen as nn
+
+from sapr_jax.errors import InputError
+from sapr_jax.models import CifarResNet, MobileNetV2, ResNet
+
+LayerNames = Callable[[str], str] | Mapping[str, str]
+"""Path of a Flax layer, "block1/conv" -> name of the torch layer, "features.3"."""
+
+TENSORS = {
+  ("params", "kernel"): "weight",
+  ("params", "scale"): "weight",
+  ("params", "bias"): "bias",
+  ("batch_stats", "mean"): "running_mean",
+  ("batch_stats", "var"): "running_var",
+}
+"""(collection, variable) of a Flax layer -> tensor of a torch layer."""
+
+COUNTER = "num_batches_tracked"
+"""A tensor of PyTorch's batch normalization that no forward pass of ours reads."""
+
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+_CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1")
+_BLOCK = re.compile(r"stage(\d+)_block(\d+)/(\w+)")
+
+
+def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames | None = None) -> dict[str, str]:
+  """Returns path -> torch name of each layer.
+
+  Args:
+    base: The dense network.
+    paths: Its layers.
+    layer_names: Names for a network that is not of this package.
+
+  Raises:
+    InputError: If a layer has no name, two have the same, or `layer_names` is needed, or names what is no layer.
+  """
+  if layer_names is None:
+    if type(base) not in _RULES:
+      raise InputError(
+        f"{type(base).__name__} is not a model of this package ({', '.join(cls.__name__ for cls in _RULES)}), so its"
+        " layers have no known names in PyTorch; give them: layer_names={'block1/conv': 'features.0', ...}."
+      )
+    names = _RULES[type(base)](paths)
+  elif callable(layer_names):
+    names = {path: layer_names(path) for path in paths}
+  else:
+    names = {path: layer_names[path] for path in paths if path in layer_names}
+    if unknown := sorted(set(layer_names) - set(paths)):
+      raise InputError(f"layer_names names {listed(unknown)}; the layers are {listed(sorted(paths))}.")
+  if unnamed := [path for path in paths if not isinstance(names.get(path), str)]:
+    raise InputError(f"layer_names gives no name for {listed(unnamed)}; expected the name of a torch layer for each.")
+  if twice := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
+    raise InputError(f"layer_names gives several layers the name {listed(twice)}; expected a different one for each.")
+  return {path: names[path] for path in paths}
+
+
+def _name_resnet(paths: Iterable[str]) -> dict[str, str]:
+  stem = {"conv": "conv1", "bn": "bn1", "fc": "fc"}
+  inner = {"shortcut": "downsample.0", "bn_shortcut": "downsample.1"}
+  names = {}
+  for path in paths:
+    if match := _BLOCK.fullmatch(path):
+      stage, block, layer = match.groups()
+      names[path] = f"layer{stage}.{int(block) - 1}.{inner.get(layer, layer)}"
+    else:
+      names[path] = stem[path]
+  return names
+
+
+def _name_mobilenet(paths: Iterable[str]) -> dict[str, str]:
+  matches = [match for path in paths if (match := _BLOCK.fullmatch(path))]
+  blocks = sorted({(int(stage), int(block)) for stage, block, _ in map(re.Match.groups, matches)})
+  last = len(blocks) + 1
+  names = {"conv": "features.0.0", "bn": "features.0.1", "fc": "classifier.1"}
+  names |= {"head": f"features.{last}.0", "bn_head": f"features.{last}.1"}
+  # Each convolution with an activation is one Sequential in torchvision; the first of three is left out at expansion 1.
+  short = {"depthwise": "0.0", "bn_depthwise": "0.1", "project": "1", "bn_project": "2"}
+  long = {"expand": "0.0", "bn_expand": "0.1", "depthwise": "1.0", "bn_depthwise": "1.1"}
+  long |= {"project": "2", "bn_project": "3"}
+  expanded = {match.group(1, 2) for match in matches if match.group(3) == "expand"}
+  for match in matches:
+    stage, block, layer = match.groups()
+    index = blocks.index((int(stage), int(block))) + 1
+    names[match.group()] = f"features.{index}.conv.{(long if (stage, block) in expanded else short)[layer]}"
+  return names
+
+
+_RULES: dict[type[nn.Module], Callable[[Iterable[str]], dict[str, str]]] = {
+  CifarResNet: _name_resnet,
+  ResNet: _name_resnet,
+  MobileNetV2: _name_mobilenet,
+}
+
+
+def rename_tensors(found: Collection[str], wanted: Collection[str], other_names: bool) -> dict[str, str]:
+  """Returns the tensors of a file by the names that `name_layers` gives: wanted name -> name in the file.
+
+  Prefixes that wrappers of modules add are taken off. The counters of batch normalization are left out.
+
+  Args:
+    found: Names in the file.
+    wanted: Names of the network's tensors.
+    other_names: Whether the classifier and the shortcuts may have the other names in use than torchvision's.
+  """
+  names = {name: name for name in found if name.rpartition(".")[2] != COUNTER}
+  while prefix := next((p for p in _PREFIXES if _all_start(names, p) and not _all_start(wanted, p)), None):
+    names = {name.removeprefix(prefix): original for name, original in names.items()}
+  if not other_names:
+    return names
+  (classifier,) = {name.removesuffix(".weight") for name in wanted} & set(_CLASSIFIERS)
+  other = next((c for c in (classifier, *_CLASSIFIERS) if f"{c}.weight" in names), classifier)
+  renamed = {}
+  for name, original in names.items():
+    layer, _, tensor = name.rpartition(".")
+    name = f"{classifier}.{tensor}" if layer == other else name.replace(".shortcut.", ".downsample.")
+    renamed[name if name not in renamed else original] = original
+  return renamed
+
+
+def _all_start(names: Collection[str], prefix: str) -> bool:
+  return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def listed(items: Collection[str], most: int = 8) -> str:
+  """Returns the first items and the number of the others, for a message of one line."""
+  texts = [item if item.isprintable() and len(item) < 200 else ascii(item)[:200] for item in list(items)[:most]]
+  return ", ".join(texts) + (f" and {len(items) - most} more" if len(items) > most else "")
