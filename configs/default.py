@@ -71,7 +71,8 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1
   config.checkpoint.every_steps = placeholder(int)  # also within an epoch; unset: not
-  config.checkpoint.keep = 2
+  config.checkpoint.keep = 2  # the newest
+  config.checkpoint.keep_every_epochs = placeholder(int)  # and those of every n-th epoch; unset: none
 
   config.report = ConfigDict()
   config.report.latency_batch_sizes = (1, 128)

@@ -11,7 +11,7 @@ docs/method.md leads from its equations to the code.
 """
 
 from sapr_jax import models
-from sapr_jax.artifacts import load, save
+from sapr_jax.artifacts import export_torch, import_torch, load, save
 from sapr_jax.channels import (
   ChannelGraph,
   ChannelGroup,
@@ -23,7 +23,7 @@ from sapr_jax.channels import (
   register_rule,
   trace_channels,
 )
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, InterruptedRunError
 from sapr_jax.method import (
   ArchitectureGenerator,
   architecture_loss,
@@ -42,10 +42,13 @@ __all__ = [
   "ChannelGraph",
   "ChannelGroup",
   "InputError",
+  "InterruptedRunError",
   "NarrowModule",
   "__version__",
   "architecture_loss",
   "count_macs",
+  "export_torch",
+  "import_torch",
   "load",
   "macs_penalty",
   "mask_params",

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""What a user can mend, and what a scheduler can start again."""
 
 
 class InputError(ValueError):
@@ -8,3 +8,7 @@ class InputError(ValueError):
   library users need not know this class; `python -m sapr_jax.main` prints the message alone, without a traceback, and
   exits with a non-zero status.
   """
+
+
+class InterruptedRunError(Exception):
+  """A run was asked to stop and has saved its work; `python -m sapr_jax.main` then exits with 75, for a scheduler."""

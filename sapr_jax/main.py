@@ -1,8 +1,12 @@
 """Runs one experiment: `python -m sapr_jax.main --config configs/resnet56_cifar10.py --workdir DIR`.
 
 Every field of the configuration can be given on the command line, `--config.train.epochs=10`. Running the same command
-again resumes an unfinished run. Exit status: 0 finished, 2 bad input (one line on standard error says what), 130
-stopped by Ctrl-C.
+again resumes an unfinished run. Exit status:
+
+    0    finished
+    75   stopped by SIGTERM or Ctrl-C with all work saved: the same command goes on
+    2    bad input, or training that diverged; one line on standard error says what
+    130  stopped at once by a second Ctrl-C: the same command goes on at the last checkpoint
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, InterruptedRunError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, such as configs/digits.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, records and the pruned model.")
@@ -39,8 +43,11 @@ def main(argv: Sequence[str]) -> int:
     training.run(config, workdir)
   except InputError as error:
     return _fail(str(error))
+  except InterruptedRunError as error:
+    print(error, file=sys.stderr)
+    return 75
   except KeyboardInterrupt:
-    print("stopped; the same command resumes the run", file=sys.stderr)
+    print("stopped at once; the same command resumes the run at its last checkpoint", file=sys.stderr)
     return 130
   return 0
 

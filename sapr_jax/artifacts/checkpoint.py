@@ -1,76 +1,170 @@
-"""Checkpoints of a run, by Orbax: asynchronous, atomic, the newest few kept."""
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, checked when they are read."""
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
+import sys
+import zlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")
 
+# What TensorStore and Orbax say of a disk that cannot be written; their exceptions are of many kinds.
+_DISK_TROUBLE = ("No space left", "RESOURCE_EXHAUSTED", "Read-only", "Permission denied", "PERMISSION_DENIED", "quota")
+
 
 class Checkpointer:
   """Saves and restores one stage of a run: its arrays, and as JSON its position, what is not an array.
 
+  A checkpoint holds a checksum of each array: disks, copies and file systems do lose bits.
+
   Example:
     >>> checkpointer = Checkpointer(workdir / "checkpoints" / "train", keep=2)
-    >>> position = checkpointer.position()
-    >>> state = checkpointer.restore(state)
+    >>> state, position = checkpointer.restore(state)
+    >>> checkpointer.save(300, state, {"epoch": 1})
+    >>> checkpointer.close()
   """
 
-  def __init__(self, directory: pathlib.Path, keep: int = 2):
+  def __init__(self, directory: pathlib.Path, keep: int = 2, keep_period: int | None = None):
+    """Opens the checkpoints in `directory`, which is made if need be.
+
+    Args:
+      directory: Where they lie, one directory each.
+      keep: How many of the newest are kept.
+      keep_period: Those whose step is a multiple of this are kept as well.
+
+    Raises:
+      InputError: If the directory cannot be written.
+    """
     import orbax.checkpoint as ocp  # imports slowly
 
     self._args, self._directory = ocp.args, directory
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
-
-  def position(self) -> dict[str, Any] | None:
-    """Returns the position in the newest checkpoint, None if there is none.
-
-    Raises:
-      InputError: If it cannot be read; the message names its directory.
-    """
-    if self._manager.latest_step() is None:
-      return None
-    position: dict[str, Any] = self._restore(position=self._args.JsonRestore())["position"]
-    return position
-
-  def restore(self, like: Tree) -> Tree:
-    """Returns the newest state, with the structure, dtypes and placement of `like`; or `like` if there is none.
-
-    Raises:
-      InputError: If it cannot be read; the message names its directory.
-    """
-    if self._manager.latest_step() is None:
-      return like
-    target = jax.tree.map(_abstract, like)
-    state: Tree = self._restore(state=self._args.StandardRestore(target))["state"]
-    return state
-
-  def _restore(self, **items: Any) -> Any:
-    step = self._manager.latest_step()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period, create=True)
     try:
-      return self._manager.restore(step, args=self._args.Composite(**items))
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-      raise InputError(
-        f"The checkpoint {self._directory / str(step)} cannot be read ({type(error).__name__}); remove that directory"
-        " to resume from the one before."
-      ) from error
+      self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
+    except OSError as error:
+      raise self._cannot_write(error) from error
+
+  def restore(self, like: Tree) -> tuple[Tree, dict[str, Any] | None]:
+    """Returns the newest state that is whole and its position; or `like` and None if there is none.
+
+    Checkpoints that are not whole are named on standard error and moved to `damaged/`, beside those of the stages.
+
+    Args:
+      like: A state of the same structure, dtypes and placement.
+    """
+    target = jax.tree.map(_abstract, like)
+    while (step := self._manager.latest_step()) is not None:
+      try:
+        items = self._args.Composite(state=self._args.StandardRestore(target), position=self._args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        problem = _problem(restored["state"], restored["position"])
+      except Exception as error:  # Orbax and TensorStore raise many kinds
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+      if _all_processes(problem is None):
+        return restored["state"], restored["position"]["position"]
+      self._move_aside(step, problem or "another process cannot read it")
+    return like, None
+
+  def _move_aside(self, step: int, problem: str) -> None:
+    source, folder = self._directory / str(step), self._directory.parent / "damaged"
+    if jax.process_index() == 0:
+      number = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+      destination = folder / f"{self._directory.name}_{step}_{number}"
+      print(f"warning: the checkpoint {source} is damaged ({problem}); moved to {destination}", file=sys.stderr)
+      try:
+        folder.mkdir(exist_ok=True)
+        os.rename(source, destination)
+      except OSError as error:
+        raise self._cannot_write(error) from error
+    _all_processes(True)  # none looks again before it is gone
+    self._manager.reload()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts saving; the call returns when the state is copied from the devices. `step` grows from save to save."""
-    items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(dict(position)))
-    self._manager.save(step, args=items)
+    """Starts saving; the call returns when the state is copied from the devices.
+
+    Args:
+      step: Grows from save to save; a checkpoint of this number that is there already stays.
+      state: Pytree of arrays.
+      position: What else there is to remember, as JSON has it.
+
+    Raises:
+      InputError: If this checkpoint, or the one before, cannot be written; older ones are whole.
+    """
+    if step in self._manager.all_steps():
+      return
+    content: dict[str, Any] = {"position": dict(position), "arrays": _checksums(state)}
+    content |= {"checksum": _json_checksum(content)}
+    items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(content))
+    try:
+      self._manager.save(step, args=items)
+    except Exception as error:
+      self._explain(error)
+      raise
 
   def close(self) -> None:
-    """Waits until all is written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits until all is written.
+
+    Raises:
+      InputError: If it cannot be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.close()
+    except Exception as error:
+      self._explain(error)
+      raise
+
+  def _explain(self, error: Exception) -> None:
+    if isinstance(error, OSError) or any(text in str(error) for text in _DISK_TROUBLE):
+      raise self._cannot_write(error) from error
+
+  def _cannot_write(self, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or next((t for t in _DISK_TROUBLE if t in str(error)), str(error))
+    return InputError(
+      f"No checkpoint can be written to {self._directory} ({reason}); older ones are whole: make room or mend the"
+      " directory, and the same command resumes the run."
+    )
+
+
+def _all_processes(mine: bool) -> bool:
+  """Returns whether the answer is yes on all processes; waits for them."""
+  if jax.process_count() == 1:
+    return mine
+  from jax.experimental import multihost_utils
+
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(mine))))
+
+
+def _problem(state: Any, content: Mapping[str, Any]) -> str | None:
+  """Says what is wrong with a checkpoint; None if nothing is."""
+  if content.get("checksum") != _json_checksum({key: content.get(key) for key in ("position", "arrays")}):
+    return "its position has changed on disk"
+  found = _checksums(state)
+  changed = [name for name, checksum in content["arrays"].items() if found.get(name) != checksum]
+  return f"{changed[0]} has changed on disk" if changed else None
+
+
+def _checksums(state: Any) -> dict[str, int]:
+  """Returns name -> CRC-32 of each array; replicated arrays, so that any copy will do."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  local = jax.device_get([x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves])
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.asarray(leaf).tobytes())
+    for (path, _), leaf in zip(leaves, local, strict=True)
+  }
+
+
+def _json_checksum(content: Any) -> int:
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _abstract(leaf: Any) -> Any:

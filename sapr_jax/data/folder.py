@@ -1,6 +1,5 @@
 """Image files in folders: `train/<class>/*` and `test/<class>/*`."""
 
-import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,13 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from sapr_jax.data.dataset import ImageDataset, ImageSplit, balanced_indices
+from sapr_jax.data.decoding import decode_exactly, unreadable
 from sapr_jax.errors import InputError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
 
-_LAYOUT = "expected train/<class>/* and test/<class>/*"
-_GRAYSCALE_MODES = frozenset({"1", "L", "LA"})
-_COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+_SPLITS = ("train", "test")
 _MAX_NAMES_SHOWN = 5
 
 
@@ -48,12 +46,10 @@ def load_folder(
       cannot be read or has another size than the first one; the message names the folder or file.
   """
   del name
-  if path is None:
-    raise InputError(f"source=folder needs the path of a folder; {_LAYOUT} in it")
-  root = Path(path)
-  class_names = _find_classes(root)
-  train_files, train_labels = _choose_files(root / "train", class_names, train_images, seed)
-  test_files, test_labels = _choose_files(root / "test", class_names, test_images, seed)
+  root = find_root(path, _SPLITS)
+  class_names = find_classes(root, _SPLITS)
+  train_files, train_labels = choose_files(root / "train", class_names, train_images, seed)
+  test_files, test_labels = choose_files(root / "test", class_names, test_images, seed)
   images = _read_images([*train_files, *test_files])
   num_train = len(train_files)
   return ImageDataset(
@@ -64,30 +60,50 @@ def load_folder(
   )
 
 
-def _find_classes(root: Path) -> tuple[str, ...]:
-  """Returns the sorted class names, after checking that both splits have the same ones."""
+def find_root(path: str | None, splits: tuple[str, str]) -> Path:
+  """Returns the folder of a data set, after checking that it holds a folder for both `splits`.
+
+  Raises:
+    InputError: If `path` is None or there is no such folder, or a split is missing in it.
+  """
+  if path is None:
+    raise InputError(f"source=folder needs the path of a folder; {_layout(splits)} in it")
+  root = Path(path)
   if not root.is_dir():
-    raise InputError(f"there is no folder {str(root)!r}; {_LAYOUT} in it")
-  found = _visible_folders(root)
-  for split in ("train", "test"):
+    raise InputError(f"there is no folder {str(root)!r}; {_layout(splits)} in it")
+  found = visible_folders(root)
+  for split in splits:
     if split not in found:
       raise InputError(
-        f"folder {str(root)!r} has no {split!r} folder; {_LAYOUT}, found {_listed(found)}; "
+        f"folder {str(root)!r} has no {split!r} folder; {_layout(splits)}, found {_listed(found)}; "
         f"rename the folder that holds the {split} images, or link to it"
       )
-  train_classes, test_classes = (set(_visible_folders(root / name)) for name in ("train", "test"))
-  if train_classes != test_classes:
+  return root
+
+
+def find_classes(root: Path, splits: tuple[str, str]) -> tuple[str, ...]:
+  """Returns the sorted class names, after checking that both splits have the same ones.
+
+  Raises:
+    InputError: If a split has no class folder, or they differ in them.
+  """
+  classes = {split: set(visible_folders(root / split)) for split in splits}
+  for split in splits:
+    if not classes[split]:
+      raise InputError(
+        f"folder {str(root / split)!r} has no class folder; {_layout(splits)}, so sort its files into them"
+      )
+  first, second = splits
+  if classes[first] != classes[second]:
     raise InputError(
-      f"the splits of {str(root)!r} have different classes; expected the same ones: only in train: "
-      f"{_listed(train_classes - test_classes)}; only in test: "
-      f"{_listed(test_classes - train_classes)}"
+      f"the splits of {str(root)!r} have different classes; expected the same ones: only in {first}: "
+      f"{_listed(classes[first] - classes[second])}; only in {second}: "
+      f"{_listed(classes[second] - classes[first])}"
     )
-  if not train_classes:
-    raise InputError(f"folder {str(root / 'train')!r} has no class folder; {_LAYOUT}")
-  return tuple(sorted(train_classes))
+  return tuple(sorted(classes[first]))
 
 
-def _choose_files(
+def choose_files(
   split_folder: Path, class_names: Sequence[str], size: int | None, seed: int
 ) -> tuple[list[str], np.ndarray]:
   """Lists the image files of a split and takes the balanced subset, before any file is opened.
@@ -139,25 +155,22 @@ def _read_images(paths: Sequence[str]) -> np.ndarray:
 
 def _read_image(path: str) -> tuple[np.ndarray, bool]:
   """Returns an image as uint8 `[H, W, 3]`, and whether it is stored as grayscale."""
-  from PIL import Image
+  image, is_grayscale = decode_exactly(read_bytes(path), path)
+  return np.asarray(image), is_grayscale
 
+
+def read_bytes(path: str) -> bytes:
+  """Returns the content of an image file; raises `InputError` with its name if it cannot be read."""
   try:
     # One read instead of the dozens of short ones that Pillow would make: faster for small files.
     with open(path, "rb", buffering=0) as file:
-      image = Image.open(io.BytesIO(file.read()))
-    mode = image.mode
-    if mode in _GRAYSCALE_MODES or mode in _COLOUR_MODES:
-      rgb = image if mode == "RGB" else image.convert("RGB")
-      return np.asarray(rgb), mode in _GRAYSCALE_MODES
-  except Exception as error:  # Each decoder of Pillow raises what it likes on a broken file.
-    reason = " ".join(str(error).split())
-    raise InputError(
-      f"cannot read image {path!r}; expected a whole image file, so replace or remove it ({reason})"
-    ) from error
-  raise InputError(f"image {path!r} has pixels of Pillow mode {mode!r}; expected 8 bits a channel, so convert it")
+      return file.read()
+  except OSError as error:
+    raise unreadable(path, error) from error
 
 
-def _visible_folders(folder: Path) -> list[str]:
+def visible_folders(folder: Path) -> list[str]:
+  """Names of the folders directly in `folder`, in no order, without those that start with a dot."""
   with os.scandir(folder) as entries:
     return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
@@ -171,6 +184,10 @@ def _image_files(folder: Path) -> list[str]:
       if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
     ]
   return [os.path.join(folder, file_name) for file_name in sorted(names)]
+
+
+def _layout(splits: tuple[str, str]) -> str:
+  return "expected " + " and ".join(f"{split}/<class>/*" for split in splits)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ needs no TensorFlow; preparing most sets for the first time, CIFAR-10 among them
 
 import difflib
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,9 @@ def load_tfds(
       is unknown, the set cannot be downloaded or prepared, it lacks a split "train" or "test" or a
       feature "image" or "label", its images differ in size, or a subset is larger than its split.
   """
-  builder = _prepare(name, path)
-  missing = [split for split in _SPLITS if split not in builder.info.splits]
-  if missing:
-    raise InputError(
-      f"TensorFlow Datasets set {name!r} has no split {missing[0]!r}, only "
-      f"{', '.join(sorted(builder.info.splits))}; choose a set with the splits train and test, "
-      f"{_OTHER_SOURCE}"
-    )
-  _check_features(name, builder.info.features)
+  builder = prepare(name, path)
+  check_splits(name, builder.info.splits, _SPLITS)
+  check_features(name, builder.info.features)
   train_source, test_source = builder.as_data_source(split=list(_SPLITS))
   return ImageDataset(
     name=name,
@@ -61,8 +56,15 @@ def load_tfds(
   )
 
 
-def _prepare(name: str, path: str | None) -> Any:
-  """Returns the `tfds.core.DatasetBuilder` of a set that lies ready on disk."""
+def prepare(name: str, path: str | None) -> Any:
+  """Downloads and prepares a set if need be.
+
+  Returns:
+    The `tfds.core.DatasetBuilder` of a set that lies ready on disk, in a format with random access.
+
+  Raises:
+    InputError: If the set is unknown or cannot be prepared, as in `load_tfds`.
+  """
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -91,6 +93,11 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
   if package is not None:
     command = f"pip install {package}"
     return f"preparing {name!r} for the first time needs {package}; run: {command}, {_OTHER_SOURCE}"
+  if "Manual directory" in str(error):
+    return (
+      f"{name!r} is not free to download; put its files into the folder downloads/manual in "
+      f"{path or 'the default folder of TensorFlow Datasets'}, {_OTHER_SOURCE} ({_one_line(error, 400)})"
+    )
   if "File format is already set" in str(error):
     return (
       f"{name!r} lies in {path or 'the default folder of TensorFlow Datasets'} in a file format "
@@ -102,7 +109,25 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
   )
 
 
-def _check_features(name: str, features: Any) -> None:
+def keep_encoded() -> Any:
+  """Returns the `tfds` decoder that leaves an image as the bytes of its file."""
+  from tensorflow_datasets import decode
+
+  return decode.SkipDecoding()
+
+
+def check_splits(name: str, found: Collection[str], expected: Sequence[str]) -> None:
+  """Checks that the set has the splits that are wanted of it."""
+  missing = [split for split in expected if split not in found]
+  if missing:
+    raise InputError(
+      f"TensorFlow Datasets set {name!r} has no split {missing[0]!r}, only "
+      f"{', '.join(sorted(found))}; choose a set with the splits {' and '.join(expected)}, "
+      f"{_OTHER_SOURCE}"
+    )
+
+
+def check_features(name: str, features: Any) -> None:
   """Checks that the set has 8-bit images and class labels under the usual names."""
   found = ", ".join(sorted(features))
   for feature in ("image", "label"):

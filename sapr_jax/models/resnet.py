@@ -130,7 +130,7 @@ class CifarResNet(nn.Module):
     x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
     for stage, features in enumerate(widths):
       for block in range(blocks):
-        down = {}
+        down: dict[str, Any] = {}
         if stage > 0 and block == 0:
           down = {"stride": 2, "shortcut": "padding", "added": features - widths[stage - 1]}
         x = BasicBlock(features, dtype=self.dtype, name=f"stage{stage + 1}_block{block + 1}", **down)(x, train)

@@ -1,6 +1,6 @@
 """Tables from what a run recorded and measured."""
 
 from sapr_jax.report.latency import measure_latency
-from sapr_jax.report.text import format_epoch, format_summary, versions
+from sapr_jax.report.text import chance_warning, format_epoch, format_summary, versions
 
-__all__ = ["format_epoch", "format_summary", "measure_latency", "versions"]
+__all__ = ["chance_warning", "format_epoch", "format_summary", "measure_latency", "versions"]

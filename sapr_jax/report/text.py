@@ -58,6 +58,18 @@ def format_summary(summary: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def chance_warning(summary: Mapping[str, Any], num_classes: int) -> str | None:
+  """Returns a warning if the pruned network does no better than guessing, None otherwise."""
+  accuracy = summary["pruned"]["accuracy"]
+  if accuracy > 1.5 / num_classes:
+    return None
+  dense = summary["dense"]["accuracy"]
+  return (
+    f"warning: the pruned network is right on {accuracy:.2%} of the test images, which is chance for {num_classes}"
+    f" classes; the dense one is on {dense:.2%}. Train for longer, or keep more by a larger prune.p."
+  )
+
+
 def versions() -> dict[str, str]:
   """Returns the versions of what the numbers depend on."""
   own = {"sapr_jax": __version__, "python": platform.python_version()}

@@ -38,6 +38,7 @@ def check_config(config: Any) -> None:
     ("checkpoint.every_epochs", config.checkpoint.every_epochs),
     ("checkpoint.every_steps", config.checkpoint.every_steps),
     ("checkpoint.keep", config.checkpoint.keep),
+    ("checkpoint.keep_every_epochs", config.checkpoint.keep_every_epochs),
     ("report.latency_repeats", config.report.latency_repeats),
     *(("report.latency_batch_sizes", size) for size in config.report.latency_batch_sizes),
   ):
@@ -53,7 +54,7 @@ def _check_data(fields: Any) -> None:
       raise InputError(f"data.{name}={value} must have one number in [0, 1] for each channel.")
   if fields.std is not None and 0 in fields.std:
     raise InputError(f"data.std={fields.std} has a zero; the images are divided by it.")
-  if (fields.mean is None) != (fields.std is None) or (fields.mean and len(fields.mean) != len(fields.std)):
+  if len(fields.mean or ()) != len(fields.std or ()):
     raise InputError(f"data.mean={fields.mean} and data.std={fields.std} do not fit; give both or neither.")
   _at_least("data.crop_padding", fields.crop_padding, 0)
   _at_least("data.image_size", fields.image_size, 1)

@@ -34,6 +34,11 @@ def default_steps_per_call(mesh: Mesh) -> int:
   return 1 if mesh.devices.flat[0].platform == "cpu" else 50
 
 
+def is_main_process() -> bool:
+  """Whether this process is the one that writes files and talks to the user."""
+  return jax.process_index() == 0
+
+
 def process_slice(batch_size: int) -> slice:
   """Returns which rows of a global batch this process provides."""
   rows = batch_size // jax.process_count()
@@ -107,6 +112,7 @@ __all__ = [
   "data_mesh",
   "default_steps_per_call",
   "device_key",
+  "is_main_process",
   "mean_over_devices",
   "process_slice",
   "replicate",

@@ -12,8 +12,10 @@ import optax
 
 from sapr_jax import artifacts, report
 from sapr_jax.channels import mask_params
+from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, steps
 from sapr_jax.training.devices import MappedSteps, replicate
+from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.position import Position
 from sapr_jax.training.progress import Progress
 from sapr_jax.training.setup import FINETUNE, TRAIN, Setup
@@ -101,22 +103,44 @@ def finetuning_stage(setup: Setup, model: nn.Module, variables: Any) -> Stage:
   )
 
 
-def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, recorder: artifacts.Recorder) -> State:
-  """Runs what no checkpoint of a stage holds yet; returns its last state."""
-  phase = stage.phase
-  position = Position.read(checkpointer, setup.steps_per_epoch(phase))
-  state = checkpointer.restore(stage.state)
+def restore(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer) -> tuple[State, Position]:
+  """Returns state and position of the newest whole checkpoint of a stage, or its first ones."""
+  state, saved = checkpointer.restore(stage.state)
+  return state, Position.of_checkpoint(saved, setup.steps_per_epoch(stage.phase))
+
+
+def train(
+  setup: Setup,
+  stage: Stage,
+  state: State,
+  position: Position,
+  checkpointer: artifacts.Checkpointer,
+  recorder: artifacts.Recorder,
+  interruption: Interruption,
+) -> State:
+  """Runs a stage from `position` to its end; returns its last state.
+
+  Raises:
+    InputError: If training diverges, or the disk cannot be written.
+    InterruptedRunError: If the run was asked to stop; its work is saved.
+  """
+  phase, keep = stage.phase, _Keeper(setup, stage, checkpointer, interruption)
+  if position.epoch == phase.epochs:
+    return state
+  recorder.rewind(stage.epochs_before + position.epoch)
   progress = Progress(stage.name, phase.epochs, position.steps_per_epoch, position.steps_done)
   if position.steps_done:
     in_epoch = f", step {position.step} of the next" if position.step else ""
     progress.line(f"{stage.name}: going on after epoch {position.epoch}/{phase.epochs}{in_epoch}")
   while position.epoch < phase.epochs:
     searching = stage.generator_steps is not None and position.epoch >= setup.config.prune.start_epoch
-    if position.step == 0:
+    if not position.record:
+      keep.if_interrupted(state, position)
       position.record = _first_of_record(setup, stage, position)
       if searching:
         position.record |= _renew_masks(setup, stage, state, position.epoch)
-    _train_weights(setup, stage, state, position, checkpointer, progress)
+    _train_weights(setup, stage, state, position, keep, progress)
+    keep.if_interrupted(state, position)
     record = position.record | _prefixed("train", position.means())
 
     clock = time.monotonic()
@@ -129,9 +153,33 @@ def train(setup: Setup, stage: Stage, checkpointer: artifacts.Checkpointer, reco
     progress.line(report.format_epoch(record, phase.epochs))
     position = Position(position.steps_per_epoch, position.epoch + 1)
     if position.epoch % setup.config.checkpoint.every_epochs == 0 or position.epoch == phase.epochs:
-      checkpointer.save(position.steps_done, state, dataclasses.asdict(position))
+      keep.now(state, position)
   progress.close()
   return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keeper:
+  """Makes the checkpoints of a stage, when they are due and when the run is asked to stop."""
+
+  setup: Setup
+  stage: Stage
+  checkpointer: artifacts.Checkpointer
+  interruption: Interruption
+
+  def now(self, state: State, position: Position) -> None:
+    self.checkpointer.save(position.number, state, dataclasses.asdict(position))
+
+  def if_due(self, state: State, position: Position, steps_done: int) -> None:
+    """Called after `steps_done` more weight steps."""
+    every, now = self.setup.config.checkpoint.every_steps, position.steps_done
+    if every and now // every > (now - steps_done) // every and position.step < position.steps_per_epoch:
+      self.now(state, position)
+
+  def if_interrupted(self, state: State, position: Position) -> None:
+    if self.interruption.requested():
+      self.now(state, position)
+      self.interruption.stop()
 
 
 def _first_of_record(setup: Setup, stage: Stage, position: Position) -> dict[str, Any]:
@@ -145,24 +193,18 @@ def _first_of_record(setup: Setup, stage: Stage, position: Position) -> dict[str
 
 
 def _train_weights(
-  setup: Setup,
-  stage: Stage,
-  state: State,
-  position: Position,
-  checkpointer: artifacts.Checkpointer,
-  progress: Progress,
+  setup: Setup, stage: Stage, state: State, position: Position, keep: _Keeper, progress: Progress
 ) -> None:
-  """Trains the weights to the end of the epoch, with a checkpoint every `checkpoint.every_steps` steps if asked for."""
+  """Trains the weights to the end of the epoch."""
   clock, before = time.monotonic(), position.record["weight_seconds"]
-  every = setup.config.checkpoint.every_steps
 
   def after_call(network: NetworkState, steps_done: int) -> None:
     progress.advance(steps_done)
     position.record["weight_seconds"] = before + time.monotonic() - clock
-    position.check_finite(stage.name)
-    now = position.steps_done
-    if every and now // every > (now - steps_done) // every and position.step < position.steps_per_epoch:
-      checkpointer.save(now, state | {"network": network}, dataclasses.asdict(position))
+    _check_finite(stage, network, position)
+    state["network"] = network
+    keep.if_due(state, position, steps_done)
+    keep.if_interrupted(state, position)
 
   state["network"] = epochs.train_weights(
     setup,
@@ -173,6 +215,18 @@ def _train_weights(
     stream=stage.stream,
     masks=state.get("masks"),
     after_call=after_call,
+  )
+
+
+def _check_finite(stage: Stage, network: NetworkState, position: Position) -> None:
+  if (diverged := position.diverged()) is None:
+    return
+  first = epochs.first_not_finite(network)
+  tensor = f"; the first tensor that is not finite is {first}" if first else ""
+  raise InputError(
+    f"{diverged} in epoch {position.epoch + 1} of {stage.name}, step {position.step} of {position.steps_per_epoch}, at"
+    f" learning rate {position.record['learning_rate']:g}: training diverged{tensor}. The last checkpoint before it is"
+    " kept; start anew with a lower learning rate."
   )
 
 

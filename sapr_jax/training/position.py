@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sapr_jax.artifacts import Checkpointer
 from sapr_jax.errors import InputError
 
 
@@ -30,13 +29,12 @@ class Position:
   totals: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @classmethod
-  def read(cls, checkpointer: Checkpointer, steps_per_epoch: int) -> Position:
-    """Returns the position of the newest checkpoint, or the beginning.
+  def of_checkpoint(cls, saved: Mapping[str, Any] | None, steps_per_epoch: int) -> Position:
+    """Returns the position that a checkpoint holds, or the beginning for None.
 
     Raises:
-      InputError: If the checkpoint cannot be read, or was made with another number of images.
+      InputError: If it was made with another number of images.
     """
-    saved = checkpointer.position()
     if saved is None:
       return cls(steps_per_epoch)
     position = cls(**saved)
@@ -52,6 +50,11 @@ class Position:
     """Weight steps since the beginning of the stage."""
     return self.epoch * self.steps_per_epoch + self.step
 
+  @property
+  def number(self) -> int:
+    """Grows by one with every step and with the end of every epoch: the number of a checkpoint made here."""
+    return self.steps_done + self.epoch
+
   def add(self, metrics: Mapping[str, Any]) -> None:
     """Adds the metrics of some steps, `[n]` each."""
     for name, values in metrics.items():
@@ -64,15 +67,8 @@ class Position:
     """Returns the means of the metrics over the steps done."""
     return {name: total / self.step for name, total in self.totals.items()}
 
-  def check_finite(self, stage: str) -> None:
-    """Raises an `InputError` if training has diverged in this epoch."""
-    for name, value in (
-      *((f"train_{name}", total) for name, total in self.totals.items()),
-      ("generator_loss", self.record.get("generator_loss", 0.0)),
-    ):
-      if not math.isfinite(value):
-        raise InputError(
-          f"{name} is {value} in epoch {self.epoch + 1} of {stage}, step {self.step} of {self.steps_per_epoch}, at"
-          f" learning rate {self.record['learning_rate']:g}: training diverged. The last checkpoint before it is kept;"
-          " start anew with a lower learning rate."
-        )
+  def diverged(self) -> str | None:
+    """Names the first metric of this epoch that is not finite, and its value; None if all are."""
+    loss = self.record.get("generator_loss", 0.0)
+    metrics = {f"train_{name}": total for name, total in self.totals.items()} | {"generator_loss": loss}
+    return next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), None)

@@ -7,7 +7,15 @@ import time
 
 from tqdm import tqdm
 
+from sapr_jax.training.devices import is_main_process
+
 HEARTBEAT_SECONDS = 60.0
+
+
+def say(text: str) -> None:
+  """Prints `text`, on one process only."""
+  if is_main_process():
+    print(text, flush=True)
 
 
 class Progress:
@@ -21,7 +29,7 @@ class Progress:
     self._stage, self._epochs, self._steps_per_epoch = stage, epochs, steps_per_epoch
     self._done = self._first = steps_done
     self._started = self._last_line = time.monotonic()
-    self._is_terminal = sys.stderr.isatty()
+    self._is_terminal = sys.stderr.isatty() and is_main_process()
     self._bar = tqdm(
       total=epochs * steps_per_epoch,
       initial=self._done,
@@ -46,7 +54,7 @@ class Progress:
     if self._is_terminal:
       self._bar.write(text, file=sys.stdout)
     else:
-      print(f"{text}{self._time_left()}", flush=True)
+      say(f"{text}{self._time_left()}")
 
   def _time_left(self) -> str:
     done, todo = self._done - self._first, self._epochs * self._steps_per_epoch - self._done

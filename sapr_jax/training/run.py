@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import pathlib
 import shutil
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.channels import count_macs, prune
+from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, loop, steps
 from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
-from sapr_jax.training.devices import replicate
+from sapr_jax.training.devices import is_main_process, replicate
+from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.position import Position
+from sapr_jax.training.progress import say
 from sapr_jax.training.setup import Setup, build
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -36,55 +44,71 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     pruned network after it, all at the last epoch.
 
   Raises:
-    InputError: If the configuration, the data or the work directory cannot be used.
+    InputError: If the configuration, the data or the work directory cannot be used, or training diverges.
+    InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
   """
   check_config(config)
   path = pathlib.Path(workdir)
   layout.check_workdir(path, config)
   if (finished := layout.read_summary(path)) is not None:
-    print(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
+    say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
     return finished
   started = time.monotonic()
   setup = build(config)  # what is wrong with the data shows before anything is written
-  layout.make_workdir(path, config)
-  print(_describe(setup), flush=True)
-  train_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "train", config.checkpoint.keep)
-  epochs_done = Position.read(train_checkpoints, setup.steps_per_epoch(config.train)).epoch
-  if epochs_done < config.train.epochs:
-    # Fine-tuning of a network that is not there yet: its training was lost.
-    shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True)
-  finetune_checkpoints = artifacts.Checkpointer(path / "checkpoints" / "finetune", config.checkpoint.keep)
-  epochs_done += Position.read(finetune_checkpoints, setup.steps_per_epoch(config.finetune)).epoch
-  recorder = artifacts.Recorder(path, keep=epochs_done)
   try:
-    state = loop.train(setup, loop.pruning_stage(setup), train_checkpoints, recorder)
+    with layout.locked(path, config), Interruption() as interruption:
+      say(_describe(setup))
+      masks, variables, small_model, small_variables, tuned_variables = _train_and_prune(setup, path, interruption)
+      summary = _summarize(setup, masks, variables, small_model, small_variables, tuned_variables)
+      summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
+      if is_main_process():
+        artifacts.save(path / layout.DENSE, setup.model, variables)
+        artifacts.save(path / layout.PRUNED, small_model, tuned_variables)
+        write_atomically(path / layout.REPORT, report.format_summary(summary) + "\n")
+        write_json(path / layout.SUMMARY, summary)
+  except OSError as error:
+    if error.errno not in _DISK_ERRORS:
+      raise
+    raise InputError(
+      f"{error.filename or path} cannot be written ({error.strerror}); the checkpoints are whole: make room or mend the"
+      " directory, and the same command resumes the run."
+    ) from error
+  say(f"\n{report.format_summary(summary)}\n")
+  if (warning := report.chance_warning(summary, setup.feed.num_classes)) is not None:
+    say(warning)
+  say(f"The pruned model is in {path / layout.PRUNED}; sapr_jax.load reads it.")
+  return summary
+
+
+def _train_and_prune(
+  setup: Setup, path: pathlib.Path, interruption: Interruption
+) -> tuple[dict[str, np.ndarray], Any, nn.Module, Any, Any]:
+  """Runs the stages; returns masks, dense variables, small model, its variables before and after fine-tuning."""
+  recorder = artifacts.Recorder(path)
+  with contextlib.ExitStack() as stack:
+    stack.callback(recorder.close)
+
+    def run_stage(stage: loop.Stage, folder: str) -> loop.State:
+      checkpointer = _checkpointer(setup, stage, path / "checkpoints" / folder)
+      stack.callback(checkpointer.close)
+      state, position = loop.restore(setup, stage, checkpointer)
+      if folder == "train" and position.epoch < stage.phase.epochs:
+        # Fine-tuning of a network that is not there yet: its training was lost.
+        shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True)
+      return loop.train(setup, stage, state, position, checkpointer, recorder, interruption)
+
+    state = run_stage(loop.pruning_stage(setup), "train")
     variables, masks = jax.device_get((state["network"].variables, state["masks"]))
     small_model, small_variables = prune(setup.model, variables, setup.graph, masks)
-    stage = loop.finetuning_stage(setup, small_model, small_variables)
-    tuned = loop.train(setup, stage, finetune_checkpoints, recorder)["network"]
-  finally:
-    train_checkpoints.close()
-    finetune_checkpoints.close()
-    recorder.close()
+    tuned = run_stage(loop.finetuning_stage(setup, small_model, small_variables), "finetune")["network"]
+  return masks, variables, small_model, small_variables, jax.device_get(tuned.variables)
 
-  tuned_variables = jax.device_get(tuned.variables)
-  artifacts.save(path / layout.DENSE, setup.model, variables)
-  artifacts.save(path / layout.PRUNED, small_model, tuned_variables)
-  summary = _summarize(setup, masks, variables, small_model, small_variables, tuned_variables)
-  summary["run"] = {
-    "model": config.model.name,
-    "seed": config.seed,
-    "gamma": config.prune.gamma,
-    "widths": {name: int(mask.sum()) for name, mask in masks.items()},
-    "seconds": round(time.monotonic() - started, 1),  # since the run was last resumed
-    "versions": report.versions(),
-    "device": jax.devices()[0].device_kind,
-  }
-  text = report.format_summary(summary)
-  write_atomically(path / layout.REPORT, text + "\n")
-  write_json(path / layout.SUMMARY, summary)
-  print(f"\n{text}\n\nThe pruned model is in {path / layout.PRUNED}; sapr_jax.load reads it.")
-  return summary
+
+def _checkpointer(setup: Setup, stage: loop.Stage, directory: pathlib.Path) -> artifacts.Checkpointer:
+  settings, period = setup.config.checkpoint, None
+  if settings.keep_every_epochs is not None:
+    period = Position(setup.steps_per_epoch(stage.phase), settings.keep_every_epochs).number
+  return artifacts.Checkpointer(directory, settings.keep, period)
 
 
 def _summarize(
@@ -117,6 +141,14 @@ def _summarize(
     },
     "subnetwork": compact | epochs.evaluate(setup, evaluation, replicate(small_variables, setup.mesh)),
     "pruned": compact | epochs.evaluate(setup, evaluation, replicate(tuned_variables, setup.mesh)),
+    "run": {
+      "model": setup.config.model.name,
+      "seed": setup.config.seed,
+      "gamma": setup.config.prune.gamma,
+      "widths": {name: int(mask.sum()) for name, mask in masks.items()},
+      "versions": report.versions(),
+      "device": jax.devices()[0].device_kind,
+    },
   }
 
 

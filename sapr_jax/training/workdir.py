@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import pathlib
+import socket
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import traverse_util
 
 from sapr_jax.artifacts.files import write_json
@@ -17,6 +24,7 @@ SUMMARY = "summary.json"
 DENSE = "dense"
 PRUNED = "pruned"
 REPORT = "report.txt"
+LOCK = ".lock"
 
 # Fields that change how a run goes about its work but not what comes out; they may differ when it resumes.
 _FREE_FIELDS = ("steps_per_call", "data.path", "data.workers", "checkpoint.", "report.", "eval_batch_size")
@@ -84,6 +92,36 @@ def make_workdir(path: pathlib.Path, config: Any) -> None:
   except OSError as error:
     why = error.strerror or error
     raise InputError(f"The work directory {path} cannot be written ({why}); name another --workdir.") from error
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
+  """Makes the work directory and keeps other runs out of it until the end of the block.
+
+  The lock is the operating system's: it goes with the process, however that ends.
+
+  Raises:
+    InputError: If the directory cannot be written, or another run is in it.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  make_workdir(path, config)
+  with (path / LOCK).open("a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        raise
+      file.seek(0)
+      raise InputError(
+        f"Another run is in {path} ({file.read().strip() or 'it does not say which'}); wait for it or stop it, or name"
+        " another --workdir."
+      ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def test_a_resumed_run_drops_the_epochs_that_no_checkpoint_holds(tmp_path):
   for step in (1, 2, 3):
     recorder.write(record(step))
   recorder.close()
-  recorder = Recorder(tmp_path, keep=2)
+  recorder = Recorder(tmp_path)
+  recorder.rewind(2)
   assert read_records(tmp_path) == [record(1), record(2)]
   recorder.write(record(3))
   recorder.close()

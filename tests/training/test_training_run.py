@@ -160,26 +160,27 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monk
   class StoppedError(Exception):
     pass
 
-  save, steps = artifacts.Checkpointer.save, []
+  save, places = artifacts.Checkpointer.save, []
 
   def stop_at(stop):
     def saving(checkpointer, step, state, position):
       save(checkpointer, step, state, position)
-      steps.append(step)
-      if step == stop:
+      places.append((position["epoch"], position["step"]))
+      if places[-1] == stop:
         raise StoppedError
 
     return saving
 
   config = small_config(checkpoint__every_steps=3)
-  for stop in (12, 3):  # in the third epoch of training, and in the first of fine-tuning
+  for stop in ((2, 2), (0, 3)):  # in the third epoch of training, and in the first of fine-tuning
     monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(stop))
     with pytest.raises(StoppedError):
       training.run(config, tmp_path / "run")
-    steps.append("stopped")
+    places.append("stopped")
   monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(None))
   training.run(config, tmp_path / "run")
-  assert steps == [3, 5, 6, 9, 10, 12, "stopped", 15, 18, 20, 3, "stopped", 5, 6, 9, 10]
+  train = [(0, 3), (1, 0), (1, 1), (1, 4), (2, 0), (2, 2), "stopped", (3, 0), (3, 3), (4, 0)]
+  assert places == [*train, (0, 3), "stopped", (1, 0), (1, 1), (1, 4), (2, 0)]
 
   got, want = artifacts.read_records(tmp_path / "run"), artifacts.read_records(whole[0])
   assert without_times(got) == without_times(want)

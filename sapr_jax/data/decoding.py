@@ -1,0 +1,138 @@
+"""From the bytes of an image file to its pixels: fast for the usual JPEG, through Pillow for all else."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sapr_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from PIL import Image
+
+_GRAYSCALE_MODES = frozenset({"1", "L", "LA"})
+_COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+# What libjpeg itself turns into RGB; CMYK is left to Pillow, which knows of Adobe's inverted kind.
+_FAST_COLOURSPACES = frozenset({"YCbCr", "RGB", "Gray"})
+
+
+def image_size(encoded: bytes, name: str) -> tuple[int, int]:
+  """Reads the height and width of an image from its header.
+
+  Args:
+    encoded: Content of an image file.
+    name: What messages call the image.
+
+  Returns:
+    `(height, width)`, as stored: an EXIF orientation is ignored.
+
+  Raises:
+    InputError: If the header cannot be read, or the image has more pixels than Pillow accepts.
+  """
+  size = _fast_jpeg_size(encoded)
+  if size is None:
+    width, height = _open(encoded, name).size
+    return height, width
+  _check_number_of_pixels(name, *size)
+  return size
+
+
+def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
+  """Decodes an image to RGB with the fast, slightly coarser methods of libjpeg where it can.
+
+  Args:
+    encoded: Content of an image file.
+    name: What messages call the image.
+    reduction: 1, 2, 4 or 8: decode to that fraction of both sides, which costs less. Only JPEG can; others come in
+      full size.
+
+  Returns:
+    uint8 `[H, W, 3]`; a reduced side is rounded up.
+
+  Raises:
+    InputError: If the image is broken, has more than 8 bits a channel or too many pixels; the message has `name`.
+  """
+  import simplejpeg
+
+  size = _fast_jpeg_size(encoded)
+  if size is not None:
+    _check_number_of_pixels(name, *size)
+    height, width = (-(-side // reduction) for side in size) if reduction > 1 else (0, 0)
+    try:
+      return simplejpeg.decode_jpeg(encoded, fastdct=True, fastupsample=True, min_height=height, min_width=width)
+    except ValueError:
+      pass  # It stops at any oddity, such as stray bytes; Pillow only where pixels are missing.
+  return np.asarray(decode_exactly(encoded, name)[0])
+
+
+def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
+  """Decodes an image to RGB with Pillow.
+
+  An alpha channel is dropped, and an EXIF orientation ignored, as torchvision does.
+
+  Args:
+    encoded: Content of an image file.
+    name: What messages call the image.
+
+  Returns:
+    The image in mode "RGB", and whether it is stored as grayscale.
+
+  Raises:
+    InputError: If the image is broken, has more than 8 bits a channel or too many pixels; the message has `name`.
+  """
+  image = _open(encoded, name)
+  mode = image.mode
+  if mode not in _GRAYSCALE_MODES and mode not in _COLOUR_MODES:
+    raise InputError(f"image {name!r} has pixels of Pillow mode {mode!r}; expected 8 bits a channel, so convert it")
+  try:
+    if isinstance(image.info.get("transparency"), bytes):
+      image = image.convert("RGBA")  # The way from a palette with alpha that Pillow does not warn about.
+    image.load()
+    return (image if image.mode == "RGB" else image.convert("RGB")), mode in _GRAYSCALE_MODES
+  except Exception as error:  # Each decoder of Pillow raises what it likes on a broken file.
+    raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> InputError:
+  """Returns the error to raise about an image that cannot be read because of `error`."""
+  reason = " ".join(str(error).split())
+  return InputError(f"cannot read image {name!r}; expected a whole image file, so replace or remove it ({reason})")
+
+
+def _open(encoded: bytes, name: str) -> Image.Image:
+  """Reads the header of an image with Pillow."""
+  from PIL import Image
+
+  try:
+    image = Image.open(io.BytesIO(encoded))
+  except Exception as error:  # As above.
+    raise unreadable(name, error) from error
+  _check_number_of_pixels(name, image.height, image.width)
+  return image
+
+
+def _fast_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+  """Returns `(height, width)` if the header is that of a JPEG that libjpeg turns into RGB, else None."""
+  import simplejpeg
+
+  if encoded[:2] != b"\xff\xd8":
+    return None
+  try:
+    height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded)
+  except ValueError:
+    return None
+  return (height, width) if colourspace in _FAST_COLOURSPACES else None
+
+
+def _check_number_of_pixels(name: str, height: int, width: int) -> None:
+  """Refuses a decompression bomb: a small file that would fill the memory."""
+  from PIL import Image
+
+  limit = Image.MAX_IMAGE_PIXELS
+  if limit is not None and height * width > limit:
+    raise InputError(
+      f"image {name!r} is {height}x{width} (height x width); expected at most the {limit} pixels that Pillow takes for "
+      "harmless, so shrink or remove it"
+    )

@@ -1,0 +1,65 @@
+"""Stopping a run from outside: SIGTERM and SIGINT ask it to save and stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+
+from sapr_jax.errors import InterruptedRunError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+  """Turns the first signal into a request that the loop meets between two calls; a second Ctrl-C stops at once.
+
+  With several processes the runtime of JAX takes the signal, and finds a step at which all of them can stop.
+
+  Example:
+    >>> with Interruption() as interruption:
+    ...   for batch in batches:
+    ...     state = step(state, batch)
+    ...     if interruption.requested():
+    ...       save(state)
+    ...       interruption.stop()
+  """
+
+  def __init__(self) -> None:
+    self._signal: int | None = None
+    self._questions = 0
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> Interruption:
+    # Only the main thread may change handlers; elsewhere (some notebooks) Ctrl-C acts as it always does.
+    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+      self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, frame: FrameType | None) -> None:
+    if self._signal is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._signal = number
+
+  def requested(self) -> bool:
+    """Says whether to save and stop now. All processes must ask at the same places, and get the same answer."""
+    if jax.process_count() == 1:
+      return self._signal is not None
+    from jax.experimental import multihost_utils
+
+    self._questions += 1
+    return bool(multihost_utils.reached_preemption_sync_point(self._questions))
+
+  def stop(self) -> None:
+    """Raises `InterruptedRunError`."""
+    name = "a signal" if self._signal is None else signal.Signals(self._signal).name
+    raise InterruptedRunError(f"stopped by {name}, all work saved; the same command resumes the run")
