@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
+EXTRAS ?= dev
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m sapr_jax.main --config configs/digits.py --workdir $(RUN)
@@ -21,9 +22,12 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
+# With EXTRAS=dev,torch the tests against PyTorch run too; they are skipped without it.
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
+
+venv: $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

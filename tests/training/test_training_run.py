@@ -15,6 +15,7 @@ import pytest
 import sapr_jax as sapr
 from configs import digits
 from sapr_jax import artifacts, data, training
+from sapr_jax.training import setup
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -218,6 +219,19 @@ def test_a_run_starts_from_a_saved_model(whole, tmp_path):
   with pytest.raises(sapr.InputError, match=r"holds a CifarResNet with width_multiplier=1\.0; base has"):
     training.run(config, tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+def test_a_run_starts_from_pytorch_weights(tmp_path):
+  config = small_config(model__width_multiplier=0.25)
+  model = sapr.models.create("resnet8", width_multiplier=0.25)
+  variables = jax.jit(model.init)(jax.random.key(5), np.zeros((1, 8, 8, 1)))
+  sapr.export_torch(tmp_path / "weights.safetensors", model, variables)
+  config.init.weights = str(tmp_path / "weights.safetensors")
+  _, got = setup.initial_network(config, 10, (1, 8, 8, 1))
+  jax.tree.map(np.testing.assert_array_equal, got, variables)
+  config.init.weights = str(tmp_path / "nothing.pth")
+  with pytest.raises(sapr.InputError, match=r"nothing\.pth"):
+    setup.initial_network(config, 10, (1, 8, 8, 1))
 
 
 def test_training_that_diverges_stops_with_advice(tmp_path):
