@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
   # Streamed images, of any size:
   config.data.image_size = 224  # pixels; random-resized crops in training, the centre in evaluation
   config.data.eval_resize = 256  # shorter side, before the centre is cropped
-  config.data.workers = placeholder(int)  # processes that decode; unset: one for each core; 0: threads
+  config.data.workers = placeholder(int)  # processes that decode; 0: threads; unset: threads if up to 4 cores
 
   # Training of the dense network, the method included (supplement A).
   config.train = phase()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -71,6 +72,7 @@ class Checkpointer:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
       if _all_processes(problem is None):
         return restored["state"], restored["position"]["position"]
+      _forget_unfinished_reads()
       self._move_aside(step, problem or "another process cannot read it")
     return like, None
 
@@ -133,6 +135,16 @@ class Checkpointer:
       f"No checkpoint can be written to {self._directory} ({reason}); older ones are whole: make room or mend the"
       " directory, and the same command resumes the run."
     )
+
+
+def _forget_unfinished_reads() -> None:
+  """Collects what Orbax leaves beside a read that failed, without the complaint that Python prints about each."""
+  hook = sys.unraisablehook
+  sys.unraisablehook = lambda unraisable: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
 
 
 def _all_processes(mine: bool) -> bool:

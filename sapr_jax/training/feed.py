@@ -112,7 +112,7 @@ class StreamedFeed:
     self.train, self.test = Shared(), Shared()
     self._train_recipe = data.TrainingRecipe(fields.image_size, flip=fields.flip)
     self._test_recipe = data.EvaluationRecipe(fields.image_size, resize=fields.eval_resize)
-    self._workers = (os.cpu_count() or 1) if fields.workers is None else fields.workers
+    self._workers = _default_workers() if fields.workers is None else fields.workers
 
   def training(self, order: np.ndarray, *, stream: int, epoch: int, first: int = 0) -> Iterator[Any]:
     return self._calls(self._dataset.train, order, self._train_recipe, stream, epoch, first)
@@ -150,6 +150,12 @@ def make_feed(config: Any, mesh: Mesh) -> Feed:
     InputError: If it cannot be read.
   """
   return StreamedFeed(config) if config.data.stream else ResidentFeed(config, mesh)
+
+
+def _default_workers() -> int:
+  """Returns 0 for threads where they keep all cores busy (benchmarks/input_pipeline.py), else a process for each."""
+  cores = os.cpu_count() or 1
+  return 0 if cores <= 4 else min(cores, 32)
 
 
 def _on_devices(split: data.ImageSplit, mesh: Mesh) -> Shared:

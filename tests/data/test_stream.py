@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import sapr_jax
 from sapr_jax.data import (
   EvaluationRecipe,
   TrainingRecipe,
@@ -191,7 +193,7 @@ if __name__ == "__main__":
 def test_a_program_that_leaves_a_stream_open_ends_quietly(root, tmp_path):
   script = tmp_path / "left_open.py"
   script.write_text(_LEFT_OPEN)
-  environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {"PYTHONPATH": str(Path(sapr_jax.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, str(script), str(root)]
   done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
   assert (done.returncode, done.stdout, done.stderr) == (0, "(5, 12, 12, 3)\n", "")
