@@ -1,9 +1,7 @@
-"""One small run from training to the pruned model, and what a killed one does."""
+"""One small run from training to the pruned model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -11,52 +9,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from small_run import small_config
 
 import sapr_jax as sapr
-from configs import digits
 from sapr_jax import artifacts, data, training
 from sapr_jax.training import setup
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
-
-SMALL = {
-  "data.train_images": 320,
-  "data.test_images": 100,
-  "eval_batch_size": 64,
-  "train.epochs": 4,
-  "train.decay_epochs": (3,),
-  "prune.start_epoch": 1,
-  "prune.gamma": 0.1,  # strong, as there are only five steps in an epoch
-  "finetune.epochs": 2,
-  "finetune.decay_epochs": (1,),
-  "report.latency_batch_sizes": (1,),
-  "report.latency_repeats": 1,
-}
-
-
-def small_config(**overrides):
-  config = digits.get_config()
-  config.update_from_flattened_dict(SMALL | {name.replace("__", "."): value for name, value in overrides.items()})
-  return config
-
-
-@pytest.fixture(scope="module")
-def whole_and_log(tmp_path_factory):
-  """(work directory, summary) of a run that nothing disturbed, and what it printed."""
-  workdir = tmp_path_factory.mktemp("run") / "whole"
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    summary = training.run(small_config(), workdir)
-  return workdir, summary, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module")
-def whole(whole_and_log):
-  return whole_and_log[:2]
-
-
-def without_times(records):
-  return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in records]
 
 
 def test_every_epoch_has_its_record(whole):
@@ -129,67 +88,6 @@ def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
   assert "holds a finished run" in capsys.readouterr().out
 
 
-def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
-  class StoppedError(Exception):
-    pass
-
-  write = artifacts.Recorder.write
-
-  def stop_at(step):
-    def stopping(recorder, record):
-      write(recorder, record)  # the record is there, its checkpoint is not
-      if record["step"] == step:
-        raise StoppedError
-
-    return stopping
-
-  for step in (3, 6):
-    monkeypatch.setattr(artifacts.Recorder, "write", stop_at(step))
-    with pytest.raises(StoppedError):
-      training.run(small_config(), tmp_path / "run")
-  monkeypatch.setattr(artifacts.Recorder, "write", write)
-  training.run(small_config(), tmp_path / "run")
-
-  got, want = artifacts.read_records(tmp_path / "run"), artifacts.read_records(whole[0])
-  assert without_times(got) == without_times(want)
-  for name in ("dense", "pruned"):
-    (_, got_variables), (_, want_variables) = sapr.load(tmp_path / "run" / name), sapr.load(whole[0] / name)
-    jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
-
-
-def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monkeypatch):
-  class StoppedError(Exception):
-    pass
-
-  save, places = artifacts.Checkpointer.save, []
-
-  def stop_at(stop):
-    def saving(checkpointer, step, state, position):
-      save(checkpointer, step, state, position)
-      places.append((position["epoch"], position["step"]))
-      if places[-1] == stop:
-        raise StoppedError
-
-    return saving
-
-  config = small_config(checkpoint__every_steps=3)
-  for stop in ((2, 2), (0, 3)):  # in the third epoch of training, and in the first of fine-tuning
-    monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(stop))
-    with pytest.raises(StoppedError):
-      training.run(config, tmp_path / "run")
-    places.append("stopped")
-  monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(None))
-  training.run(config, tmp_path / "run")
-  train = [(0, 3), (1, 0), (1, 1), (1, 4), (2, 0), (2, 2), "stopped", (3, 0), (3, 3), (4, 0)]
-  assert places == [*train, (0, 3), "stopped", (1, 0), (1, 1), (1, 4), (2, 0)]
-
-  got, want = artifacts.read_records(tmp_path / "run"), artifacts.read_records(whole[0])
-  assert without_times(got) == without_times(want)
-  for name in ("dense", "pruned"):
-    (_, got_variables), (_, want_variables) = sapr.load(tmp_path / "run" / name), sapr.load(whole[0] / name)
-    jax.tree.map(np.testing.assert_array_equal, got_variables, want_variables)
-
-
 def test_data_that_has_changed_is_noticed(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "run")
   (tmp_path / "run" / "summary.json").unlink()
@@ -232,21 +130,6 @@ def test_a_run_starts_from_pytorch_weights(tmp_path):
   config.init.weights = str(tmp_path / "nothing.pth")
   with pytest.raises(sapr.InputError, match=r"nothing\.pth"):
     setup.initial_network(config, 10, (1, 8, 8, 1))
-
-
-def test_training_that_diverges_stops_with_advice(tmp_path):
-  with pytest.raises(
-    sapr.InputError, match=r"train_loss is nan in epoch 1 of train, step \d of 5, at learning rate 1e\+30: training"
-  ):
-    training.run(small_config(train__learning_rate=1e30), tmp_path / "run")
-
-
-def test_a_run_whose_checkpoints_were_lost_starts_again(whole, tmp_path):
-  shutil.copytree(whole[0], tmp_path / "run")
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "train")
-  (tmp_path / "run" / "summary.json").write_text("{")
-  training.run(small_config(), tmp_path / "run")
-  assert without_times(artifacts.read_records(tmp_path / "run")) == without_times(artifacts.read_records(whole[0]))
 
 
 def test_the_penalty_form_and_another_weighting_run_too(tmp_path):

@@ -1,0 +1,199 @@
+"""Runs that are stopped, killed, damaged or disturbed end as if nothing had happened, or say what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from small_run import check_same_run, small_config
+
+import sapr_jax as sapr
+from sapr_jax import artifacts, training
+from sapr_jax.training import epochs, workdir
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+
+
+class StoppedError(Exception):
+  pass
+
+
+def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+  write = artifacts.Recorder.write
+
+  def stop_at(step):
+    def stopping(recorder, record):
+      write(recorder, record)  # the record is there, its checkpoint is not
+      if record["step"] == step:
+        raise StoppedError
+
+    return stopping
+
+  for step in (3, 6):
+    monkeypatch.setattr(artifacts.Recorder, "write", stop_at(step))
+    with pytest.raises(StoppedError):
+      training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(artifacts.Recorder, "write", write)
+  training.run(small_config(), tmp_path / "run")
+
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monkeypatch):
+  save, places = artifacts.Checkpointer.save, []
+
+  def stop_at(stop):
+    def saving(checkpointer, step, state, position):
+      save(checkpointer, step, state, position)
+      places.append((position["epoch"], position["step"]))
+      if places[-1] == stop:
+        raise StoppedError
+
+    return saving
+
+  config = small_config(checkpoint__every_steps=3)
+  for stop in ((2, 2), (0, 3)):  # in the third epoch of training, and in the first of fine-tuning
+    monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(stop))
+    with pytest.raises(StoppedError):
+      training.run(config, tmp_path / "run")
+    places.append("stopped")
+  monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(None))
+  training.run(config, tmp_path / "run")
+  train = [(0, 3), (1, 0), (1, 1), (1, 4), (2, 0), (2, 2), "stopped", (3, 0), (3, 3), (4, 0)]
+  assert places == [*train, (0, 3), "stopped", (1, 0), (1, 1), (1, 4), (2, 0)]
+
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_run_whose_checkpoints_were_lost_starts_again(whole, tmp_path):
+  shutil.copytree(whole[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "train")
+  (tmp_path / "run" / "summary.json").write_text("{")
+  training.run(small_config(), tmp_path / "run")
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_sigterm_and_ctrl_c_save_and_stop(whole, tmp_path, monkeypatch):
+  train_weights, evaluate = epochs.train_weights, epochs.evaluate
+
+  def signal_within(number, epoch, step):
+    def training_with_signal(setup, steps, network, position, *, after_call, **rest):
+      def after(state, steps_done):
+        if (position.epoch, position.step) == (epoch, step):
+          signal.raise_signal(number)
+        after_call(state, steps_done)
+
+      return train_weights(setup, steps, network, position, after_call=after, **rest)
+
+    return training_with_signal
+
+  for number, epoch, step, name in ((signal.SIGTERM, 1, 2, "SIGTERM"), (signal.SIGINT, 2, 5, "SIGINT")):
+    monkeypatch.setattr(epochs, "train_weights", signal_within(number, epoch, step))
+    with pytest.raises(sapr.InterruptedRunError, match=f"stopped by {name}, all work saved; the same command"):
+      training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(epochs, "train_weights", train_weights)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are gone
+
+  # While evaluating: the run stops where the next checkpoint is due.
+  def evaluating(*args):
+    signal.raise_signal(signal.SIGTERM)
+    return evaluate(*args)
+
+  monkeypatch.setattr(epochs, "evaluate", evaluating)
+  with pytest.raises(sapr.InterruptedRunError):
+    training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(epochs, "evaluate", evaluate)
+  assert [record["step"] for record in artifacts.read_records(tmp_path / "run")] == [1, 2, 3]
+  training.run(small_config(), tmp_path / "run")
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+  def training_with_signals(*args, **kwargs):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    pytest.fail("the run went on")
+
+  monkeypatch.setattr(epochs, "train_weights", training_with_signals)
+  with pytest.raises(KeyboardInterrupt):
+    training.run(small_config(), tmp_path / "run")
+
+
+def test_two_runs_in_one_work_directory_are_refused(tmp_path):
+  config = small_config()
+  with workdir.locked(tmp_path / "run", config):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(sapr.InputError, match=rf"Another run is in .*run \(process {os.getpid()} on .*\); wait for it"):
+      training.run(config, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+  with workdir.locked(tmp_path / "run", config):  # the lock goes with the run
+    pass
+
+
+def test_damaged_checkpoints_cost_no_more_than_what_came_after_the_one_before(whole, tmp_path, capfd):
+  shutil.copytree(whole[0], tmp_path / "run")
+  for name in ("summary.json", "report.txt"):
+    (tmp_path / "run" / name).unlink()
+  for stage in ("train", "finetune"):
+    newest = max((tmp_path / "run" / "checkpoints" / stage).iterdir(), key=lambda d: int(d.name))
+    for file in newest.rglob("*"):
+      if file.is_file():
+        file.write_bytes(file.read_bytes()[:-1])
+  training.run(small_config(), tmp_path / "run")
+  captured = capfd.readouterr()
+  assert "checkpoints/train/24 is damaged" in captured.err
+  assert "train: going on after epoch 3/4" in captured.out
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_full_disk_stops_the_run_with_the_reason(whole, tmp_path, monkeypatch):
+  def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records.jsonl")
+
+  write = artifacts.Recorder.write
+  monkeypatch.setattr(artifacts.Recorder, "write", full)
+  with pytest.raises(sapr.InputError, match=r"records\.jsonl cannot be written \(No space left on device\); the check"):
+    training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(artifacts.Recorder, "write", write)
+  training.run(small_config(), tmp_path / "run")
+  check_same_run(tmp_path / "run", whole[0])
+
+
+def test_divergence_names_the_first_bad_tensor_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+  with pytest.raises(
+    sapr.InputError,
+    match=r"train_loss is nan in epoch 1 of train, step \d of 5, at learning rate 1e\+30: training diverged; the first"
+    r" tensor that is not finite is (params|batch_stats)/\w+",
+  ):
+    training.run(small_config(train__learning_rate=1e30), tmp_path / "run")
+  assert not any(d.name.isdigit() for d in (tmp_path / "run" / "checkpoints" / "train").iterdir())
+
+
+def test_accuracy_at_chance_is_warned_about(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(epochs, "evaluate", lambda *args: {"accuracy": 0.1, "loss": 2.3})
+  training.run(small_config(), tmp_path / "run")
+  assert "warning: the pruned network is right on 10.00% of the test images, which is chance for 10 classes" in (
+    capsys.readouterr().out
+  )
+
+
+def test_the_exit_status_of_a_run_that_was_told_to_stop(tmp_path):
+  """The whole way: a process, a signal from outside, the status that a scheduler sees."""
+  overrides = ["--config.train.epochs=1000", "--config.data.train_images=320", "--config.eval_batch_size=100"]
+  command = [sys.executable, "-m", "sapr_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  with subprocess.Popen([*command, *overrides], env=environment, **pipes) as process:
+    for line in process.stdout:
+      if line.startswith("train 1/1000"):
+        process.send_signal(signal.SIGTERM)
+    err = process.stderr.read()
+  assert process.returncode == 75, err
+  assert "stopped by SIGTERM, all work saved; the same command resumes the run" in err
+  assert "Traceback" not in err
+  assert any(d.name.isdigit() for d in (tmp_path / "run" / "checkpoints" / "train").iterdir())
