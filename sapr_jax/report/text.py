@@ -9,7 +9,7 @@ from typing import Any
 
 from sapr_jax.version import __version__
 
-_ROWS = {
+ROWS = {
   "dense": "dense",
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
@@ -37,7 +37,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
   batch_sizes = list(summary["dense"]["latency_ms"])
   header = ["network", "accuracy", "MACs", "of dense", "parameters", *(f"ms, batch {b}" for b in batch_sizes)]
   rows = [header]
-  for name, title in _ROWS.items():
+  for name, title in ROWS.items():
     entry = summary[name]
     rows.append(
       [

@@ -1,0 +1,34 @@
+"""Makes a page with figures of one or several runs: `python -m sapr_jax.report WORKDIR [WORKDIR ...] --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+from sapr_jax.errors import InputError
+from sapr_jax.report.page import write_page
+from sapr_jax.report.run_history import read_histories
+
+
+def main() -> int:
+  """Runs the command; returns the exit status: 0, or 2 with one line on standard error."""
+  parser = argparse.ArgumentParser(
+    prog="python -m sapr_jax.report", description="Makes a page with figures of one or several runs, finished or not."
+  )
+  parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR", help="work directory of a run")
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="where to write report.html and the figures; unset: report/ in the first WORKDIR"
+  )
+  args = parser.parse_args()
+  try:
+    page = write_page(read_histories(args.workdirs), args.out or args.workdirs[0] / "report")
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"{page} and the figures beside it are written.")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

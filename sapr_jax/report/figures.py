@@ -1,0 +1,144 @@
+"""Figures of runs: what the supplement plots, and what one wants to see of the alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sapr_jax.report.run_history import RunHistory
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the line styles help on paper without colours.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+_GRAY = "#777777"
+
+
+def accuracy_of_subnetwork(runs: Sequence[RunHistory]) -> Figure:
+  """Accuracy of the masked network over the epochs of training (supplement C, Fig. 1a)."""
+  figure, axes = _figure("Sub-network during training", "epoch", "test accuracy (%)")
+  _lines(axes, runs, "subnetwork_accuracy", scale=100)
+  return _finished(figure, axes, runs)
+
+
+def accuracy_of_full_model(runs: Sequence[RunHistory]) -> Figure:
+  """Accuracy of the dense network, and of the pruned one while it is fine-tuned (supplement C, Fig. 1b)."""
+  figure, axes = _figure("Full model, then the pruned one", "epoch", "test accuracy (%)")
+  _lines(axes, runs, "test_accuracy", scale=100)
+  for epochs in sorted({run.train_epochs for run in runs if run.records[-1]["step"] > run.train_epochs}):
+    axes.axvline(epochs + 0.5, color=_GRAY, linewidth=1)
+    axes.annotate(" fine-tuning", (epochs + 0.5, 0.02), xycoords=("data", "axes fraction"), color=_GRAY, fontsize=9)
+  return _finished(figure, axes, runs)
+
+
+def hamming_distance(runs: Sequence[RunHistory]) -> Figure:
+  """Share of channels that change between the architectures of consecutive epochs (supplement D, Fig. 2)."""
+  figure, axes = _figure("Change of the architecture", "epoch", "Hamming distance to the epoch before")
+  _lines(axes, runs, "hamming_distance")
+  axes.axhline(0.05, color=_GRAY, linewidth=1)
+  axes.annotate("0.05", (1.0, 0.05), xycoords=("axes fraction", "data"), color=_GRAY, fontsize=9, va="center")
+  axes.set_ylim(bottom=0)
+  return _finished(figure, axes, runs)
+
+
+def macs_share(runs: Sequence[RunHistory]) -> Figure:
+  """Share of the prunable MACs: of the masks in force, and of the generator's samples."""
+  figure, axes = _figure("MACs", "epoch", "share of the prunable MACs (%)")
+  _lines(axes, runs, "macs_share", scale=100)
+  _lines(axes, runs, "generator_macs_share", scale=100, dotted=True)
+  _explain_styles(axes, "masks in force", "sampled by the generator")
+  for p in sorted({run.config["prune.p"] for run in runs}):
+    axes.axhline(100 * p, color=_GRAY, linewidth=1)
+    axes.annotate(f"p = {p:g}", (1.0, 100 * p), xycoords=("axes fraction", "data"), color=_GRAY, fontsize=9)
+  return _finished(figure, axes, runs)
+
+
+def alignment(runs: Sequence[RunHistory]) -> Figure:
+  """Mean norm of the channels that are kept and of those that are dropped."""
+  figure, axes = _figure("Alignment: norms of the channels", "epoch", "mean norm of a channel's slice")
+  _lines(axes, runs, "kept_norm_mean", dotted=True)
+  _lines(axes, runs, "dropped_norm_mean")
+  _explain_styles(axes, "dropped", "kept")
+  axes.set_ylim(bottom=0)
+  return _finished(figure, axes, runs)
+
+
+def kept_channels(runs: Sequence[RunHistory]) -> Figure:
+  """Channels that each group keeps, beside those of the dense network."""
+  kept = [run.last("widths") or {} for run in runs]
+  groups = list(next((widths for widths in kept if widths), {}))
+  figure, axes = _figure("Kept channels", "", "channels", width=max(7.0, 0.24 * len(groups) + 2.5))
+  dense: dict[str, int] = next((run.network["groups"] for run in runs if run.network), {})
+  if all(name in dense for name in groups):
+    axes.bar(range(len(groups)), [dense[name] for name in groups], 0.9, color="#DDDDDD", label="dense")
+  width = 0.8 / len(runs)
+  for i, (run, widths) in enumerate(zip(runs, kept, strict=True)):
+    places = [x - 0.4 + (i + 0.5) * width for x in range(len(groups))]
+    axes.bar(places, [widths.get(name, 0) for name in groups], width, color=_colour(i), label=run.label)
+  axes.set_xticks(range(len(groups)), groups, rotation=90, fontsize=7)
+  axes.margins(x=0.01)
+  axes.grid(axis="x", visible=False)
+  return _finished(figure, axes, runs, always=True)
+
+
+FIGURES: Mapping[str, tuple[str, Callable[[Sequence[RunHistory]], Figure]]] = {
+  "subnetwork_accuracy": ("subnetwork_accuracy", accuracy_of_subnetwork),
+  "full_model_accuracy": ("test_accuracy", accuracy_of_full_model),
+  "hamming_distance": ("hamming_distance", hamming_distance),
+  "macs_share": ("macs_share", macs_share),
+  "alignment": ("dropped_norm_mean", alignment),
+  "kept_channels": ("widths", kept_channels),
+}
+"""File name -> (what the records must have, the figure)."""
+
+
+def _figure(title: str, x: str, y: str, width: float = 7.0) -> tuple[Figure, Axes]:
+  from matplotlib.figure import Figure  # an extra, and slow to import
+
+  figure = Figure(figsize=(width, 4.2), layout="constrained")
+  axes = figure.add_subplot()
+  axes.set(title=title, xlabel=x, ylabel=y)
+  axes.grid(color="#E5E5E5", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  return figure, axes
+
+
+def _lines(axes: Axes, runs: Sequence[RunHistory], name: str, *, scale: float = 1, dotted: bool = False) -> None:
+  from matplotlib.ticker import MaxNLocator
+
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  for i, run in enumerate(runs):
+    epochs, values = run.series(name)
+    if not epochs:
+      continue
+    look: dict[str, Any] = {"color": _colour(i), "linestyle": _STYLES[i // len(_COLOURS) % len(_STYLES)]}
+    if dotted:  # one entry in the legend is enough for a run
+      look |= {"linestyle": (0, (1, 2)), "linewidth": 1.4}
+    else:
+      look["label"] = run.label
+    marker = "o" if len(epochs) == 1 else None
+    axes.plot(epochs, [scale * value for value in values], marker=marker, markersize=4, **look)
+
+
+def _explain_styles(axes: Axes, solid: str, dotted: str) -> None:
+  """Adds to the legend what solid and dotted lines are, for all runs at once."""
+  axes.plot([], [], color=_GRAY, label=solid)
+  axes.plot([], [], color=_GRAY, linestyle=(0, (1, 2)), linewidth=1.4, label=dotted)
+
+
+def _finished(figure: Figure, axes: Axes, runs: Sequence[RunHistory], *, always: bool = False) -> Figure:
+  """Adds the legend, below the axes so that it covers no data."""
+  handles, labels = axes.get_legend_handles_labels()
+  if always or len(runs) > 1 or len(labels) > 1:
+    # Inches: a line and its margins, and the letters.
+    columns = max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels)))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+  return figure
+
+
+def _colour(i: int) -> str:
+  return _COLOURS[i % len(_COLOURS)]

@@ -1,0 +1,98 @@
+"""What work directories hold about runs, finished or not: the input of figures and pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from sapr_jax.artifacts import read_records
+from sapr_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHistory:
+  """One run as its work directory tells it.
+
+  Attributes:
+    path: The work directory.
+    config: Its configuration, nested as in `configs/default.py`, flat names with dots.
+    records: One mapping for each epoch, in order.
+    network: Size of each channel group and MACs of the dense network; None if an older run did not note them.
+    summary: What a finished run measured; None for others.
+    label: What tells it from the runs beside it.
+  """
+
+  path: pathlib.Path
+  config: dict[str, Any]
+  records: list[dict[str, Any]]
+  network: dict[str, Any] | None
+  summary: dict[str, Any] | None
+  label: str
+
+  def series(self, name: str) -> tuple[list[int], list[float]]:
+    """Returns (epochs of all stages so far, values) of the records that have `name`."""
+    points = [(record["step"], record[name]) for record in self.records if name in record]
+    return [step for step, _ in points], [value for _, value in points]
+
+  def last(self, name: str) -> Any:
+    """Returns the newest value of `name`, None if no record has it."""
+    return next((record[name] for record in reversed(self.records) if name in record), None)
+
+  @property
+  def searching_from(self) -> int:
+    """The epoch before which nothing is searched (E_start)."""
+    return int(self.config["prune.start_epoch"])
+
+  @property
+  def train_epochs(self) -> int:
+    """Epochs of the dense network; fine-tuning comes after them."""
+    return int(self.config["train.epochs"])
+
+
+def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
+  """Reads work directories; the runs come in the order of gamma and seed.
+
+  Raises:
+    InputError: If one is no work directory, or has no record yet.
+  """
+  configs = [_read_config(path) for path in paths]
+  histories = []
+  for path, config, label in zip(paths, configs, _labels(paths, configs), strict=True):
+    records = read_records(path)
+    if not records:
+      raise InputError(f"{path} has no records yet; wait for the first epoch of the run.")
+    network, summary = _read(path / "network.json"), _read(path / "summary.json")
+    histories.append(RunHistory(path, config, records, network, summary, label))
+  return sorted(histories, key=lambda run: (run.config["prune.gamma"], run.config["seed"]))
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  config = _read(path / "config.json")
+  if config is None or "prune.gamma" not in config:
+    raise InputError(f"{path} is no work directory of a run: it has no whole config.json; name one.")
+  return config
+
+
+def _read(file: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    value = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def _labels(paths: Sequence[pathlib.Path], configs: Sequence[dict[str, Any]]) -> list[str]:
+  """Names each run by the fields in which the runs differ, gamma first; by its directory if that is not enough."""
+  names = sorted(set().union(*configs), key=lambda name: (name != "prune.gamma", name == "seed", name))
+  differing = [n for n in names if n != "data.path" and len({json.dumps(c.get(n)) for c in configs}) > 1]
+  labels = [", ".join(f"{n.rsplit('.', 1)[-1]} {_short(c.get(n))}" for n in differing[:3]) for c in configs]
+  if len(configs) == 1 or len(set(labels)) < len(labels):
+    return [path.resolve().name for path in paths]
+  return labels
+
+
+def _short(value: Any) -> str:
+  return f"{value:g}" if isinstance(value, float) else str(value)

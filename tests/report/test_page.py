@@ -1,0 +1,116 @@
+"""Figures and page of runs, from the records of made-up ones."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sapr_jax.errors import InputError
+from sapr_jax.report.figures import FIGURES
+from sapr_jax.report.page import write_page
+from sapr_jax.report.run_history import read_histories
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'sapr_jax[report]'")
+
+
+def make_run(path, *, gamma=0.01, seed=0, epochs=4, finished=True, searched=True):
+  path.mkdir()
+  config = {
+    "model.name": "resnet8", "prune.gamma": gamma, "prune.p": 0.5, "prune.start_epoch": 1, "train.epochs": 3,
+    "seed": seed, "data.path": None,
+  }  # fmt: skip
+  (path / "config.json").write_text(json.dumps(config))
+  records = []
+  for step in range(1, epochs + 1):
+    stage = "train" if step <= 3 else "finetune"
+    record = {"stage": stage, "epoch": step if step <= 3 else step - 3, "step": step, "test_accuracy": 0.2 * step}
+    if searched and 1 < step <= 3:
+      record |= {"subnetwork_accuracy": 0.1 * step, "macs_share": 0.5, "generator_macs_share": 0.6}
+      record |= {"kept_norm_mean": 1.0, "dropped_norm_mean": 1 / step, "widths": {"a/conv": 2, "b/conv": step}}
+    if searched and step == 3:
+      record["hamming_distance"] = 0.25
+    records.append(record)
+  (path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  (path / "network.json").write_text(json.dumps({"groups": {"a/conv": 4, "b/conv": 8}}))
+  if finished:
+    entry = {"accuracy": 0.8125, "macs": 1_000_000, "params": 1234, "latency_ms": {"1": 0.5}}
+    small = entry | {"macs": 481_000, "params": 600}
+    run = {"versions": {"jax": "1.2.3"}, "device": "test device"}
+    (path / "summary.json").write_text(json.dumps({"dense": entry, "subnetwork": small, "pruned": small, "run": run}))
+  return path
+
+
+def test_a_page_of_several_runs_has_everything_in_one_file(tmp_path):
+  paths = [make_run(tmp_path / "strong", gamma=0.1), make_run(tmp_path / "none", gamma=0.0)]
+  runs = read_histories(paths)
+  assert [run.label for run in runs] == ["gamma 0", "gamma 0.1"]
+  page = write_page(runs, tmp_path / "out").read_text()
+  assert "<h1>Pruning of resnet8</h1>" in page
+  for text in ("81.25%", "0.481 M", "48.1%", "1,234", "jax 1.2.3", "test device", "prune.start_epoch"):
+    assert text in page, text
+  assert not re.findall(r'(?:src|href)="(?!data:)', page)  # self-contained
+  images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+  files = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
+  assert sorted(files) == sorted(f"{name}.png" for name in FIGURES)
+  assert {base64.b64decode(image) for image in images} == set(files.values())
+  assert str(tmp_path) not in page
+
+
+def test_what_the_figures_show(tmp_path):
+  (run,) = read_histories([make_run(tmp_path / "run")])
+
+  def lines(name):
+    (axes,) = FIGURES[name][1]([run]).axes
+    return [
+      (line.get_xdata(), line.get_ydata()) for line in axes.lines if line.get_label().startswith(("run", "_child0"))
+    ]
+
+  ((epochs, values),) = lines("subnetwork_accuracy")
+  assert (list(epochs), list(values)) == ([2, 3], pytest.approx([20, 30]))
+  ((epochs, values),) = lines("hamming_distance")
+  assert (list(epochs), list(values)) == ([3], [0.25])
+  (axes,) = FIGURES["kept_channels"][1]([run]).axes
+  assert [bar.get_height() for bar in axes.patches] == [4, 8, 2, 3]
+  assert [label.get_text() for label in axes.get_xticklabels()] == ["a/conv", "b/conv"]
+
+
+def test_a_run_under_way_is_reported_as_far_as_it_is(tmp_path):
+  runs = read_histories([make_run(tmp_path / "run", epochs=1, finished=False, searched=False)])
+  page = write_page(runs, tmp_path / "out").read_text()
+  assert "Not finished yet: run." in page
+  assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["full_model_accuracy.png"]
+
+
+def test_seeds_are_told_apart_and_text_is_escaped(tmp_path):
+  runs = read_histories([make_run(tmp_path / "b", seed=1), make_run(tmp_path / "<i>", seed=0)])
+  assert [run.label for run in runs] == ["seed 0", "seed 1"]
+  same = [make_run(tmp_path / "<b>x"), make_run(tmp_path / "y")]
+  assert "&lt;b&gt;x" in write_page(read_histories(same), tmp_path / "out").read_text()
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+  for name, content in (("empty", None), ("other", "{}"), ("damaged", "{")):
+    (tmp_path / name).mkdir()
+    if content:
+      (tmp_path / name / "config.json").write_text(content)
+    with pytest.raises(InputError, match=rf"{name} is no work directory of a run"):
+      read_histories([tmp_path / name])
+  run = make_run(tmp_path / "new", epochs=0, finished=False)
+  with pytest.raises(InputError, match="has no records yet"):
+    read_histories([run])
+
+
+def test_the_command(tmp_path):
+  make_run(tmp_path / "run")
+  command = [sys.executable, "-m", "sapr_jax.report"]
+  done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert (tmp_path / "run" / "report" / "report.html").is_file()
+  done = subprocess.run([*command, str(tmp_path / "nothing")], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
