@@ -19,11 +19,11 @@ PAGE = "report.html"
 _RESOLUTION = 150  # dots per inch
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } th { font-weight: 600; }
 img { max-width: 100%; height: auto; } figure { margin: 1.5rem 0; } figcaption { color: #555; }
 code { font-size: .9em; } details table td { text-align: left; white-space: normal; }
 """
