@@ -154,7 +154,7 @@ def make_feed(config: Any, mesh: Mesh) -> Feed:
 
 def _default_workers() -> int:
   """Returns 0 for threads where they keep all cores busy (benchmarks/input_pipeline.py), else a process for each."""
-  cores = os.cpu_count() or 1
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return 0 if cores <= 4 else min(cores, 32)
 
 
