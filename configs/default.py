@@ -12,12 +12,13 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.seed = 0
   config.steps_per_call = placeholder(int)  # steps in one compiled call; unset: 1 on CPU, else many
-  config.eval_batch_size = 500
+  config.eval_batch_size = 512
 
   config.model = ConfigDict()
   config.model.name = "resnet56"  # a name in sapr_jax.models.MODELS
   config.model.width_multiplier = 1.0
   config.model.dtype = "float32"  # of the computation: float32 or bfloat16
+  config.model.remat = False  # compute activations again in the backward pass, to need less memory
 
   config.init = ConfigDict()
   config.init.weights = placeholder(str)  # start from a saved model (directory) or from PyTorch weights (file)
@@ -83,8 +84,11 @@ def get_config() -> ConfigDict:
 def phase() -> ConfigDict:
   """Returns the fields of training or fine-tuning with SGD."""
   config = ConfigDict()
-  config.batch_size = 128
+  config.batch_size = 128  # of all devices together
+  config.accumulate = 1  # pieces in which a device takes its part of the batch, to need less memory
   config.learning_rate = 0.1
+  config.base_batch_size = placeholder(int)  # learning_rate is meant for this many images; unset: for batch_size
+  config.warmup_epochs = 0.0  # the learning rate first rises linearly for so long
   config.schedule = "step"  # step: multiply by decay_factor after each of decay_epochs; cosine: to zero
   config.decay_factor = 0.1
   config.momentum = 0.9

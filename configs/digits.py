@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config.data.source = "digits"
   config.data.crop_padding = 1
   config.data.flip = False  # a mirrored digit is another sign
-  config.eval_batch_size = 300
+  config.eval_batch_size = 304
 
   config.train.epochs = 30
   config.train.batch_size = 64

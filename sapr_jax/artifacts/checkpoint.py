@@ -107,7 +107,7 @@ class Checkpointer:
     content |= {"checksum": _json_checksum(content)}
     items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(content))
     try:
-      self._manager.save(step, args=items)
+      self._manager.save(step, args=items, force=True)  # Orbax would ask for signals, as the loop has done
     except Exception as error:
       self._explain(error)
       raise
@@ -126,7 +126,9 @@ class Checkpointer:
       raise
 
   def _explain(self, error: Exception) -> None:
-    if isinstance(error, OSError) or any(text in str(error) for text in _DISK_TROUBLE):
+    # Orbax's TimeoutError, which is an OSError, is about processes and not about the disk.
+    of_system = isinstance(error, OSError) and not isinstance(error, TimeoutError)
+    if of_system or any(text in str(error) for text in _DISK_TROUBLE):
       raise self._cannot_write(error) from error
 
   def _cannot_write(self, error: Exception) -> InputError:

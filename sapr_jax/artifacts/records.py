@@ -72,9 +72,9 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
   for line in file.read_text(errors="replace").splitlines():
     try:
       record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
       break
-    if not isinstance(record, dict) or "step" not in record:
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
       break
     records.append(record)
   return records

@@ -33,6 +33,7 @@ from sapr_jax.errors import InputError
 FORMAT = 1
 DEFINITION = "model.json"
 WEIGHTS = "weights.safetensors"
+_WIDTH_FIELDS = {"features", "feature_group_count"}
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]) -> None:
@@ -54,6 +55,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
   try:
+    _check_names(variables)
     flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
     os.chmod(temporary / WEIGHTS, 0o644)
@@ -71,6 +73,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
+
+
+def _check_names(variables: Mapping[str, Any]) -> None:
+  for key in traverse_util.flatten_dict(dict(variables)):
+    if any("/" in name for name in key):
+      raise InputError(f"The variable {key} has a slash in a name, which separates names in the file; rename it.")
 
 
 def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -122,7 +130,7 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
   except OSError as error:
     why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     raise InputError(f"{file} {why}; {path} is not the directory of a saved model.") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
   if not isinstance(definition, dict) or definition.get("format") != FORMAT:
     found = definition.get("format") if isinstance(definition, dict) else None
@@ -132,14 +140,24 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
       isinstance(definition["base"]["class"], str)
       and isinstance(definition["base"]["fields"], dict)
       and isinstance(definition["sha256"][WEIGHTS], str)
-      and all(isinstance(w, int) for fields in definition["widths"].values() for w in fields.values())
-      and all({"shape", "dtype"} <= entry.keys() for entry in definition["variables"].values())
+      and all(_are_widths(fields) for fields in definition["widths"].values())
+      and all(_is_variable(name, entry) for name, entry in definition["variables"].items())
     )
   except (AttributeError, KeyError, TypeError):
     whole = False
   if not whole:
     raise InputError(f"{file} is damaged: entries are missing or of the wrong kind; copy or save the model again.")
   return definition
+
+
+def _are_widths(fields: Mapping[str, Any]) -> bool:
+  return fields.keys() <= _WIDTH_FIELDS and all(type(width) is int and width > 0 for width in fields.values())
+
+
+def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
+  """Says whether a variable has a name that could be one in Flax, a list as shape and a dtype."""
+  named = not {"", ".", ".."} & set(name.split("/"))
+  return named and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
 
 
 def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -149,9 +167,9 @@ def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.P
     raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
   for name, value in description["fields"].items():
     found = got["fields"].get(name)
-    # What JSON cannot hold is there as text for people; it may differ from one process to the next. The dtype of the
-    # computation may differ too: the variables are the same.
-    if found != value and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
+    # What JSON cannot hold is there as text for people; it may differ from one process to the next. How it is computed
+    # may differ too: the variables are the same.
+    if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
       raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
 
 

@@ -228,7 +228,10 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
   if path.suffix in _TORCH_SUFFIXES:
     return read_torch_file(path)
   if path.suffix != ".safetensors":
-    raise InputError(f"{path} has an unknown ending; expected .safetensors or {', '.join(_TORCH_SUFFIXES)}.")
+    wrong = "has an unknown ending" if path.exists() else "is missing"
+    raise InputError(
+      f"{path} {wrong}; expected .safetensors or {', '.join(_TORCH_SUFFIXES)}, or the directory of a saved model."
+    )
   try:
     entries = safetensors.deserialize(path.read_bytes())
   except OSError as error:

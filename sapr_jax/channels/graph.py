@@ -217,17 +217,25 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
     InputError: If a group is missing or unknown, a mask is not `[group.size]`, or (unless `allow_empty`) a mask holds
       other values than 0 and 1 or drops its whole group.
   """
+  if not isinstance(masks, Mapping):
+    raise InputError(f"masks is a {type(masks).__name__}; expected a mapping from the names in graph.groups to arrays.")
   names = {group.name for group in graph.groups}
   if missing := sorted(names - set(masks)):
     raise InputError(f"masks misses the group {missing[0]!r}; graph.groups names all {len(names)} that it needs.")
   if extra := sorted(set(masks) - names):
     raise InputError(f"masks names an unknown group {extra[0]!r}; expected the names in graph.groups.")
   for group in graph.groups:
-    shape = jnp.shape(masks[group.name])
+    shape, kind = _shape_and_kind(masks[group.name])
     if shape != (group.size,):
       raise InputError(f"The mask of group {group.name!r} has shape {shape}; expected ({group.size},).")
+    if kind not in "biufV":  # V: bfloat16
+      raise InputError(f"The mask of group {group.name!r} does not hold real numbers; expected 0 (drop) and 1 (keep).")
     if allow_empty:
       continue
+    if isinstance(masks[group.name], jax.core.Tracer):
+      raise InputError(
+        f"The mask of group {group.name!r} is traced, so that no width is known; cut outside of jax.jit."
+      )
     mask = np.asarray(masks[group.name])
     if not np.isin(mask, (0, 1)).all():
       raise InputError(f"The mask of group {group.name!r} must hold only 0 (drop) and 1 (keep).")
@@ -235,6 +243,16 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
       raise InputError(
         f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one, no layer can have none."
       )
+
+
+def _shape_and_kind(mask: Any) -> tuple[tuple[int, ...] | None, str]:
+  """Returns the shape of an array-like, None if it is ragged, and the kind of its entries as NumPy abbreviates it."""
+  if not hasattr(mask, "dtype"):
+    try:
+      mask = np.asarray(mask)
+    except ValueError:
+      return None, "O"
+  return jnp.shape(mask), np.dtype(mask.dtype).kind
 
 
 def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) -> ChannelPolynomial:

@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Imported for the rules they register.
 from sapr_jax.channels import layers, primitives  # noqa: F401
@@ -59,16 +61,18 @@ def trace_channels(
     The graph of the groups offered.
 
   Raises:
-    InputError: If `select` is unknown, or offers no group; the message says which choice would.
+    InputError: If `variables` or `input_shape` does not fit `model`, `select` is unknown, or it offers no group; the
+      message says which choice would.
 
   References:
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
   if isinstance(select, str) and select not in SELECTIONS:
     raise InputError(f"select={select!r} is unknown; expected one of {', '.join(SELECTIONS)}, or a predicate.")
-  inputs = jax.ShapeDtypeStruct((1, *input_shape[1:]), input_dtype)
+  if not isinstance(select, str) and not callable(select):
+    raise InputError(f"select={select!r} is unknown; expected one of {', '.join(SELECTIONS)}, or a predicate.")
   kwargs = dict(apply_kwargs or {})
-  closed, features = trace_program(model, variables, inputs, kwargs)
+  inputs, closed, features = _trace(model, variables, input_shape, kwargs, input_dtype)
   axes, walk = _walk(closed, variables, inputs)
   judgement = judge(walk.contractions, axes, features)
 
@@ -114,10 +118,31 @@ def count_macs(
 
   Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
   """
-  inputs = jax.ShapeDtypeStruct((1, *input_shape[1:]), input_dtype)
-  closed, _ = trace_program(model, variables, inputs, dict(apply_kwargs or {}))
+  inputs, closed, _ = _trace(model, variables, input_shape, dict(apply_kwargs or {}), input_dtype)
   _, walk = _walk(closed, variables, inputs)
   return sum(coefficient for contraction in walk.contractions for coefficient, _ in macs_terms(contraction, {}))
+
+
+def _trace(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  input_shape: Sequence[int],
+  apply_kwargs: Mapping[str, Any],
+  input_dtype: Any,
+) -> tuple[jax.ShapeDtypeStruct, Any, dict[tuple[str, ...], int]]:
+  """Traces `model.apply`; returns the abstract input, the program and the fields `features` of the modules."""
+  shape = tuple(input_shape)
+  if len(shape) < 2 or not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+    raise InputError(f"input_shape={input_shape!r} is no shape; expected positive sizes, such as (1, 32, 32, 3).")
+  inputs = jax.ShapeDtypeStruct((1, *shape[1:]), input_dtype)
+  try:
+    return inputs, *trace_program(model, variables, inputs, apply_kwargs)
+  except flax.errors.FlaxError as error:
+    reason = " ".join(str(error).partition(" (https://")[0].split())
+    raise InputError(
+      f"The variables, the model and input_shape={shape} do not fit together: {reason} Expected the variables of this"
+      " model, all collections, made for such inputs."
+    ) from error
 
 
 def _walk(closed: Any, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct) -> tuple[Axes, Walk]:

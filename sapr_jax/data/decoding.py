@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _GRAYSCALE_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+# Pillow could read more, but some of that is a program: it gives PostScript to an interpreter.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
 # What libjpeg itself turns into RGB; CMYK is left to Pillow, which knows of Adobe's inverted kind.
 _FAST_COLOURSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 
@@ -103,10 +105,12 @@ def unreadable(name: str, error: Exception) -> InputError:
 
 def _open(encoded: bytes, name: str) -> Image.Image:
   """Reads the header of an image with Pillow."""
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
   try:
-    image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+  except UnidentifiedImageError:
+    raise unreadable(name, ValueError(f"its content is none of {', '.join(_FORMATS)}")) from None
   except Exception as error:  # As above.
     raise unreadable(name, error) from error
   _check_number_of_pixels(name, image.height, image.width)

@@ -181,7 +181,10 @@ def _image_files(folder: Path) -> list[str]:
     names = [
       entry.name
       for entry in entries
-      if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
+      if not entry.name.startswith(".")
+      and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+      # A broken link stands for an image that is missing, which reading it will say.
+      and (entry.is_file() or not os.path.exists(entry.path))
     ]
   return [os.path.join(folder, file_name) for file_name in sorted(names)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,8 +106,8 @@ def check_budget(graph: ChannelGraph, p: float, *, min_width: int = 1, round_to:
   """
   check_share(p)
   for name, value in (("min_width", min_width), ("round_to", round_to)):
-    if value < 1:
-      raise InputError(f"{name}={value} is out of range; expected at least 1.")
+    if not isinstance(value, int | np.integer) or value < 1:
+      raise InputError(f"{name}={value!r} is out of range; expected a whole number of at least 1.")
   least = graph.prunable(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups]))
   if least > p * graph.prunable_macs():
     raise InputError(
@@ -117,11 +118,15 @@ def check_budget(graph: ChannelGraph, p: float, *, min_width: int = 1, round_to:
 
 def check_share(p: Any) -> None:
   """Raises InputError unless p is in (0, 1]; a traced p is not looked at."""
-  if not isinstance(p, jax.core.Tracer) and not 0.0 < p <= 1.0:
+  if isinstance(p, jax.core.Tracer):
+    return
+  if jnp.ndim(p) or not isinstance(p, numbers.Real | np.ndarray | jax.Array) or not 0.0 < float(p) <= 1.0:
     raise InputError(f"p={p} is not a share of the MACs to keep; expected 0 < p <= 1.")
 
 
 def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
+  if extra := sorted(map(str, set(scores) - {group.name for group in graph.groups})):
+    raise InputError(f"scores names an unknown group {extra[0]!r}; expected the names in graph.groups.")
   for group in graph.groups:
     if group.name not in scores:
       raise InputError(f"scores misses the group {group.name!r}; expected one array for each of graph.groups.")

@@ -60,6 +60,7 @@ class MobileNetV2(nn.Module):
       end as they would be of 128x128 ones.
     dropout: Rate of the dropout before the last layer; training then wants a key named "dropout".
     dtype: Dtype of the computation; parameters are float32.
+    remat: Whether the backward pass computes the activations within a block again, to need less memory.
   """
 
   num_classes: int = 1000
@@ -67,6 +68,7 @@ class MobileNetV2(nn.Module):
   small_images: bool = False
   dropout: float = 0.2
   dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -76,6 +78,7 @@ class MobileNetV2(nn.Module):
     stride = 1 if self.small_images else 2
     x = _conv(inputs, 3, stride=stride, dtype=self.dtype, name="conv")(x.astype(self.dtype))
     x = nn.relu6(norm(name="bn")(x))
+    block_type: Any = nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
     for stage, (expansion, features, blocks, stage_stride) in enumerate(_STAGES):
       features = _scaled(features, self.width_multiplier)
       if self.small_images and stage == 1:
@@ -83,7 +86,7 @@ class MobileNetV2(nn.Module):
       for block in range(blocks):
         name = f"stage{stage + 1}_block{block + 1}"
         stride = stage_stride if block == 0 else 1
-        x = InvertedResidual(inputs, features, expansion, stride, self.dtype, name=name)(x, train)
+        x = block_type(inputs, features, expansion, stride, self.dtype, name=name)(x, train)
         inputs = features
     x = _conv(_scaled(1280, max(1.0, self.width_multiplier)), 1, dtype=self.dtype, name="head")(x)
     x = nn.relu6(norm(name="bn_head")(x))

@@ -112,12 +112,14 @@ class CifarResNet(nn.Module):
     num_classes: Number of logits.
     width_multiplier: The stages have 16, 32 and 64 channels times this.
     dtype: Dtype of the computation; parameters are float32.
+    remat: Whether the backward pass computes the activations within a block again, to need less memory.
   """
 
   depth: int
   num_classes: int = 10
   width_multiplier: float = 1.0
   dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -126,6 +128,7 @@ class CifarResNet(nn.Module):
     if remainder or blocks < 1:
       raise ValueError(f"A CIFAR ResNet has depth 6 n + 2 (20, 32, 44, 56, 110); got {self.depth}.")
     widths = [_scaled(16 * 2**stage, self.width_multiplier) for stage in range(3)]
+    block_type: Any = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
     x = _conv(widths[0], 3, dtype=self.dtype, name="conv")(x.astype(self.dtype))
     x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
     for stage, features in enumerate(widths):
@@ -133,7 +136,7 @@ class CifarResNet(nn.Module):
         down: dict[str, Any] = {}
         if stage > 0 and block == 0:
           down = {"stride": 2, "shortcut": "padding", "added": features - widths[stage - 1]}
-        x = BasicBlock(features, dtype=self.dtype, name=f"stage{stage + 1}_block{block + 1}", **down)(x, train)
+        x = block_type(features, dtype=self.dtype, name=f"stage{stage + 1}_block{block + 1}", **down)(x, train)
     x = jnp.mean(x, axis=(1, 2))
     return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x).astype(jnp.float32)
 
@@ -147,6 +150,7 @@ class ResNet(nn.Module):
     num_classes: Number of logits.
     width_multiplier: The stages have 64, 128, 256 and 512 channels times this (bottlenecks expand them by four).
     dtype: Dtype of the computation; parameters are float32.
+    remat: Whether the backward pass computes the activations within a block again, to need less memory.
   """
 
   blocks: Sequence[int]
@@ -154,11 +158,14 @@ class ResNet(nn.Module):
   num_classes: int = 1000
   width_multiplier: float = 1.0
   dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps images `[batch, height, width, channels]` to float32 logits `[batch, num_classes]`."""
     block_type: Any = Bottleneck if self.bottleneck else BasicBlock
+    if self.remat:
+      block_type = nn.remat(block_type, static_argnums=(2,))
     x = _conv(_scaled(64, self.width_multiplier), 7, stride=2, dtype=self.dtype, name="conv")(x.astype(self.dtype))
     x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
     x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sapr_jax.errors import InputError
 
 AXIS = "data"
 """Name of the mesh axis, for `jax.lax.pmean` and the like inside a step."""
@@ -17,21 +21,45 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def data_mesh() -> Mesh:
-  """Returns the mesh of all devices along the axis `AXIS`."""
-  return Mesh(np.asarray(jax.devices()), (AXIS,))
+  """Returns the mesh of all devices along the axis `AXIS`, those of a process side by side.
+
+  Raises:
+    InputError: If the processes have different numbers of devices, as each provides an equal part of every batch.
+  """
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  counts = collections.Counter(device.process_index for device in devices)
+  if len(set(counts.values())) > 1:
+    shown = ", ".join(f"{count} on process {process}" for process, count in sorted(counts.items()))
+    raise InputError(f"The processes have different numbers of devices ({shown}); expected equal ones.")
+  return Mesh(np.asarray(devices), (AXIS,))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Puts a copy of each array on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  """Puts a copy of each array on every device.
+
+  Each process serves its own devices from its own copy, without asking the others whether theirs is equal.
+  """
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  if jax.process_count() == 1:
+    return jax.device_put(tree, everywhere)
+
+  def put(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
+      return leaf
+    copies = [jax.device_put(leaf, device) for device in mesh.local_devices]
+    return jax.make_array_from_single_device_arrays(jnp.shape(leaf), everywhere, copies)
+
+  return jax.tree.map(put, tree)
+
+
+def loops_are_slow(mesh: Mesh) -> bool:
+  """Whether to unroll loops: on a CPU, XLA runs the convolutions in the body of one some thirty times slower."""
+  return mesh.devices.flat[0].platform == "cpu"
 
 
 def default_steps_per_call(mesh: Mesh) -> int:
-  """Returns how many steps to run in one call: many, so that the host does nothing, but one on a CPU.
-
-  XLA runs the convolutions in the body of a loop on one CPU thread by a slow path, some thirty times slower.
-  """
-  return 1 if mesh.devices.flat[0].platform == "cpu" else 50
+  """Returns how many steps to run in one call: many, so that the host does nothing, but one where loops are slow."""
+  return 1 if loops_are_slow(mesh) else 50
 
 
 def is_main_process() -> bool:
@@ -113,6 +141,7 @@ __all__ = [
   "default_steps_per_call",
   "device_key",
   "is_main_process",
+  "loops_are_slow",
   "mean_over_devices",
   "process_slice",
   "replicate",

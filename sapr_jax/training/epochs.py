@@ -49,7 +49,7 @@ def train_weights(
   epoch = position.epoch
   order = data.epoch_batches(setup.feed.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
   calls = setup.feed.training(order, stream=stream, epoch=epoch, first=position.step)
-  shared = dataclasses.replace(setup.feed.train, key=setup.key(stream), masks=masks)
+  shared = dataclasses.replace(setup.feed.train, key=replicate(setup.key(stream), setup.mesh), masks=masks)
   for state, metrics in steps.run(network, shared, calls):
     network, before = state, position.step
     position.add(jax.device_get(metrics))
@@ -70,7 +70,8 @@ def train_generator(
     len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
   )
   calls = setup.feed.training(setup.generator_images[order], stream=setup_lib.GENERATOR, epoch=epoch)
-  shared = dataclasses.replace(setup.feed.train, key=setup.key(setup_lib.GENERATOR), variables=variables)
+  key = replicate(setup.key(setup_lib.GENERATOR), setup.mesh)
+  shared = dataclasses.replace(setup.feed.train, key=key, variables=variables)
   history = []
   for state, metrics in steps.run(generator, shared, calls):
     generator = state
@@ -92,7 +93,7 @@ def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, floa
   Returns:
     Accuracy in [0, 1] and mean cross-entropy.
   """
-  sums = replicate({name: jnp.zeros(()) for name in ("correct", "loss", "count")}, setup.mesh)
+  sums = replicate({name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}, setup.mesh)
   shared = dataclasses.replace(setup.feed.test, variables=variables)
   for total, _ in steps.run(sums, shared, setup.feed.evaluation()):
     sums = total

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sapr_jax import data
+from sapr_jax.errors import InputError
 from sapr_jax.training.devices import default_steps_per_call, process_slice, replicate
 from sapr_jax.training.steps import Preprocessing, Shared
 
@@ -66,6 +67,11 @@ class ResidentFeed:
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, dataset.image_shape
     mean, std = dataset.channel_statistics()
+    if config.data.mean is not None and len(config.data.mean) != self.image_shape[-1]:
+      raise InputError(
+        f"data.mean={config.data.mean} has {len(config.data.mean)} numbers; these images have {self.image_shape[-1]}"
+        " channels: give one number for each, or none to take them from the images."
+      )
     self.preprocessing = Preprocessing(
       mean=tuple(config.data.mean or map(float, mean)),
       std=tuple(config.data.std or map(float, std)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -17,7 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
   """Turns the first signal into a request that the loop meets between two calls; a second Ctrl-C stops at once.
 
-  With several processes the runtime of JAX takes the signal, and finds a step at which all of them can stop.
+  With several processes the runtime of JAX takes SIGTERM, whichever of them it is sent to, and finds a step at which
+  all of them can stop.
 
   Example:
     >>> with Interruption() as interruption:
@@ -35,8 +37,9 @@ class Interruption:
 
   def __enter__(self) -> Interruption:
     # Only the main thread may change handlers; elsewhere (some notebooks) Ctrl-C acts as it always does.
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-      self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+    if threading.current_thread() is threading.main_thread():
+      signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+      self._previous = {number: signal.signal(number, self._note) for number in signals}
     return self
 
   def __exit__(
@@ -49,6 +52,8 @@ class Interruption:
     if self._signal is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._signal = number
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)  # which JAX takes
 
   def requested(self) -> bool:
     """Says whether to save and stop now. All processes must ask at the same places, and get the same answer."""

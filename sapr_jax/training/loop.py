@@ -11,10 +11,9 @@ import jax
 import optax
 
 from sapr_jax import artifacts, report
-from sapr_jax.channels import mask_params
 from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, steps
-from sapr_jax.training.devices import MappedSteps, replicate
+from sapr_jax.training.devices import MappedSteps, loops_are_slow, replicate
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.position import Position
 from sapr_jax.training.progress import Progress
@@ -60,6 +59,8 @@ def pruning_stage(setup: Setup) -> Stage:
     graph=setup.graph,
     penalty=config.prune.gamma if config.prune.form == "penalty" else 0.0,
     weighting=config.prune.weighting,
+    accumulate=config.train.accumulate,
+    unroll=loops_are_slow(setup.mesh),
   )
   generator_step = steps.generator_step(
     setup.model,
@@ -92,13 +93,20 @@ def pruning_stage(setup: Setup) -> Stage:
 def finetuning_stage(setup: Setup, model: nn.Module, variables: Any) -> Stage:
   """Trains the pruned network as an ordinary one."""
   tx: optax.GradientTransformation = setup.finetune_tx
+  weight_step = steps.weight_step(
+    model,
+    tx,
+    setup.feed.preprocessing,
+    accumulate=setup.config.finetune.accumulate,
+    unroll=loops_are_slow(setup.mesh),
+  )
   return Stage(
     name="finetune",
     phase=setup.config.finetune,
     stream=FINETUNE,
     epochs_before=setup.config.train.epochs,
     state={"network": replicate(network_state(variables, tx), setup.mesh)},
-    weight_steps=setup.mapped(steps.weight_step(model, tx, setup.feed.preprocessing)),
+    weight_steps=setup.mapped(weight_step),
     evaluation=setup.mapped(steps.evaluation_step(model, setup.feed.preprocessing)),
   )
 
@@ -248,7 +256,7 @@ def _renew_masks(setup: Setup, stage: Stage, state: State, epoch: int) -> dict[s
 def _measure_subnetwork(setup: Setup, stage: Stage, state: State) -> dict[str, Any]:
   """Evaluates the network with the dropped channels masked; says what it costs and how well it is aligned."""
   graph, network, masks = setup.graph, state["network"], jax.device_get(state["masks"])
-  masked = {**network.variables, "params": mask_params(network.params, graph, state["masks"])}
+  masked = {**network.variables, "params": setup.masked(network.params, state["masks"])}
   return {
     **_prefixed("subnetwork", epochs.evaluate(setup, stage.evaluation, masked)),
     "macs_share": graph.prunable_macs(masks) / graph.prunable_macs(),

@@ -33,11 +33,17 @@ class Position:
     """Returns the position that a checkpoint holds, or the beginning for None.
 
     Raises:
-      InputError: If it was made with another number of images.
+      InputError: If it was made with another number of images, or by another version.
     """
     if saved is None:
       return cls(steps_per_epoch)
-    position = cls(**saved)
+    try:
+      position = cls(**saved)
+    except TypeError as error:
+      raise InputError(
+        f"The checkpoint is of another version of this package ({error}); resume the run with that, or give a new"
+        " --workdir to start anew."
+      ) from error
     if position.steps_per_epoch != steps_per_epoch:
       raise InputError(
         f"The data has changed since the run began: an epoch had {position.steps_per_epoch} steps and now has"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import pathlib
 import shutil
 import time
@@ -12,12 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
 
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.channels import count_macs, prune
 from sapr_jax.errors import InputError
-from sapr_jax.training import epochs, loop, steps
+from sapr_jax.training import epochs, loop, processes, steps
 from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.devices import is_main_process, replicate
@@ -47,25 +49,36 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     InputError: If the configuration, the data or the work directory cannot be used, or training diverges.
     InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
   """
-  check_config(config)
   path = pathlib.Path(workdir)
-  layout.check_workdir(path, config)
-  if (finished := layout.read_summary(path)) is not None:
+  processes.together(lambda: check_config(config))
+  processes.check_equal(**_settings(config, path))
+  if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
     say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
     return finished
   started = time.monotonic()
-  setup = build(config)  # what is wrong with the data shows before anything is written
+  # What is wrong with the data shows before anything is written.
+  setup = processes.together(lambda: build(config))
+  processes.check_equal(**setup.fingerprint())
   try:
-    with layout.locked(path, config), Interruption() as interruption:
+    with contextlib.ExitStack() as stack:
+      processes.together(lambda: stack.enter_context(layout.locked(path, config)))
+      interruption = stack.enter_context(Interruption())
+      if is_main_process():
+        groups = {group.name: group.size for group in setup.graph.groups}
+        write_json(path / layout.NETWORK, {"groups": groups, "macs": setup.graph.macs()})
       say(_describe(setup))
       masks, variables, small_model, small_variables, tuned_variables = _train_and_prune(setup, path, interruption)
       summary = _summarize(setup, masks, variables, small_model, small_variables, tuned_variables)
       summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
-      if is_main_process():
-        artifacts.save(path / layout.DENSE, setup.model, variables)
-        artifacts.save(path / layout.PRUNED, small_model, tuned_variables)
-        write_atomically(path / layout.REPORT, report.format_summary(summary) + "\n")
-        write_json(path / layout.SUMMARY, summary)
+
+      def write() -> None:
+        if is_main_process():
+          artifacts.save(path / layout.DENSE, setup.model, variables)
+          artifacts.save(path / layout.PRUNED, small_model, tuned_variables)
+          write_atomically(path / layout.REPORT, report.format_summary(summary) + "\n")
+          write_json(path / layout.SUMMARY, summary)
+
+      processes.together(write)
   except OSError as error:
     if error.errno not in _DISK_ERRORS:
       raise
@@ -80,6 +93,18 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   return summary
 
 
+def _finished(path: pathlib.Path, config: Any) -> dict[str, Any] | None:
+  """Checks the work directory; returns the summary of the finished run in it, if there is one."""
+  layout.check_workdir(path, config)
+  return layout.read_summary(path)
+
+
+def _settings(config: Any, path: pathlib.Path) -> dict[str, Any]:
+  """Returns what all processes must have been given alike; where the images lie may differ from machine to machine."""
+  fields = traverse_util.flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+  return {"workdir": str(path), **{k: v for k, v in fields.items() if k not in ("data.path", "data.workers")}}
+
+
 def _train_and_prune(
   setup: Setup, path: pathlib.Path, interruption: Interruption
 ) -> tuple[dict[str, np.ndarray], Any, nn.Module, Any, Any]:
@@ -90,11 +115,11 @@ def _train_and_prune(
 
     def run_stage(stage: loop.Stage, folder: str) -> loop.State:
       checkpointer = _checkpointer(setup, stage, path / "checkpoints" / folder)
-      stack.callback(checkpointer.close)
+      stack.push(lambda kind, error, traceback: _close(checkpointer, error))
       state, position = loop.restore(setup, stage, checkpointer)
       if folder == "train" and position.epoch < stage.phase.epochs:
         # Fine-tuning of a network that is not there yet: its training was lost.
-        shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True)
+        processes.decided_by_main(lambda: shutil.rmtree(path / "checkpoints" / "finetune", ignore_errors=True))
       return loop.train(setup, stage, state, position, checkpointer, recorder, interruption)
 
     state = run_stage(loop.pruning_stage(setup), "train")
@@ -102,6 +127,12 @@ def _train_and_prune(
     small_model, small_variables = prune(setup.model, variables, setup.graph, masks)
     tuned = run_stage(loop.finetuning_stage(setup, small_model, small_variables), "finetune")["network"]
   return masks, variables, small_model, small_variables, jax.device_get(tuned.variables)
+
+
+def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:
+  """Waits until all checkpoints are written, unless a process that would have to write its part has gone."""
+  if error is None or processes.lost_process(error) is None:
+    checkpointer.close()
 
 
 def _checkpointer(setup: Setup, stage: loop.Stage, directory: pathlib.Path) -> artifacts.Checkpointer:
@@ -119,11 +150,13 @@ def _summarize(
   if small_macs != setup.graph.macs(masks):  # an invariant of the graph, cheap to check on every run
     raise RuntimeError(f"The pruned network has {small_macs} MACs; its masks predict {setup.graph.macs(masks)}.")
   settings = setup.config.report
-  latency = report.measure_latency(
-    {"dense": (setup.model, variables), "pruned": (small_model, tuned_variables)},
-    setup.input_shape,
-    settings.latency_batch_sizes,
-    repeats=settings.latency_repeats,
+  latency = processes.decided_by_main(
+    lambda: report.measure_latency(
+      {"dense": (setup.model, variables), "pruned": (small_model, tuned_variables)},
+      setup.input_shape,
+      settings.latency_batch_sizes,
+      repeats=settings.latency_repeats,
+    )
   )
   evaluation = setup.mapped(steps.evaluation_step(small_model, setup.feed.preprocessing))
   compact = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 Schedule = Callable[[Any], Any]
@@ -26,11 +27,23 @@ SCHEDULES: Mapping[str, Callable[[Any, int], Schedule]] = {"step": _step_decay, 
 def learning_rate_schedule(phase: Any, steps_per_epoch: int) -> Schedule:
   """Returns the learning rate as a function of the optimizer's step.
 
+      rate(step) = schedule(step) * batch_size / base_batch_size * min(1, (step + 1) / warm-up steps)
+
+  The first factor is there if `base_batch_size` is given, the second if `warmup_epochs` is above zero.
+
   Args:
-    phase: `config.train` or `config.finetune`: fields schedule, learning_rate, decay_epochs, decay_factor, epochs.
+    phase: `config.train` or `config.finetune`.
     steps_per_epoch: Optimizer steps in an epoch.
+
+  References:
+    Goyal et al., Accurate, large minibatch SGD, 2017: the linear scaling rule and the gradual warm-up.
   """
-  return SCHEDULES[phase.schedule](phase, steps_per_epoch)
+  schedule = SCHEDULES[phase.schedule](phase, steps_per_epoch)
+  scale = 1.0 if phase.base_batch_size is None else phase.batch_size / phase.base_batch_size
+  warmup = phase.warmup_epochs * steps_per_epoch
+  if not warmup and scale == 1.0:
+    return schedule
+  return lambda step: schedule(step) * scale * (jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
 def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:

@@ -15,10 +15,10 @@ import optax
 from jax.sharding import Mesh
 
 from sapr_jax import artifacts, data, models
-from sapr_jax.channels import ChannelGraph, trace_channels
+from sapr_jax.channels import ChannelGraph, mask_params, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
-from sapr_jax.training import schedules, state, steps
+from sapr_jax.training import processes, schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 from sapr_jax.training.feed import Feed, make_feed
 
@@ -85,6 +85,17 @@ class Setup:
   def generator_tx(self) -> optax.GradientTransformation:
     return optax.adamw(self.config.generator.learning_rate, weight_decay=self.config.generator.weight_decay)
 
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what must be the same on all processes, in little space."""
+    feed = self.feed
+    return {
+      "the number of images": [feed.num_train, feed.num_test],
+      "the number of classes": feed.num_classes,
+      "the shape of the images": list(feed.image_shape),
+      "their mean and deviation": [feed.preprocessing.mean, feed.preprocessing.std],
+      "the checksum of the first weights": processes.fingerprint(self.variables),
+    }
+
   def initial_network(self) -> state.NetworkState:
     return replicate(state.network_state(self.variables, self.train_tx), self.mesh)
 
@@ -104,6 +115,11 @@ class Setup:
   def channel_norms(self) -> Any:
     """Group name -> norms of its channels in each kernel, from the parameters, compiled."""
     return jax.jit(lambda params: channel_norms(params, self.graph))
+
+  @functools.cached_property
+  def masked(self) -> Any:
+    """The parameters with the dropped channels masked, from parameters and masks, compiled."""
+    return jax.jit(lambda params, masks: mask_params(params, self.graph, masks))
 
   @functools.cached_property
   def evaluation(self) -> MappedSteps:
@@ -148,14 +164,27 @@ def initial_network(
     num_classes=num_classes,
     width_multiplier=config.model.width_multiplier,
     dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
   )
-  path = config.init.weights
-  if path is not None and pathlib.Path(path).is_dir():
-    return artifacts.load(path, base=model)
-  if path is not None:
-    return model, artifacts.import_torch(path, model, input_shape)
+  if config.init.weights is not None:
+    return _read_network(pathlib.Path(config.init.weights), model, input_shape)
   key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
   return model, jax.jit(model.init)(key, jnp.zeros(input_shape))
+
+
+def _read_network(
+  path: pathlib.Path, model: nn.Module, input_shape: tuple[int, int, int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Reads first weights: a directory that `artifacts.save` wrote, or a file of PyTorch."""
+  if path.is_dir():
+    model, variables = artifacts.load(path, base=model)
+  else:
+    variables = artifacts.import_torch(path, model, input_shape)
+  for place, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    if not bool(jnp.all(jnp.isfinite(leaf))):
+      name = jax.tree_util.keystr(place, simple=True, separator="/")
+      raise InputError(f"{path} has entries of {name} that are not finite; give weights of a run that did not diverge.")
+  return model, variables
 
 
 def _generator_images(config: Any, num_train: int) -> np.ndarray:
@@ -165,15 +194,17 @@ def _generator_images(config: Any, num_train: int) -> np.ndarray:
 
 def _check_batches(config: Any, num_train: int, num_devices: int) -> None:
   generator_images = round(config.generator.data_share * num_train)
-  for name, batch, images in (
-    ("train.batch_size", config.train.batch_size, num_train),
-    ("finetune.batch_size", config.finetune.batch_size, num_train),
-    ("generator.batch_size", config.generator.batch_size, generator_images),
-    ("eval_batch_size", config.eval_batch_size, None),
+  for name, batch, images, pieces in (
+    ("train.batch_size", config.train.batch_size, num_train, config.train.accumulate),
+    ("finetune.batch_size", config.finetune.batch_size, num_train, config.finetune.accumulate),
+    ("generator.batch_size", config.generator.batch_size, generator_images, 1),
+    ("eval_batch_size", config.eval_batch_size, None, 1),
   ):
-    if batch % num_devices:
-      lower = batch // num_devices * num_devices
-      near = f"{lower} or {lower + num_devices}" if lower else str(num_devices)
-      raise InputError(f"{name}={batch} does not divide by the {num_devices} devices; {near} would.")
+    parts = num_devices * pieces
+    if batch % parts:
+      lower = batch // parts * parts
+      near = f"{lower} or {lower + parts}" if lower else str(parts)
+      times = f" times {name.split('.')[0]}.accumulate={pieces}" if pieces > 1 else ""
+      raise InputError(f"{name}={batch} does not divide by the {num_devices} devices{times}; {near} would.")
     if images is not None and batch > images:
       raise InputError(f"{name}={batch} is more than the {images} images there are; lower it, or use more images.")

@@ -41,7 +41,11 @@ class Preprocessing:
 
   def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
     """Augments and normalizes `[batch, height, width, channels]` uint8 images."""
-    return self.evaluate(data.augment(key, images, padding=self.crop_padding, flip=self.flip))
+    return self.evaluate(self.augment(key, images))
+
+  def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    """Crops and flips images at random; they stay uint8."""
+    return data.augment(key, images, padding=self.crop_padding, flip=self.flip)
 
   def evaluate(self, images: jax.Array) -> jax.Array:
     """Normalizes images, without augmentation."""
@@ -81,8 +85,15 @@ def weight_step(
   graph: ChannelGraph | None = None,
   penalty: float = 0.0,
   weighting: Any = "relative",
+  accumulate: int = 1,
+  unroll: bool = True,
 ) -> Step:
   """Builds the step that trains the weights; the carry is a `NetworkState`.
+
+  The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
+  piece's activations are in memory (in a loop; of unrolled pieces XLA for CPUs keeps all). Gradients and metrics are
+  means over the pieces, and batch statistics follow them. The optimizer, the proximal step and the exchange between
+  devices come once.
 
   Args:
     model: The network; called as `model(x, train=True)` with a key named "dropout".
@@ -91,24 +102,37 @@ def weight_step(
     graph: The channel graph while pruning, None in fine-tuning.
     penalty: Coefficient of the partial group lasso in the loss; 0 if `tx` applies it as a proximal step.
     weighting: See `method.group_weights`.
+    accumulate: Number of pieces; divides the device's part of the batch.
+    unroll: Whether the pieces are a program each in place of a loop, see `devices.loops_are_slow`.
   """
+
+  def gradient(state: NetworkState, piece: Any) -> Any:
+    images, labels, key = piece
+    x = preprocessing.evaluate(images)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+      variables = {**state.variables, "params": params}
+      logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+      loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+      return loss, (updated.get("batch_stats", {}), {"loss": loss, "accuracy": accuracy})
+
+    return jax.grad(loss_fn, has_aux=True)(state.params)
 
   def step(state: NetworkState, shared: Shared, batch: Any) -> tuple[NetworkState, dict[str, jax.Array]]:
     image_key, dropout_key = jax.random.split(device_key(jax.random.fold_in(shared.key, state.step)))
     images, labels = shared.read(batch)
-    x = preprocessing.train(image_key, images)
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-      variables = {**state.variables, "params": params}
-      logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
-      loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-      total = loss
-      if graph is not None and penalty:
-        total = loss + penalty * partial_group_lasso(params, graph, shared.masks, weighting=weighting)
-      return total, (loss, logits, updated.get("batch_stats", {}))
-
-    grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-    grads, batch_stats = mean_over_devices((grads, batch_stats))
+    whole = (preprocessing.augment(image_key, images), labels)
+    if accumulate == 1:
+      grads, (batch_stats, metrics) = gradient(state, (*whole, dropout_key))
+    else:
+      pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
+      pieces = (*pieces, jax.random.split(dropout_key, accumulate))
+      grads, batch_stats, metrics = _mean_over_pieces(gradient, state, pieces, unroll)
+    grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
+    if graph is not None and penalty:
+      lasso = lambda params: penalty * partial_group_lasso(params, graph, shared.masks, weighting=weighting)  # noqa: E731
+      grads = jax.tree.map(jnp.add, grads, jax.grad(lasso)(state.params))
     extra = {} if graph is None else {"masks": shared.masks}
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     new_state = NetworkState(
@@ -117,10 +141,27 @@ def weight_step(
       batch_stats=batch_stats,
       opt_state=opt_state,
     )
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    return new_state, mean_over_devices({"loss": loss, "accuracy": accuracy})
+    return new_state, metrics
 
   return step
+
+
+def _mean_over_pieces(gradient: Any, state: NetworkState, pieces: Any, unroll: bool) -> tuple[Any, Any, Any]:
+  """Returns means of gradients and metrics over the pieces, and the batch statistics after the last."""
+  count = jax.tree.leaves(pieces)[0].shape[0]
+  first = jax.tree.map(lambda x: x[0], pieces)
+  grads, (_, metrics) = jax.eval_shape(gradient, state, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
+
+  def add(carry: Any, piece: Any) -> tuple[Any, None]:
+    # A piece may not begin before the one before is done with its memory.
+    (sums, batch_stats), piece = jax.lax.optimization_barrier((carry, piece))
+    grads, (batch_stats, metrics) = gradient(state.replace(batch_stats=batch_stats), piece)  # type: ignore[attr-defined]
+    return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
+
+  (sums, batch_stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), pieces, unroll=unroll)
+  grads, metrics = jax.tree.map(lambda x: x / count, sums)
+  return grads, batch_stats, metrics
 
 
 def generator_step(

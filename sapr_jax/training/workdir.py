@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from sapr_jax import report
 from sapr_jax.artifacts.files import write_json
+from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
 
 CONFIG = "config.json"
+NETWORK = "network.json"
 SUMMARY = "summary.json"
 DENSE = "dense"
 PRUNED = "pruned"
@@ -37,14 +41,16 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
     InputError: If it belongs to another configuration (the message names the fields that differ), holds something
       else, or a file in it is damaged.
   """
+  _check_place(path)
   file = path / CONFIG
-  if path.exists() and not path.is_dir():
-    raise InputError(f"The work directory {path} is a file; name another --workdir.")
   if not file.exists():
     # A hidden file may be our own, left by a kill.
     if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
       raise InputError(f"{path} holds other files and no run; name a new or empty --workdir.")
     return
+  for name in (CONFIG, RECORDS, SUMMARY, REPORT):
+    if (path / name).is_dir():
+      raise InputError(f"{path / name} is a directory, but must be a file; remove it, or name a new --workdir.")
   earlier = _read_json(file)
   if earlier is None:
     raise InputError(f"{file} is damaged; name a new --workdir.")
@@ -63,12 +69,34 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
     )
 
 
+def _check_place(path: pathlib.Path) -> None:
+  """Checks that `path` is a directory or can become one."""
+  try:
+    path.lstat()
+  except FileNotFoundError:
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+      raise InputError(f"The work directory {path} cannot be made in {nearest}, which cannot be written.") from None
+    return
+  except NotADirectoryError:
+    raise InputError(f"The work directory {path} lies below a file; name another --workdir.") from None
+  except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
+    why = error.strerror if isinstance(error, OSError) else error
+    raise InputError(f"The work directory {str(path)!r} cannot be used ({why}); name another --workdir.") from None
+  if not path.is_dir():
+    raise InputError(f"The work directory {path} is a file; name another --workdir.")
+
+
 def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the summary of a finished run; None if there is none, or what it speaks of is not there."""
   if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
     return None
   summary = _read_json(path / SUMMARY)
-  return summary if summary is not None and {"dense", "subnetwork", "pruned"} <= summary.keys() else None
+  try:
+    report.format_summary(summary or {})
+  except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # damaged: it is made anew
+    return None
+  return summary
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
@@ -121,7 +149,18 @@ def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    _remove_leftovers(path)
     yield
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+  """Removes what a run that was killed had begun to write and had not yet put in its place."""
+  for name in (CONFIG, RECORDS, SUMMARY, REPORT, DENSE, PRUNED):
+    for leftover in path.glob(f".{name}.*"):
+      if leftover.is_dir():
+        shutil.rmtree(leftover)
+      else:
+        leftover.unlink()
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -21,6 +21,9 @@ SMALL = {
   "report.latency_repeats": 1,
 }
 
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""XLA_FLAGS for programs that run a few steps only."""
+
 
 def small_config(**overrides):
   config = digits.get_config()

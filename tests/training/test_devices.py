@@ -1,0 +1,117 @@
+"""One, two, four and eight devices do the same: the same gradients, masks and counts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from many_devices import COUNTS
+from small_run import FAST_COMPILATION, small_config
+
+import sapr_jax as sapr
+from sapr_jax import training
+from sapr_jax.training import devices
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+  file = tmp_path_factory.mktemp("devices") / "results.npz"
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(COUNTS)} {FAST_COMPILATION}",
+    "PYTHONPATH": str(ROOT),
+  }
+  script = pathlib.Path(__file__).with_name("many_devices.py")
+  done = subprocess.run([sys.executable, str(script), str(file)], env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return dict(np.load(file))
+
+
+def of(results, prefix):
+  return {name[len(prefix) + 1 :]: value for name, value in results.items() if name.startswith(f"{prefix}/")}
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+@pytest.mark.parametrize("kind", ["plain", "norm", "generator"])
+def test_the_same_global_batch_gives_the_same_updates(results, kind, count):
+  want, got = of(results, f"{kind}/1"), of(results, f"{kind}/{count}")
+  assert got.keys() == want.keys() and any("params" in name for name in got)
+  for name in want.keys() - {"masks"}:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_all_devices_sample_the_same_masks(results, count):
+  masks = results[f"generator/{count}/masks"]
+  assert len(masks) == count
+  assert set(np.unique(masks)) == {0, 1}
+  for copy in masks:
+    np.testing.assert_array_equal(copy, results["generator/1/masks"][0])
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_evaluation_counts_every_image_once_on_any_number_of_devices(results, count):
+  want = of(results, "evaluation/1/8")
+  for size in (8, 16):
+    got = of(results, f"evaluation/{count}/{size}")
+    assert got["count"] == 21
+    assert got["correct"] == want["correct"]
+    np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+
+
+def test_the_steady_state_compiles_nothing(results):
+  programs = {name: value for name, value in results.items() if name.endswith("programs")}
+  assert len(programs) == 3 * len(COUNTS)
+  assert all(value == 1 for value in programs.values())
+
+
+def test_a_run_compiles_each_step_once_and_transfers_nothing_by_the_way(tmp_path, monkeypatch):
+  run, used = devices.MappedSteps.run, set()
+
+  def guarded(steps, *arguments):
+    used.add(steps)
+    calls = run(steps, *arguments)
+    while True:
+      with jax.transfer_guard("disallow"):
+        result = next(calls, None)
+      if result is None:
+        return
+      yield result
+
+  monkeypatch.setattr(devices.MappedSteps, "run", guarded)
+  training.run(small_config(checkpoint__every_steps=3), tmp_path / "run")
+  assert len(used) == 6  # weights, generator, evaluation; of the pruned network in its stage and for the summary
+  assert all(steps._many._cache_size() == 1 for steps in used)
+
+
+def test_processes_with_unequal_numbers_of_devices_are_refused(monkeypatch):
+  class Device:
+    def __init__(self, number, process):
+      self.id, self.process_index = number, process
+
+  monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1), Device(2, 1)])
+  with pytest.raises(sapr.InputError, match="1 on process 0, 2 on process 1"):
+    devices.data_mesh()
+
+
+def test_devices_of_a_process_are_neighbours(monkeypatch):
+  class Device:
+    def __init__(self, number, process):
+      self.id, self.process_index = number, process
+
+  found = []
+  monkeypatch.setattr(jax, "devices", lambda: [Device(i, p) for i, p in enumerate((0, 0, 1, 1, 0, 0, 1, 1))])
+  monkeypatch.setattr(devices, "Mesh", lambda array, names: found.extend(array))
+  devices.data_mesh()
+  assert [(device.process_index, device.id) for device in found] == [
+    *((0, i) for i in (0, 1, 4, 5)),
+    *((1, i) for i in (2, 3, 6, 7)),
+  ]

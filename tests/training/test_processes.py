@@ -1,0 +1,221 @@
+"""Runs of several processes on this machine: they equal a run of one process, and stop together."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny_main  # noqa: F401  (so that its network can be loaded here)
+from small_run import FAST_COMPILATION, check_same_run
+
+import sapr_jax as sapr
+from sapr_jax.training import processes, rendezvous
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+TINY = [
+  "--config=configs/digits.py",
+  "--config.model.name=tiny",
+  "--config.data.train_images=128",
+  "--config.data.test_images=50",
+  "--config.eval_batch_size=32",
+  "--config.train.epochs=3",
+  "--config.train.batch_size=32",
+  "--config.train.accumulate=2",
+  "--config.train.decay_epochs=(2,)",
+  "--config.prune.select=unjoined",
+  "--config.prune.start_epoch=1",
+  "--config.prune.gamma=0.1",
+  "--config.generator.batch_size=32",
+  "--config.finetune.epochs=1",
+  "--config.finetune.batch_size=32",
+  "--config.finetune.decay_epochs=()",
+  "--config.checkpoint.every_steps=2",
+  "--config.report.latency_batch_sizes=(1,)",
+  "--config.report.latency_repeats=1",
+]
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(("", 0))
+    return listener.getsockname()[1]
+
+
+class Launcher:
+  """Starts processes that share two devices, and waits for them."""
+
+  def __init__(self, cache):
+    self._environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(ROOT),
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+  def run(self, count, workdir, *arguments, last=(), stop=None, timeout=240):
+    """Returns (exit status, standard output, standard error) of each process.
+
+    Args:
+      count: Number of processes.
+      workdir: Work directory.
+      arguments: More arguments.
+      last: More arguments of the last process.
+      stop: See `tiny_main`.
+      timeout: Seconds until they count as hanging.
+    """
+    flags = f"--xla_force_host_platform_device_count={2 // count} {FAST_COMPILATION}"
+    environment = self._environment | {"XLA_FLAGS": flags} | ({"STOP": stop} if stop else {})
+    connect = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"] if count > 1 else []
+    command = [sys.executable, str(ROOT / "tests/training/tiny_main.py"), *TINY, f"--workdir={workdir}", *arguments]
+    started = [
+      subprocess.Popen(
+        [*command, *connect, *([f"--process_id={i}"] if connect else []), *(last if i == count - 1 else ())],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for i in range(count)
+    ]
+    try:
+      ends = [process.communicate(timeout=timeout) for process in started]
+    finally:
+      for process in started:
+        process.kill()
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  return Launcher(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def alone(launcher, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  ((status, _, err),) = launcher.run(1, workdir)
+  assert status == 0, err
+  return workdir
+
+
+def own_lines(output):
+  return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+
+
+def test_two_processes_that_are_stopped_and_killed_end_like_one_that_is_not(launcher, alone, tmp_path):
+  workdir = tmp_path / "run"
+  # SIGTERM to one of them: both save at the same step and stop.
+  (status, out, err), (other_status, other_out, other_err) = launcher.run(2, workdir, stop="SIGTERM 1 0 2")
+  assert (status, other_status) == (75, 75), (err, other_err)
+  assert "stopped by a signal, all work saved" in err and "stopped by" not in other_err
+  assert own_lines(out) and not own_lines(other_out)
+
+  # One is killed while a checkpoint is being written: the other ends too, and says why.
+  (status, _, err), (other_status, _, _) = launcher.run(2, workdir, stop="SIGKILL 1 1 2", timeout=120)
+  assert other_status == -9
+  assert status not in (0, 2, 75), err
+  assert "another process of this run has stopped" in err or "another task died" in err
+
+  # A refusal of the first process is that of all, and said once.
+  (status, _, err), (other_status, _, other_err) = launcher.run(2, workdir, "--config.seed=1")
+  assert (status, other_status) == (2, 2)
+  assert err.startswith("error: ") and "seed was 0 and is now 1" in err and err.count("\n") == 1
+  assert "error" not in other_err
+
+  (status, out, err), (other_status, other_out, _) = launcher.run(2, workdir)
+  assert (status, other_status) == (0, 0), err
+  assert "train: going on after epoch 1/3" in out and not own_lines(other_out)
+  check_same_run(workdir, alone)
+
+
+def test_processes_that_differ_are_refused(launcher, tmp_path):
+  ends = launcher.run(2, tmp_path / "run", last=["--config.train.learning_rate=0.3"])
+  assert [status for status, _, _ in ends] == [2, 2]
+  assert "train.learning_rate is 0.1 on process 0 and 0.3 on process 1; start all" in ends[0][2]
+  assert not (tmp_path / "run").exists()
+
+
+def meet_all(counts_and_numbers, timeout=10.0):
+  """Lets processes (threads here) meet; returns the message of each, "" if all is well."""
+  address, messages = f"127.0.0.1:{free_port()}", {}
+
+  def one(place, count, number):
+    try:
+      rendezvous.meet(address, count, number, timeout)
+      messages[place] = ""
+    except sapr.InputError as error:
+      messages[place] = str(error)
+
+  threads = [threading.Thread(target=one, args=(i, *pair)) for i, pair in enumerate(counts_and_numbers)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return [messages[place] for place in range(len(threads))]
+
+
+def test_processes_that_are_complete_meet():
+  assert meet_all([(4, 2), (4, 0), (4, 3), (4, 1)]) == ["", "", "", ""]
+
+
+def test_a_process_that_counts_otherwise_stops_all():
+  messages = meet_all([(3, 0), (4, 1)])
+  assert messages == ["process 0 was started with --num_processes=3 and process 1 with 4."] * 2
+
+
+def test_two_processes_of_one_number_stop_all():
+  messages = meet_all([(3, 0), (3, 1), (3, 1)])
+  assert messages == ["two processes were started with --process_id=1; each of the 3 needs its own."] * 3
+
+
+def test_a_process_that_does_not_come_is_named():
+  messages = meet_all([(4, 0), (4, 2)], timeout=1.0)
+  assert messages[0] == messages[1]
+  assert messages[0].startswith("after 1 s, processes 1, 3 of 4 had not come to 127.0.0.1:")
+
+
+def test_a_process_that_cannot_reach_the_first_says_so():
+  (message,) = meet_all([(2, 1)], timeout=0.5)
+  assert message.startswith("process 1 could not reach process 0 at 127.0.0.1:")
+  assert "Connection refused" in message
+
+
+def test_a_port_in_use_is_named():
+  with socket.create_server(("", 0)) as server, pytest.raises(sapr.InputError, match="cannot listen at port"):
+    rendezvous.meet(f"127.0.0.1:{server.getsockname()[1]}", 2, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "text"),
+  [
+    (("10.0.0.1:1234", 2, None), "--process_id is missing"),
+    ((None, 2, 0), "--coordinator is missing"),
+    (("10.0.0.1", 2, 0), "--coordinator='10.0.0.1' is no address"),
+    (("10.0.0.1:port", 2, 0), "is no address"),
+    (("10.0.0.1:1234", 0, 0), "--num_processes=0 is out of range"),
+    (("10.0.0.1:1234", 2, 2), "--process_id=2 is out of range"),
+    (("10.0.0.1:1234", 2, -1), "--process_id=-1 is out of range"),
+  ],
+)
+def test_wrong_arguments_are_refused(arguments, text):
+  with pytest.raises(sapr.InputError, match=text):
+    processes.initialize(*arguments, timeout=1)
+
+
+def test_alone_there_is_nothing_to_agree_upon():
+  assert processes.gather("text") == ["text"]
+  assert processes.decided_by_main(lambda: {"a": (1, 2)}) == {"a": (1, 2)}
+  assert processes.together(lambda: 3) == 3
+  processes.check_equal(seed=1)
+  with pytest.raises(sapr.InputError, match="as it is") as info:
+    processes.together(lambda: (_ for _ in ()).throw(sapr.InputError("as it is")))
+  assert not isinstance(info.value, processes.AgreedError)

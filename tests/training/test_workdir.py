@@ -1,0 +1,46 @@
+"""The work directory: what may differ when a run resumes, and what a kill or damage leaves there."""
+
+from __future__ import annotations
+
+import pytest
+
+import sapr_jax as sapr
+from configs import digits
+from sapr_jax import artifacts
+from sapr_jax.training import workdir
+
+
+def test_what_does_not_change_the_result_may_differ(tmp_path):
+  config = digits.get_config()
+  workdir.make_workdir(tmp_path / "run", config)
+  config.steps_per_call, config.checkpoint.keep, config.data.path = 4, 5, "elsewhere"
+  workdir.check_workdir(tmp_path / "run", config)
+  config.seed = 1
+  with pytest.raises(sapr.InputError, match="seed was 0 and is now 1"):
+    workdir.check_workdir(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"dense": 1, "subnetwork": 2, "pruned": 3}', b"\xff"])
+def test_a_damaged_summary_is_none(tmp_path, content):
+  for name in ("dense", "pruned"):
+    (tmp_path / name).mkdir()
+  (tmp_path / "summary.json").write_bytes(content)
+  assert workdir.read_summary(tmp_path) is None
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"{}", b'{"step": "2"}', b'{"step": true}', b"[" * 10**5, b"\xff\0"])
+def test_records_end_at_a_damaged_line(tmp_path, line):
+  (tmp_path / "records.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+  assert artifacts.read_records(tmp_path) == [{"step": 1}]
+
+
+def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path):
+  config = digits.get_config()
+  workdir.make_workdir(tmp_path, config)
+  (tmp_path / ".pruned.abc").mkdir()
+  (tmp_path / ".pruned.abc" / "weights.safetensors").write_text("half")
+  for name in (".summary.json.abc", ".hidden", "summary.json"):
+    (tmp_path / name).write_text("{")
+  with workdir.locked(tmp_path, config):
+    left = {path.name for path in tmp_path.iterdir()}
+  assert left == {"config.json", ".lock", ".hidden", "summary.json"}
