@@ -63,7 +63,8 @@ def flat(prefix, tree):
 
 @functools.cache
 def initial(model):
-  return jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, *SHAPE)))
+  # On the host: the copy on a device would go with the state that a step takes over.
+  return jax.device_get(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, *SHAPE))))
 
 
 def run(mesh, step, carry, shared, calls):
