@@ -244,8 +244,16 @@ def test_local_starts_again_after_75_only_and_only_if_asked(place, arguments, st
   assert len(place.calls()) == calls
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+  """Ctrl-C is ignored in what a shell starts in the background, and a child could not trap it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["INT", "TERM"])
-def test_local_hands_a_signal_on_and_then_does_not_start_again(place, name):
+def test_local_hands_a_signal_on_and_then_does_not_start_again(place, name, ctrl_c_is_heard):
   place.fake("python3")
   place.statuses.write_text("WAIT\n0\n")
   with place.start("local.sh", "--restart") as process:

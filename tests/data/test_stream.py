@@ -143,7 +143,7 @@ def test_closing_and_dropping_in_the_middle_end_the_threads(dataset):
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
       time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
 def test_closing_in_the_middle_ends_the_workers_and_a_killed_worker_is_reported(dataset, refused):
