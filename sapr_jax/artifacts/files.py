@@ -25,6 +25,15 @@ def write_atomically(path: pathlib.Path, data: str | bytes) -> None:
     raise
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the object in a JSON file; None if there is no such file, or it is damaged."""
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes `value` as indented JSON, atomically."""
   write_atomically(path, json.dumps(value, indent=2) + "\n")

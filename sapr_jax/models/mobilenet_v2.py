@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# As in torchvision.
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_dense_init = nn.initializers.normal(0.01)
+from sapr_jax.models.layers import batch_norm, convolution
+
+_dense_init = nn.initializers.normal(0.01)  # as in torchvision
 
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """(expansion, channels, blocks, stride of the first block) of each stage: Table 2 of the paper."""
@@ -36,15 +36,15 @@ class InvertedResidual(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    norm = functools.partial(_norm, train, dtype=self.dtype)
+    norm = functools.partial(batch_norm, train, dtype=self.dtype)
     hidden = self.inputs * self.expansion
     y = x
     if self.expansion != 1:
-      y = _conv(hidden, 1, dtype=self.dtype, name="expand")(y)
+      y = convolution(hidden, 1, dtype=self.dtype, name="expand")(y)
       y = nn.relu6(norm(name="bn_expand")(y))
-    y = _conv(hidden, 3, stride=self.stride, groups=hidden, dtype=self.dtype, name="depthwise")(y)
+    y = convolution(hidden, 3, stride=self.stride, groups=hidden, dtype=self.dtype, name="depthwise")(y)
     y = nn.relu6(norm(name="bn_depthwise")(y))
-    y = _conv(self.features, 1, dtype=self.dtype, name="project")(y)
+    y = convolution(self.features, 1, dtype=self.dtype, name="project")(y)
     y = norm(name="bn_project")(y)
     return x + y if self.stride == 1 and self.inputs == self.features else y
 
@@ -73,10 +73,10 @@ class MobileNetV2(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps images `[batch, height, width, channels]` to float32 logits `[batch, num_classes]`."""
-    norm = functools.partial(_norm, train, dtype=self.dtype)
+    norm = functools.partial(batch_norm, train, dtype=self.dtype)
     inputs = _scaled(32, self.width_multiplier)
     stride = 1 if self.small_images else 2
-    x = _conv(inputs, 3, stride=stride, dtype=self.dtype, name="conv")(x.astype(self.dtype))
+    x = convolution(inputs, 3, stride=stride, dtype=self.dtype, name="conv")(x.astype(self.dtype))
     x = nn.relu6(norm(name="bn")(x))
     block_type: Any = nn.remat(InvertedResidual, static_argnums=(2,)) if self.remat else InvertedResidual
     for stage, (expansion, features, blocks, stage_stride) in enumerate(_STAGES):
@@ -88,30 +88,11 @@ class MobileNetV2(nn.Module):
         stride = stage_stride if block == 0 else 1
         x = block_type(inputs, features, expansion, stride, self.dtype, name=name)(x, train)
         inputs = features
-    x = _conv(_scaled(1280, max(1.0, self.width_multiplier)), 1, dtype=self.dtype, name="head")(x)
+    x = convolution(_scaled(1280, max(1.0, self.width_multiplier)), 1, dtype=self.dtype, name="head")(x)
     x = nn.relu6(norm(name="bn_head")(x))
     x = jnp.mean(x, axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=_dense_init, name="fc")(x).astype(jnp.float32)
-
-
-def _conv(features: int, size: int, *, dtype: Any, name: str, stride: int = 1, groups: int = 1) -> nn.Conv:
-  """A convolution without bias, padded evenly on all sides as in PyTorch ("SAME" is uneven at stride 2)."""
-  return nn.Conv(
-    features,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    feature_group_count=groups,
-    use_bias=False,
-    dtype=dtype,
-    kernel_init=_kernel_init,
-    name=name,
-  )
-
-
-def _norm(train: bool, *, dtype: Any, name: str) -> nn.BatchNorm:
-  return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
 
 
 def _scaled(features: int, multiplier: float) -> int:

@@ -14,28 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# He et al., ICCV 2015, as in torchvision.
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+from sapr_jax.models.layers import batch_norm, convolution
+
 _EXPANSION = 4
-
-
-def _conv(features: int, size: int, *, dtype: Any, stride: int = 1, name: str) -> nn.Conv:
-  """A convolution without bias, padded evenly on all sides as in PyTorch ("SAME" is uneven at stride 2)."""
-  return nn.Conv(
-    features,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    use_bias=False,
-    dtype=dtype,
-    kernel_init=_kernel_init,
-    name=name,
-  )
-
-
-def _norm(train: bool, *, dtype: Any, name: str) -> nn.BatchNorm:
-  # PyTorch's defaults; its momentum 0.1 is the share of the new statistics.
-  return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
 
 
 class BasicBlock(nn.Module):
@@ -58,8 +39,8 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    conv = functools.partial(_conv, dtype=self.dtype)
-    norm = functools.partial(_norm, train, dtype=self.dtype)
+    conv = functools.partial(convolution, dtype=self.dtype)
+    norm = functools.partial(batch_norm, train, dtype=self.dtype)
     y = conv(self.features, 3, stride=self.stride, name="conv1")(x)
     y = nn.relu(norm(name="bn1")(y))
     y = conv(self.features, 3, name="conv2")(y)
@@ -90,8 +71,8 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    conv = functools.partial(_conv, dtype=self.dtype)
-    norm = functools.partial(_norm, train, dtype=self.dtype)
+    conv = functools.partial(convolution, dtype=self.dtype)
+    norm = functools.partial(batch_norm, train, dtype=self.dtype)
     y = conv(self.features, 1, name="conv1")(x)
     y = nn.relu(norm(name="bn1")(y))
     y = conv(self.features, 3, stride=self.stride, name="conv2")(y)
@@ -129,8 +110,8 @@ class CifarResNet(nn.Module):
       raise ValueError(f"A CIFAR ResNet has depth 6 n + 2 (20, 32, 44, 56, 110); got {self.depth}.")
     widths = [_scaled(16 * 2**stage, self.width_multiplier) for stage in range(3)]
     block_type: Any = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
-    x = _conv(widths[0], 3, dtype=self.dtype, name="conv")(x.astype(self.dtype))
-    x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
+    x = convolution(widths[0], 3, dtype=self.dtype, name="conv")(x.astype(self.dtype))
+    x = nn.relu(batch_norm(train, dtype=self.dtype, name="bn")(x))
     for stage, features in enumerate(widths):
       for block in range(blocks):
         down: dict[str, Any] = {}
@@ -166,8 +147,10 @@ class ResNet(nn.Module):
     block_type: Any = Bottleneck if self.bottleneck else BasicBlock
     if self.remat:
       block_type = nn.remat(block_type, static_argnums=(2,))
-    x = _conv(_scaled(64, self.width_multiplier), 7, stride=2, dtype=self.dtype, name="conv")(x.astype(self.dtype))
-    x = nn.relu(_norm(train, dtype=self.dtype, name="bn")(x))
+    x = convolution(_scaled(64, self.width_multiplier), 7, stride=2, dtype=self.dtype, name="conv")(
+      x.astype(self.dtype)
+    )
+    x = nn.relu(batch_norm(train, dtype=self.dtype, name="bn")(x))
     x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     for stage, blocks in enumerate(self.blocks):
       for block in range(blocks):

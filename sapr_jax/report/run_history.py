@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sapr_jax.artifacts import read_records
+from sapr_jax.artifacts.files import read_json
 from sapr_jax.errors import InputError
 
 
@@ -64,24 +65,16 @@ def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
     records = read_records(path)
     if not records:
       raise InputError(f"{path} has no records yet; wait for the first epoch of the run.")
-    network, summary = _read(path / "network.json"), _read(path / "summary.json")
+    network, summary = read_json(path / "network.json"), read_json(path / "summary.json")
     histories.append(RunHistory(path, config, records, network, summary, label))
   return sorted(histories, key=lambda run: (run.config["prune.gamma"], run.config["seed"]))
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  config = _read(path / "config.json")
+  config = read_json(path / "config.json")
   if config is None or "prune.gamma" not in config:
     raise InputError(f"{path} is no work directory of a run: it has no whole config.json; name one.")
   return config
-
-
-def _read(file: pathlib.Path) -> dict[str, Any] | None:
-  try:
-    value = json.loads(file.read_text())
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None
 
 
 def _labels(paths: Sequence[pathlib.Path], configs: Sequence[dict[str, Any]]) -> list[str]:

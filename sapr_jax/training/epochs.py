@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax import data
@@ -116,16 +115,3 @@ def norm_summary(setup: Setup, params: Any, masks: Masks) -> dict[str, float]:
   if dropped.size:
     summary |= {"dropped_norm_mean": float(dropped.mean()), "dropped_norm_max": float(dropped.max())}
   return summary
-
-
-def first_not_finite(network: NetworkState) -> str | None:
-  """Names the first tensor with an entry that is not finite."""
-  for name, tree in (
-    ("params", network.params),
-    ("batch_stats", network.batch_stats),
-    ("opt_state", network.opt_state),
-  ):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
-        return f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-  return None

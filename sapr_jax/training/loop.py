@@ -18,7 +18,7 @@ from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.position import Position
 from sapr_jax.training.progress import Progress
 from sapr_jax.training.setup import FINETUNE, TRAIN, Setup
-from sapr_jax.training.state import NetworkState, network_state
+from sapr_jax.training.state import NetworkState, first_not_finite, network_state
 
 State = dict[str, Any]
 """What a checkpoint holds: "network", and while pruning "generator" and "masks"."""
@@ -229,7 +229,8 @@ def _train_weights(
 def _check_finite(stage: Stage, network: NetworkState, position: Position) -> None:
   if (diverged := position.diverged()) is None:
     return
-  first = epochs.first_not_finite(network)
+  parts = ("params", "batch_stats", "opt_state")
+  first = next((f"{part}/{name}" for part in parts if (name := first_not_finite(getattr(network, part)))), None)
   tensor = f"; the first tensor that is not finite is {first}" if first else ""
   raise InputError(
     f"{diverged} in epoch {position.epoch + 1} of {stage.name}, step {position.step} of {position.steps_per_epoch}, at"

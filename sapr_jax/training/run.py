@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import pathlib
 import shutil
 import time
@@ -13,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import traverse_util
 
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import write_atomically, write_json
@@ -101,7 +99,7 @@ def _finished(path: pathlib.Path, config: Any) -> dict[str, Any] | None:
 
 def _settings(config: Any, path: pathlib.Path) -> dict[str, Any]:
   """Returns what all processes must have been given alike; where the images lie may differ from machine to machine."""
-  fields = traverse_util.flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
+  fields = layout.flat_fields(config)
   return {"workdir": str(path), **{k: v for k, v in fields.items() if k not in ("data.path", "data.workers")}}
 
 

@@ -180,10 +180,8 @@ def _read_network(
     model, variables = artifacts.load(path, base=model)
   else:
     variables = artifacts.import_torch(path, model, input_shape)
-  for place, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    if not bool(jnp.all(jnp.isfinite(leaf))):
-      name = jax.tree_util.keystr(place, simple=True, separator="/")
-      raise InputError(f"{path} has entries of {name} that are not finite; give weights of a run that did not diverge.")
+  if (name := state.first_not_finite(variables)) is not None:
+    raise InputError(f"{path} has entries of {name} that are not finite; give weights of a run that did not diverge.")
   return model, variables
 
 

@@ -55,6 +55,14 @@ class GeneratorState:
     return {"params": self.params, "constants": self.constants}
 
 
+def first_not_finite(tree: Any) -> str | None:
+  """Names the first tensor of a tree with an entry that is not finite; None if all are."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+      return jax.tree_util.keystr(path, simple=True, separator="/")
+  return None
+
+
 def network_state(variables: Any, tx: optax.GradientTransformation) -> NetworkState:
   """Makes the state of a network that has taken no step."""
   return NetworkState(

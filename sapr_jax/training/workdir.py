@@ -17,7 +17,7 @@ import jax
 from flax import traverse_util
 
 from sapr_jax import report
-from sapr_jax.artifacts.files import write_json
+from sapr_jax.artifacts.files import read_json, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
@@ -51,13 +51,13 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   for name in (CONFIG, RECORDS, SUMMARY, REPORT):
     if (path / name).is_dir():
       raise InputError(f"{path / name} is a directory, but must be a file; remove it, or name a new --workdir.")
-  earlier = _read_json(file)
+  earlier = read_json(file)
   if earlier is None:
     raise InputError(f"{file} is damaged; name a new --workdir.")
   for name in (DENSE, PRUNED):
     if (path / name).exists() and not (path / name / DEFINITION).is_file():
       raise InputError(f"{path / name} holds no whole model; remove that directory, and the run goes on.")
-  fields = _fields(config)
+  fields = flat_fields(config)
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
   if differing:
@@ -91,20 +91,12 @@ def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the summary of a finished run; None if there is none, or what it speaks of is not there."""
   if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
     return None
-  summary = _read_json(path / SUMMARY)
+  summary = read_json(path / SUMMARY)
   try:
     report.format_summary(summary or {})
   except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # damaged: it is made anew
     return None
   return summary
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
-  try:
-    value = json.loads(file.read_text())
-  except (OSError, ValueError):
-    return None
-  return value if isinstance(value, dict) else None
 
 
 def make_workdir(path: pathlib.Path, config: Any) -> None:
@@ -116,7 +108,7 @@ def make_workdir(path: pathlib.Path, config: Any) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
     if not (path / CONFIG).exists():
-      write_json(path / CONFIG, _fields(config))
+      write_json(path / CONFIG, flat_fields(config))
   except OSError as error:
     why = error.strerror or error
     raise InputError(f"The work directory {path} cannot be written ({why}); name another --workdir.") from error
@@ -163,5 +155,6 @@ def _remove_leftovers(path: pathlib.Path) -> None:
         leftover.unlink()
 
 
-def _fields(config: Any) -> dict[str, Any]:
+def flat_fields(config: Any) -> dict[str, Any]:
+  """Returns the fields of a configuration as JSON has them, under flat names with dots."""
   return traverse_util.flatten_dict(json.loads(config.to_json_best_effort()), sep=".")
