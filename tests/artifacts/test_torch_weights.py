@@ -403,7 +403,7 @@ def reference():
   """The networks in PyTorch: name -> (ours, theirs, sizes of images)."""
   pytest.importorskip("torch", reason=WITHOUT_TORCH)
   sys.path.insert(0, str(pathlib.Path(__file__).parent))
-  import torch_reference as ref
+  from benchmarks import torch_networks as ref
 
   models = sapr.models
   basic = models.ResNet(blocks=(1, 2, 1, 1), bottleneck=False, num_classes=5, width_multiplier=0.125)
@@ -435,7 +435,7 @@ ARCHITECTURES = ("cifar_resnet", "resnet18", "resnet50", "mobilenetv2", "mobilen
 
 
 def randomized(theirs):
-  import torch_reference as ref
+  from benchmarks import torch_networks as ref
 
   return ref.randomize(theirs())
 
@@ -535,7 +535,7 @@ def cifar_forward(self, x):
 
 
 def test_the_example_of_the_guide(reference, tmp_path, monkeypatch, capsys):
-  import torch_reference as ref
+  from benchmarks import torch_networks as ref
 
   (example,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
   # Our reference network in the place of torchvision, which need not be installed.
@@ -549,7 +549,7 @@ def test_the_example_of_the_guide(reference, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif("SAPR_TEST_FULL_SIZE" not in os.environ, reason="takes half a minute: set SAPR_TEST_FULL_SIZE=1")
 @pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101", "mobilenetv2", "resnet56"])
 def test_full_size(reference, tmp_path, name):
-  import torch_reference as ref
+  from benchmarks import torch_networks as ref
 
   theirs, size = {
     "resnet34": (lambda: ref.ResNet(ref.BasicBlock, (3, 4, 6, 3)), 224),

@@ -1,4 +1,4 @@
-"""The networks in PyTorch, for tests: in torchvision's form, with its names, of any width. Needs torch."""
+"""The networks in PyTorch, to compare with: in torchvision's form, with its names, of any width. Needs torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,37 @@
+"""Runs all performance benchmarks on the machine at hand, and renews `docs/performance.md`: `make bench`.
+
+    python -m benchmarks [PART ...]
+
+Each part is a process of its own, prints one table and writes `results/<part>_<platform>.json`; on a GPU the same command
+runs the parts that have something to measure there. The page shows what was recorded on each platform.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks import performance_page
+
+PARTS = ("training_step", "method_cost", "pruned_speed", "start_up", "growth")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; none: all")
+  args = parser.parse_args()
+  if unknown := set(args.parts) - set(PARTS):
+    parser.error(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+  failed = []
+  for part in args.parts or PARTS:
+    print(f"\n== {part}", flush=True)
+    if subprocess.run([sys.executable, "-m", f"benchmarks.{part}"]).returncode:
+      failed.append(part)
+  performance_page.renew()
+  if failed:
+    sys.exit(f"error: {', '.join(failed)} failed; the page shows what was recorded before")
+
+
+if __name__ == "__main__":
+  main()
