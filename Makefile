@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 EXTRAS ?= dev
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test lint bench venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m sapr_jax.main --config configs/digits.py --workdir $(RUN)
@@ -18,8 +18,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Measures beside PyTorch, on this machine, and renews docs/performance.md; some minutes.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 # With EXTRAS=dev,torch the tests against PyTorch run too; they are skipped without it.

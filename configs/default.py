@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.steps_per_call = placeholder(int)  # steps in one compiled call; unset: 1 on CPU, else many
   config.eval_batch_size = 512
+  config.fast_cpu = True  # on CPUs: layers, compiler options and memory as in sapr_jax/training/cpu.py
 
   config.model = ConfigDict()
   config.model.name = "resnet56"  # a name in sapr_jax.models.MODELS
@@ -56,9 +57,10 @@ def get_config() -> ConfigDict:
   config.prune.gamma = 5e-4  # strength of the partial regularization
   config.prune.form = "proximal"  # proximal: a step after the optimizer's; penalty: a term of the loss
   config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
+  config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps
-  config.prune.round_to = 1  # widths are multiples of this
+  config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.generator = ConfigDict()
   config.generator.data_share = 0.1  # of the training images

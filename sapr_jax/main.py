@@ -34,6 +34,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
 _CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 300, "How long to wait for the other processes.", 1)
+_COMPILATION_CACHE = flags.DEFINE_bool(
+  "compilation_cache", True, "Keep compiled programs in the user's cache folder, for later runs."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, records and the pruned model.")
 
 
@@ -76,6 +79,10 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
   try:
     from sapr_jax import training  # starts slowly; bad flags fail before
 
+    if config.get("fast_cpu"):
+      training.keep_memory()  # the process is ours; JAX has not started yet
+    if _COMPILATION_CACHE.value:
+      training.use_compilation_cache()
     training.run(config, workdir)
   except InputError as error:
     # What all processes know of, the first one says.

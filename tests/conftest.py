@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +42,14 @@ def _network(model: nn.Module, input_shape: tuple[int, ...], **trace_options: An
 
   variables = jax.tree.map(draw, shapes)
   return Network(model, variables, sapr.trace_channels(model, variables, input_shape, **trace_options), input_shape)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache_of_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """The commands that tests start share compiled programs, and stay out of the user's cache folder."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    yield
 
 
 @pytest.fixture(scope="session")

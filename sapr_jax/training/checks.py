@@ -59,6 +59,7 @@ def _check_model(config: ConfigDict) -> None:
   _number(config, "model.width_multiplier", 0.0, 100.0, low_included=False)
   _truth(config, "model.remat")
   _path(config, "init.weights")
+  _truth(config, "fast_cpu")
 
 
 def _check_data(config: ConfigDict) -> None:
@@ -139,9 +140,10 @@ def _check_prune(config: ConfigDict) -> None:
   _at_least_0(config, "prune.gamma")
   _one_of(config, "prune.form", ("proximal", "penalty"))
   _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
+  _one_of(config, "prune.masks", ("likely", "sampled"))
   _one_of(config, "prune.select", ("blocks", "unjoined", "exact"))
   _whole(config, "prune.min_width", 1)
-  _whole(config, "prune.round_to", 1)
+  _whole(config, "prune.round_to", 1, optional=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,9 +52,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(put, tree)
 
 
+def is_cpu(mesh: Mesh) -> bool:
+  """Whether the devices are CPUs."""
+  return mesh.devices.flat[0].platform == "cpu"
+
+
 def loops_are_slow(mesh: Mesh) -> bool:
   """Whether to unroll loops: on a CPU, XLA runs the convolutions in the body of one some thirty times slower."""
-  return mesh.devices.flat[0].platform == "cpu"
+  return is_cpu(mesh)
 
 
 def default_steps_per_call(mesh: Mesh) -> int:
@@ -77,9 +82,14 @@ class MappedSteps:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
 
   The carry is donated; batches are cut along their second axis.
+
+  Args:
+    step: The step.
+    mesh: The devices.
+    compiler_options: For `jax.jit`.
   """
 
-  def __init__(self, step: Step, mesh: Mesh):
+  def __init__(self, step: Step, mesh: Mesh, compiler_options: Mapping[str, str] | None = None):
     self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
 
     def many(carry: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
@@ -92,7 +102,7 @@ class MappedSteps:
     mapped = jax.shard_map(
       many, mesh=mesh, in_specs=(everywhere, everywhere, cut), out_specs=(everywhere, everywhere), check_vma=False
     )
-    self._many = jax.jit(mapped, donate_argnums=0)
+    self._many = jax.jit(mapped, donate_argnums=0, compiler_options=dict(compiler_options or {}) or None)
 
   def run(self, carry: Any, shared: Any, calls: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Runs the step on all batches in turn; every number of batches in a call is a program to compile.
@@ -140,6 +150,7 @@ __all__ = [
   "data_mesh",
   "default_steps_per_call",
   "device_key",
+  "is_cpu",
   "is_main_process",
   "loops_are_slow",
   "mean_over_devices",

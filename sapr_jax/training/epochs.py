@@ -78,12 +78,19 @@ def train_generator(
   return generator, {name: float(np.mean(np.concatenate([h[name] for h in history]))) for name in history[0]}
 
 
-def masks_in_force(setup: Setup, generator: GeneratorState) -> dict[str, np.ndarray]:
-  """Returns the masks that the generator now proposes, projected onto the budget; the same on every host."""
+def masks_in_force(setup: Setup, generator: GeneratorState, *, epoch: int) -> dict[str, np.ndarray]:
+  """Returns the masks that the generator now proposes, projected onto the budget; the same on every host.
+
+  Sampled ones rank the channels by o + g of Eq. 1 in place of o. The masks of the last epoch are cut, so that they are
+  always the most likely ones.
+  """
   prune = setup.config.prune
   outputs = jax.device_get(setup.generator_outputs(generator.variables))
+  if prune.masks == "sampled" and epoch + 1 < setup.config.train.epochs:
+    key = jax.random.fold_in(setup.key(setup_lib.MASKS), epoch)
+    outputs = outputs + np.asarray(jax.random.gumbel(key, outputs.shape, outputs.dtype))
   scores = split_by_group(outputs, setup.graph)
-  return project_to_budget(setup.graph, scores, prune.p, min_width=prune.min_width, round_to=prune.round_to)
+  return project_to_budget(setup.graph, scores, prune.p, min_width=prune.min_width, round_to=setup.round_to)
 
 
 def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, float]:

@@ -246,7 +246,7 @@ def _renew_masks(setup: Setup, stage: Stage, state: State, epoch: int) -> dict[s
   state["generator"], metrics = epochs.train_generator(
     setup, stage.generator_steps, state["generator"], state["network"].variables, epoch=epoch
   )
-  before, renewed = jax.device_get(state["masks"]), epochs.masks_in_force(setup, state["generator"])
+  before, renewed = jax.device_get(state["masks"]), epochs.masks_in_force(setup, state["generator"], epoch=epoch)
   state["masks"] = replicate(renewed, setup.mesh)
   record = {"generator_seconds": time.monotonic() - clock, **_prefixed("generator", metrics)}
   if epoch > setup.config.prune.start_epoch:  # the first masks have no predecessor

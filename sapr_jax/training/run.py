@@ -195,6 +195,6 @@ def _describe(setup: Setup) -> str:
   return (
     f"{config.model.name} on {images}, {setup.mesh.devices.size} device(s): {jax.devices()[0].device_kind}\n"
     f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
-    f" a group; {config.prune.p:.0%} of these are kept\n"
+    f" a group; {config.prune.p:.0%} of these are kept (widths: multiples of {setup.round_to})\n"
     f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel"
   )

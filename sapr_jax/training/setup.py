@@ -18,12 +18,13 @@ from sapr_jax import artifacts, data, models
 from sapr_jax.channels import ChannelGraph, mask_params, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
-from sapr_jax.training import processes, schedules, state, steps
-from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
+from sapr_jax.training import cpu, processes, schedules, state, steps
+from sapr_jax.training.devices import MappedSteps, data_mesh, is_cpu, replicate
 from sapr_jax.training.feed import Feed, make_feed
+from sapr_jax.training.rounding import resolve_round_to
 
 # Streams of random numbers and orders: one a purpose, so that none depends on how much another draws.
-_INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE = range(5)
+_INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE, MASKS = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Setup:
     graph: Its channel graph.
     generator: The architecture generator.
     generator_images: Indices of the training images that the generator learns on, int32 `[M]`.
+    round_to: What the widths of the sub-network are multiples of.
   """
 
   config: Any
@@ -51,6 +53,7 @@ class Setup:
   graph: ChannelGraph
   generator: ArchitectureGenerator
   generator_images: np.ndarray
+  round_to: int
 
   def key(self, stream: int) -> jax.Array:
     """The run's randomness for one purpose."""
@@ -104,7 +107,10 @@ class Setup:
     return replicate(state.generator_state(self.generator, self.generator_tx, key), self.mesh)
 
   def mapped(self, step: Any) -> MappedSteps:
-    return MappedSteps(step, self.mesh)
+    """Maps a step over the devices; on CPUs in its fast form."""
+    if not (self.config.fast_cpu and is_cpu(self.mesh)):
+      return MappedSteps(step, self.mesh)
+    return MappedSteps(cpu.with_fast_layers(step), self.mesh, cpu.compiler_options(self.variables["params"]))
 
   @functools.cached_property
   def generator_outputs(self) -> Any:
@@ -141,7 +147,8 @@ def build(config: Any) -> Setup:
   model, variables = initial_network(config, feed.num_classes, input_shape)
   graph = trace_channels(model, variables, input_shape, select=config.prune.select)
   # A budget that no masks can meet shows now, not at E_start.
-  check_budget(graph, config.prune.p, min_width=config.prune.min_width, round_to=config.prune.round_to)
+  round_to = resolve_round_to(config.prune, graph, mesh.devices.flat[0].platform)
+  check_budget(graph, config.prune.p, min_width=config.prune.min_width, round_to=round_to)
   return Setup(
     config=config,
     mesh=mesh,
@@ -152,6 +159,7 @@ def build(config: Any) -> Setup:
     graph=graph,
     generator=ArchitectureGenerator.for_graph(graph),
     generator_images=_generator_images(config, feed.num_train),
+    round_to=round_to,
   )
 
 

@@ -1,0 +1,334 @@
+"""The claims of the paper, judged by what the CIFAR-10 study recorded: a table and a verdict each, by fixed rules.
+
+A claim says that a difference is above a threshold. With its mean over the seeds, paired by seed, goes the 90 %
+interval of Student's t distribution:
+
+    holds      the whole interval lies above the threshold
+    fails      it lies below
+    undecided  the threshold lies in it, or there are fewer than two seeds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import scipy.stats
+
+from benchmarks.measuring import table
+from benchmarks.study_rows import gamma_name
+
+NOTHING_LOST = 0.25
+"""Points of accuracy that count as no loss: (a)."""
+MUCH_BETTER = 5.0
+"""Points of accuracy of the sub-network that count as much: (b)."""
+ABOUT_TEN_PERCENT = 11.0
+"""Cost of the generator, in % of the weight epochs, that counts as about 10 %: (e)."""
+STABLE = 0.05
+"""Hamming distance that the supplement calls small: (d)."""
+
+Values = Mapping[int, float]
+"""Seed -> value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Mean over seeds with its 90 % interval; without limits for fewer than two seeds."""
+
+  mean: float
+  low: float
+  high: float
+  count: int
+
+  def verdict(self, threshold: float = 0.0) -> str:
+    """Judges that the value is above `threshold`."""
+    if self.low > threshold:
+      return "holds"
+    return "fails" if self.high < threshold else "undecided"
+
+  def __str__(self) -> str:
+    if not self.count:
+      return "-"
+    if self.count == 1:
+      return f"{self.mean:+.2f}"
+    return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+  """Estimates a mean from a value for each seed.
+
+  Example:
+    >>> str(estimate([1.0, 2.0, 3.0]))
+    '+2.00 [+0.31, +3.69]'
+  """
+  values = list(values)
+  mean = statistics.fmean(values) if values else math.nan
+  if len(values) < 2:
+    return Estimate(mean, -math.inf, math.inf, len(values))
+  margin = scipy.stats.t.ppf(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+  return Estimate(mean, mean - margin, mean + margin, len(values))
+
+
+def difference(a: Values, b: Values) -> Estimate:
+  """Estimates a - b from the seeds that both have."""
+  return estimate(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys()))
+
+
+def combined(verdicts: Iterable[str]) -> str:
+  """Returns the verdict over parts that must all hold."""
+  found = set(verdicts)
+  return next((verdict for verdict in ("fails", "undecided") if verdict in found), "holds" if found else "undecided")
+
+
+def mean_and_deviation(values: Iterable[float], decimals: int = 2) -> str:
+  """Formats mean ± standard deviation over seeds.
+
+  Example:
+    >>> mean_and_deviation([1.0, 3.0]), mean_and_deviation([1.0]), mean_and_deviation([])
+    ('2.00 ± 1.41', '1.00', '-')
+  """
+  values = list(values)
+  if not values:
+    return "-"
+  mean = f"{statistics.fmean(values):.{decimals}f}"
+  return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """The entries of one network.
+
+  Attributes:
+    entries: As `study_records.entry_of` makes them.
+    main_gamma: The gamma that is compared with everything else.
+    gammas: All of them, rising.
+  """
+
+  entries: Sequence[Mapping[str, Any]]
+  main_gamma: float
+  gammas: Sequence[float]
+
+  @property
+  def main(self) -> str:
+    """Name of the row with `main_gamma`."""
+    return gamma_name(self.main_gamma)
+
+  def names(self, prefix: str = "") -> list[str]:
+    """Returns the names of the rows there are that begin with `prefix`."""
+    return list(dict.fromkeys(entry["row"] for entry in self.entries if entry["row"].startswith(prefix)))
+
+  def of(self, row: str, value: Callable[[Mapping[str, Any]], float | None]) -> dict[int, float]:
+    """Returns seed -> value of a row, of those seeds that have one."""
+    found = {entry["seed"]: value(entry) for entry in self.entries if entry["row"] == row}
+    return {seed: number for seed, number in found.items() if number is not None}
+
+  def accuracy(self, row: str, network: str) -> dict[int, float]:
+    """Returns seed -> accuracy in % of "dense", "subnetwork" or "pruned"."""
+    return self.of(row, lambda entry: entry["accuracy"].get(network))
+
+  def macs(self, row: str) -> str:
+    """Formats the share of MACs that a row keeps."""
+    return mean_and_deviation((100 * share for share in self.of(row, lambda entry: entry["macs_share"]).values()), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A claim with its judgement.
+
+  Attributes:
+    title: What is claimed.
+    rule: How it is judged.
+    table: Markdown.
+    verdict: "holds", "fails" or "undecided".
+    remark: What else is to be seen; "" for nothing.
+  """
+
+  title: str
+  rule: str
+  table: str
+  verdict: str
+  remark: str = ""
+
+
+def nothing_lost(results: Results) -> Claim:
+  """(a): the pruned network is as accurate as the dense one."""
+  pruned = results.accuracy(results.main, "pruned")
+  rows, verdicts = [], []
+  for title, row in (("dense network of the same run", results.main), ("dense network with gamma = 0", gamma_name(0))):
+    dense = results.accuracy(row, "dense")
+    change = difference(pruned, dense)
+    verdicts.append(change.verdict(-NOTHING_LOST))
+    rows.append([title, mean_and_deviation(dense.values()), mean_and_deviation(pruned.values()), str(change)])
+  return Claim(
+    f"(a) After fine-tuning, nothing is lost ({results.main}, {results.macs(results.main)} % of the MACs left)",
+    f"The change against the dense network of the same run, which is the paper's baseline, is above -{NOTHING_LOST}"
+    " points. The second line is the stricter comparison, with a network that was never regularized.",
+    table(["compared with", "dense, %", "pruned, %", "change, points"], rows),
+    verdicts[0],
+    f"Against gamma = 0 the same rule says: {verdicts[1]}.",
+  )
+
+
+def better_subnetwork(results: Results) -> Claim:
+  """(b): before fine-tuning, the sub-network is much better than what one-shot pruning leaves."""
+  main = results.accuracy(results.main, "subnetwork")
+  rows, verdicts = [[results.main, mean_and_deviation(main.values()), "", ""]], []
+  for row in (gamma_name(0), *results.names("one_shot"), "torch_pruning=group_norm"):
+    other = results.accuracy(row, "subnetwork")
+    gain = difference(main, other)
+    verdicts.append(gain.verdict(MUCH_BETTER))
+    rows.append([row, mean_and_deviation(other.values()), str(gain), verdicts[-1]])
+  return Claim(
+    "(b) Partial regularization makes a sub-network that is good before fine-tuning",
+    f"Its accuracy is more than {MUCH_BETTER:g} points above that of each network that was cut without regularization,"
+    " in one step.",
+    table(["row", "sub-network, %", "ours is better by, points", "verdict"], rows),
+    combined(verdicts),
+  )
+
+
+def larger_gamma(results: Results) -> Claim:
+  """(c): larger gamma, better sub-network and worse full model."""
+  rows, worse_from, pruned_means = [], None, {}
+  for gamma in results.gammas:
+    name = gamma_name(gamma)
+    values = {network: results.accuracy(name, network) for network in ("dense", "subnetwork", "pruned")}
+    loss = difference(results.accuracy(gamma_name(0), "dense"), values["dense"])
+    if gamma and worse_from is None and loss.verdict() == "holds":
+      worse_from = gamma
+    if values["pruned"]:
+      pruned_means[gamma] = statistics.fmean(values["pruned"].values())
+    cells = [mean_and_deviation(values[network].values()) for network in ("dense", "subnetwork", "pruned")]
+    rows.append([f"{gamma:g}", *cells, str(loss) if gamma else ""])
+  last, none = gamma_name(results.gammas[-1]), gamma_name(0)
+  parts = (
+    difference(results.accuracy(last, "subnetwork"), results.accuracy(none, "subnetwork")).verdict(),
+    difference(results.accuracy(none, "dense"), results.accuracy(last, "dense")).verdict(),
+  )
+  turn = (
+    "the full model is at no gamma clearly worse"
+    if worse_from is None
+    else (f"the full model is clearly worse from gamma = {worse_from:g} on")
+  )
+  if pruned_means:
+    turn += f"; the pruned network is best at gamma = {max(pruned_means, key=pruned_means.__getitem__):g}"
+  return Claim(
+    "(c) A larger gamma makes the sub-network better and the full model worse",
+    f"At gamma = {results.gammas[-1]:g} the sub-network is better, and the dense network worse, than at 0. The turn is"
+    " the least gamma whose loss in the full model has an interval above 0.",
+    table(["gamma", "full model, %", "sub-network, %", "pruned, %", "full model loses, points"], rows),
+    combined(parts),
+    f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {turn}.",
+  )
+
+
+def stable_architecture(results: Results) -> Claim:
+  """(d): the architecture settles."""
+
+  def mean_between(entry: Mapping[str, Any], first: int, last: int) -> float | None:
+    curve = entry["curves"].get("hamming")
+    return None if curve is None else mean_of_epochs(curve, entry["start_epoch"] + first, entry["start_epoch"] + last)
+
+  windows = {"epochs 8 to 12": (8, 12), "epochs 20 to 30": (20, 30)}
+  values = {
+    name: results.of(results.main, lambda entry, w=window: mean_between(entry, *w)) for name, window in windows.items()
+  }
+  values["last ten epochs"] = results.of(
+    results.main,
+    lambda entry: mean_between(entry, *(entry["train_epochs"] - entry["start_epoch"] + shift for shift in (-9, 0))),
+  )
+  early = difference(dict.fromkeys(values["epochs 8 to 12"], STABLE), values["epochs 8 to 12"]).verdict()
+  falling = difference(values["epochs 20 to 30"], values["last ten epochs"]).verdict()
+  epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == results.main}
+  short = bool(epochs) and max(epochs) < 30
+  return Claim(
+    "(d) The architecture settles",
+    f"The mean Hamming distance of consecutive epochs is below {STABLE} in epochs 8 to 12 after E_start, and in the"
+    " last ten epochs it is less than in epochs 20 to 30. A run with fewer epochs decides nothing.",
+    table(["after E_start", "Hamming distance"], [[n, mean_and_deviation(v.values(), 4)] for n, v in values.items()]),
+    "undecided" if short else combined((early, falling)),
+    f"These runs have only {max(epochs)} epochs after E_start." if short else f"Small: {early}; falling: {falling}.",
+  )
+
+
+def mean_of_epochs(curve: Mapping[str, Any], first: int, last: int) -> float | None:
+  """Returns the mean of a curve from epoch `first` to `last`, both included; None unless it has the last.
+
+  Example:
+    >>> mean_of_epochs({"first": 3, "values": [0.5, 0.25, 0.75]}, 4, 5)
+    0.5
+  """
+  start = max(0, first - curve["first"])
+  values = curve["values"][start : max(start, last - curve["first"] + 1)]
+  complete = last - curve["first"] < len(curve["values"])
+  return statistics.fmean(values) if values and complete else None
+
+
+def cheap_generator(results: Results) -> Claim:
+  """(e): the generator costs little."""
+
+  def share(entry: Mapping[str, Any]) -> float | None:
+    seconds = entry["seconds"]
+    return 100 * seconds["generator_epoch"] / seconds["weight_epoch"] if "generator_epoch" in seconds else None
+
+  rows = []
+  for name in [results.main, *results.names("generator_data")]:
+    seconds = [
+      results.of(name, lambda e, k=key: e["seconds"].get(k)).values() for key in ("weight_epoch", "generator_epoch")
+    ]
+    rows.append(
+      [name, *(mean_and_deviation(s) for s in seconds), mean_and_deviation(results.of(name, share).values(), 1)]
+    )
+  shares = results.of(results.main, share)
+  return Claim(
+    "(e) The generator costs about 10 % of the training time or less",
+    f"Its seconds in an epoch are less than {ABOUT_TEN_PERCENT:g} % of those of the weights (medians over the epochs of"
+    f" a run), with a tenth of the images ({results.main}).",
+    table(["row", "weights, s an epoch", "generator, s an epoch", "generator, %"], rows),
+    difference(dict.fromkeys(shares, ABOUT_TEN_PERCENT), shares).verdict(),
+  )
+
+
+def beats_alternatives(results: Results) -> Claim:
+  """(f): at equal MACs, the pruned network is better than what the alternatives make."""
+  main = results.accuracy(results.main, "pruned")
+  rows = [[results.main, results.macs(results.main), mean_and_deviation(main.values()), "", ""]]
+  verdicts = []
+  for row in (*results.names("one_shot"), *results.names("uniform_width"), *results.names("torch_pruning")):
+    other = results.accuracy(row, "pruned")
+    gain = difference(main, other)
+    verdicts.append(gain.verdict())
+    rows.append([row, results.macs(row), mean_and_deviation(other.values()), str(gain), verdicts[-1]])
+  return Claim(
+    "(f) At equal MACs the method beats the alternatives",
+    "Its pruned network is better than each of theirs, whatever their strength; our own gamma was fixed beforehand.",
+    table(["row", "MACs left, %", "accuracy, %", "ours is better by, points", "verdict"], rows),
+    combined(verdicts),
+  )
+
+
+CLAIMS: tuple[Callable[[Results], Claim], ...] = (
+  nothing_lost,
+  better_subnetwork,
+  larger_gamma,
+  stable_architecture,
+  cheap_generator,
+  beats_alternatives,
+)
+
+
+def open_choices(results: Results) -> str:
+  """Returns the table of what the supplement leaves open: what a change of one factor does."""
+  rows = []
+  prefixes = ("weighting", "form", "masks", "generator_data", f"{results.main},bn")
+  for name in [name for prefix in prefixes for name in results.names(prefix)]:
+    changes = [
+      difference(results.accuracy(name, network), results.accuracy(results.main, network))
+      for network in ("dense", "subnetwork", "pruned")
+    ]
+    rows.append([name, *map(str, changes)])
+  header = ["changed", *(f"{n}, points" for n in ("full model", "sub-network", "pruned"))]
+  return table(header, rows) if rows else "None was run."

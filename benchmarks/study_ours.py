@@ -1,0 +1,234 @@
+"""Runs of the CIFAR-10 study in this package: the method, and what else one can do with the same images and epochs."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.study_rows import Job
+from sapr_jax import artifacts, data, models, report, training
+from sapr_jax.artifacts.files import write_json
+from sapr_jax.channels import ChannelGraph, count_macs, prune
+from sapr_jax.errors import InputError
+from sapr_jax.method import project_to_budget
+from sapr_jax.training import epochs, loop, steps
+from sapr_jax.training import workdir as layout
+from sapr_jax.training.checks import check_config
+from sapr_jax.training.devices import replicate
+from sapr_jax.training.interruption import Interruption
+from sapr_jax.training.setup import Setup, build, initial_network
+
+_BATCH_NORM_MOMENTUM = 0.9  # of sapr_jax.models.layers.batch_norm
+_SCRATCH_KEY = 0
+
+
+def run_method(job: Job) -> None:
+  """The method itself, with whatever the configuration changes in it."""
+  training.run(job.config, job.workdir)
+
+
+def run_one_shot(job: Job) -> None:
+  """Cuts the dense network of a finished run by the L1 norms of its filters, and fine-tunes it."""
+  assert job.source is not None
+  setup = _build(job)
+  _, variables = artifacts.load(job.source / layout.DENSE)
+  scores = l1_scores(setup.graph, variables["params"], within_layers=job.row.choice == "uniform")
+  limits = job.config.prune
+  masks = project_to_budget(setup.graph, scores, limits.p, min_width=limits.min_width, round_to=limits.round_to)
+  small_model, small_variables = prune(setup.model, variables, setup.graph, masks)
+  tuned = train_plainly(setup, job.workdir, small_model, small_variables)
+  _write_summary(
+    setup,
+    job.workdir,
+    dense=(setup.model, variables),
+    subnetwork=(small_model, small_variables),
+    pruned=(small_model, tuned),
+  )
+
+
+def run_uniform_width(job: Job) -> None:
+  """Trains a network whose layers all are narrower, from scratch, for the epochs of training and fine-tuning."""
+  config = job.config.copy_and_resolve_references()
+  config.finetune = scratch_phase(config)
+  setup = _build(job, config)
+  narrow = config.copy_and_resolve_references()
+  narrow.model.width_multiplier = nearest_width(setup)
+  model, variables = initial_network(narrow, setup.feed.num_classes, setup.input_shape)
+  trained = train_plainly(setup, job.workdir, model, variables)
+  _write_summary(setup, job.workdir, pruned=(model, trained))
+
+
+def run_recalibration(job: Job) -> None:
+  """Measures the sub-network of a finished run again, with batch statistics of its own; trains nothing."""
+  assert job.source is not None
+  setup = _build(job)
+  stage = loop.pruning_stage(setup)
+  with contextlib.closing(artifacts.Checkpointer(job.source / "checkpoints" / "train")) as checkpointer:
+    state, position = loop.restore(setup, stage, checkpointer)
+  if position.epoch < job.config.train.epochs:
+    raise InputError(f"{job.source} holds no checkpoint of the end of its training; remove that run to do it again.")
+  variables, masks = jax.device_get((state["network"].variables, state["masks"]))
+  model, small_variables = prune(setup.model, variables, setup.graph, masks)
+  batch_size = job.config.train.batch_size
+  order = data.epoch_batches(setup.feed.num_train, batch_size, seed=job.seed, epoch=0, stream="recalibration")
+  started = time.monotonic()
+  statistics = batch_statistics(setup, model, small_variables, order)
+  seconds = time.monotonic() - started
+  layout.make_workdir(job.workdir, job.config)
+  recalibrated = {**small_variables, "batch_stats": statistics}
+  _write_summary(setup, job.workdir, seconds, subnetwork=(model, recalibrated))
+
+
+KINDS: Mapping[str, Callable[[Job], None]] = {
+  "ours": run_method,
+  "one_shot": run_one_shot,
+  "width": run_uniform_width,
+  "recalibrated": run_recalibration,
+}
+"""`Row.kind` -> what runs it. Each leaves `summary.json` in the work directory when it is done, and records."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they are made of
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def l1_scores(graph: ChannelGraph, params: Any, *, within_layers: bool) -> dict[str, np.ndarray]:
+  """Scores channels by the L1 norm of the filter that produces them.
+
+  Args:
+    graph: The channel graph.
+    params: Parameters of the dense network.
+    within_layers: Whether a score is the channel's rank in its group, so that all groups keep the same share; otherwise
+      it is the norm over the mean of its group, and all channels of the network compete.
+
+  Returns:
+    Group name -> `[group.size]`, higher is kept first; for `project_to_budget`.
+
+  References:
+    Li et al., Pruning filters for efficient ConvNets, 2017, which keeps equal shares within a stage.
+  """
+  scores = {}
+  for group in graph.groups:
+    filters = next(member for member in group.members if member.role == "out")
+    kernel: Any = params
+    for name in filters.path:
+      kernel = kernel[name]
+    norms = np.abs(np.moveaxis(np.asarray(kernel), filters.axis, 0)).reshape(group.size, -1).sum(axis=1)
+    ranks = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
+    scores[group.name] = (ranks + 1) / group.size if within_layers else norms / norms.mean()
+  return scores
+
+
+def scratch_phase(config: Any) -> ConfigDict:
+  """Returns the schedule of training, stretched to the epochs of training and fine-tuning together."""
+  phase = ConfigDict(config.train.to_dict())
+  phase.epochs = config.train.epochs + config.finetune.epochs
+  phase.decay_epochs = tuple(round(epoch * phase.epochs / config.train.epochs) for epoch in config.train.decay_epochs)
+  return phase
+
+
+def budget_macs(graph: ChannelGraph, p: float) -> float:
+  """Returns the MACs of the whole network that a budget allows."""
+  return graph.macs() - (1.0 - p) * graph.prunable_macs()
+
+
+def nearest_width(setup: Setup) -> float:
+  """Returns the width multiplier at which the dense network comes nearest to the budget."""
+  config = setup.config
+  widths = [config.model.width_multiplier * k / 64 for k in range(1, 65)]
+
+  def macs(width: float) -> int:
+    model = models.create(config.model.name, num_classes=setup.feed.num_classes, width_multiplier=width)
+    variables = jax.eval_shape(model.init, jax.random.key(_SCRATCH_KEY), jnp.zeros(setup.input_shape))
+    return count_macs(model, variables, setup.input_shape)
+
+  target = budget_macs(setup.graph, config.prune.p)
+  above = min(bisect.bisect_left(widths, target, key=macs), len(widths) - 1)
+  return min(widths[max(above - 1, 0)], widths[above], key=lambda width: abs(macs(width) - target))
+
+
+def train_plainly(setup: Setup, workdir: pathlib.Path, model: nn.Module, variables: Any) -> Any:
+  """Trains a network in the fine-tuning phase of the configuration, without the method; resumes where it was stopped.
+
+  Returns:
+    The variables after the last epoch.
+
+  Raises:
+    InputError: If the work directory cannot be used, or training diverges.
+    InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(layout.locked(workdir, setup.config))
+    interruption = stack.enter_context(Interruption())
+    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(workdir)))
+    keep = setup.config.checkpoint.keep
+    checkpointer = stack.enter_context(
+      contextlib.closing(artifacts.Checkpointer(workdir / "checkpoints" / "finetune", keep))
+    )
+    stage = loop.finetuning_stage(setup, model, jax.device_get(variables))  # the state is donated
+    state, position = loop.restore(setup, stage, checkpointer)
+    state = loop.train(setup, stage, state, position, checkpointer, recorder, interruption)
+  return jax.device_get(state["network"].variables)
+
+
+def batch_statistics(setup: Setup, model: nn.Module, variables: Any, order: np.ndarray) -> Any:
+  """Returns the means over batches of the statistics that batch normalization sees in training.
+
+  Args:
+    setup: The run; its images, augmented as in training.
+    model: A network.
+    variables: Its variables.
+    order: Indices of training images, `[batches, batch]`.
+  """
+  zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+  shared, preprocessing = setup.feed.train, setup.feed.preprocessing
+
+  @jax.jit
+  def statistics(images: jax.Array, key: jax.Array) -> Any:
+    image_key, dropout_key = jax.random.split(key)
+    x = preprocessing.train(image_key, images)
+    fresh = {**variables, "batch_stats": zeros}  # so that what is left is the new share alone
+    _, updated = model.apply(fresh, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
+    return jax.tree.map(lambda leaf: leaf / (1.0 - _BATCH_NORM_MOMENTUM), updated["batch_stats"])
+
+  sums = zeros
+  assert shared.images is not None
+  for number, batch in enumerate(order):
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), number)
+    sums = jax.tree.map(jnp.add, sums, statistics(shared.images[batch], key))
+  return jax.tree.map(lambda leaf: leaf / len(order), sums)
+
+
+def _build(job: Job, config: Any = None) -> Setup:
+  """Checks the configuration and the work directory as `training.run` does, and builds the run."""
+  config = job.config if config is None else config
+  check_config(config)
+  layout.check_workdir(job.workdir, config)
+  return build(config)
+
+
+def _write_summary(
+  setup: Setup, workdir: pathlib.Path, seconds: float = 0.0, **networks: tuple[nn.Module, Any]
+) -> None:
+  """Evaluates networks and writes the summary; "dense" without its accuracy stands for the unpruned network."""
+  summary: dict[str, Any] = {"dense": {"macs": setup.graph.macs()}}
+  for name, (model, variables) in networks.items():
+    evaluation = setup.mapped(steps.evaluation_step(model, setup.feed.preprocessing))
+    summary[name] = {
+      "macs": count_macs(model, variables, setup.input_shape),
+      "params": artifacts.count_params(variables),
+      **epochs.evaluate(setup, evaluation, replicate(variables, setup.mesh)),
+    }
+  summary["run"] = {"seconds": seconds, "versions": report.versions(), "device": jax.devices()[0].device_kind}
+  write_json(workdir / layout.SUMMARY, summary)

@@ -1,0 +1,151 @@
+"""What the CIFAR-10 study records: a small entry for each finished run, and one JSON file for all of a size."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.measuring import cpu_name
+from benchmarks.study_rows import Experiment, Job
+from sapr_jax.artifacts import read_records
+from sapr_jax.artifacts.files import read_json, write_atomically, write_json
+from sapr_jax.training import workdir as layout
+
+ENTRY = "study.json"
+"""In the work directory of a finished run: its entry."""
+
+_CURVES = {
+  "full_model": ("test_accuracy", 100, 2),
+  "subnetwork": ("subnetwork_accuracy", 100, 2),
+  "hamming": ("hamming_distance", 1, 4),
+  "kept_norm": ("kept_norm_mean", 1, 3),
+  "dropped_norm": ("dropped_norm_mean", 1, 4),
+}
+"""Name -> (name in the records, factor, decimals)."""
+
+
+def is_finished(workdir: pathlib.Path) -> bool:
+  """Says whether the run in `workdir` is done and has its entry."""
+  return read_json(workdir / ENTRY) is not None
+
+
+def write_entry(job: Job) -> None:
+  """Writes the entry of a run that has just ended."""
+  summary = read_json(job.workdir / layout.SUMMARY)
+  if summary is None:
+    raise RuntimeError(f"{job.workdir} has no summary, although its run ended")
+  write_json(job.workdir / ENTRY, entry_of(job, summary, read_records(job.workdir)))
+
+
+def entry_of(job: Job, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the entry of a run.
+
+  Args:
+    job: The run.
+    summary: What it measured at its end.
+    records: What it measured in every epoch.
+
+  Returns:
+    Row, seed, accuracies in percent at the last epoch (of the compact model, where there is one), its share of the
+    dense network's MACs, curves over epochs, seconds, and where it ran.
+  """
+  measured = {name: summary[name] for name in ("dense", "subnetwork", "pruned") if "accuracy" in summary.get(name, {})}
+  compact = measured.get("pruned") or measured["subnetwork"]
+  return {
+    "network": job.row.experiment.network,
+    "row": job.row.name,
+    "seed": job.seed,
+    "accuracy": {name: round(100 * entry["accuracy"], 3) for name, entry in measured.items()},
+    "macs_share": round(compact["macs"] / summary["dense"]["macs"], 5),
+    "start_epoch": job.config.prune.start_epoch,
+    "train_epochs": job.config.train.epochs,
+    "p": job.config.prune.p,
+    "curves": {name: curve for name, fields in _CURVES.items() if (curve := _curve(records, *fields)) is not None},
+    "seconds": _seconds(summary, records),
+    "machine": _machine(summary["run"]["device"]),
+    "versions": summary["run"]["versions"],
+  }
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str, factor: float, decimals: int) -> dict[str, Any] | None:
+  """Returns the values over epochs, and the first epoch that has one."""
+  points = [(record["step"], round(factor * record[name], decimals)) for record in records if name in record]
+  return {"first": points[0][0], "values": [value for _, value in points]} if points else None
+
+
+def _seconds(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns the seconds of the whole run, and the medians of an epoch while the generator learns."""
+  parts = ("weight_seconds", "generator_seconds", "evaluation_seconds")
+  total = sum(record.get(part, 0.0) for record in records for part in parts)
+  found = {"total": round(total or summary["run"]["seconds"], 1)}
+  searching = [record for record in records if "generator_seconds" in record]
+  for name in ("weight", "generator"):
+    if searching:
+      found[f"{name}_epoch"] = round(statistics.median(record[f"{name}_seconds"] for record in searching), 3)
+  return found
+
+
+def _machine(device: str) -> str:
+  cores = len(os.sched_getaffinity(0))
+  cpu = f"{cores} core{'s' if cores > 1 else ''} of {cpu_name()}"
+  return cpu if device == "cpu" else f"{device}, {cpu}"
+
+
+def describe_data(folder: str | None) -> str:
+  """Says which images were used."""
+  if folder is None:
+    return "CIFAR-10 from tensorflow-datasets"
+  files = (file for file in (pathlib.Path(folder) / "train").glob("*/*") if not file.name.startswith("."))
+  kind = next((file.suffix.lower() for file in files), "")
+  return "JPEG copy of CIFAR-10" if kind in (".jpg", ".jpeg") else f"{kind.lstrip('.').upper()} copy of CIFAR-10"
+
+
+def head_of(size: str, experiments: Iterable[Experiment], settings: Mapping[str, Any], data: str) -> dict[str, Any]:
+  """Returns what all entries of a results file have in common; entries under another head are not mixed with them."""
+  networks = {
+    e.network: {"main_gamma": e.main_gamma, "gammas": sorted({0.0, e.main_gamma, *e.gammas}), "overrides": e.overrides}
+    for e in experiments
+  }
+  head = {"size": size, "data": data, "networks": networks, "set": settings}
+  return dict(json.loads(json.dumps(head)))  # as JSON has it, with lists for tuples
+
+
+def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """Puts the entries of all finished runs in `folder` into a results file; what it held of others stays.
+
+  Args:
+    file: The results file.
+    head: What `head_of` returns; a file with another one is begun anew.
+    folder: Of the size; holds the work directories.
+
+  Returns:
+    What is in the file now.
+  """
+  entries = {key_of(entry): entry for entry in recorded(file, head)}
+  for path in sorted(folder.glob(f"*/*/seed_*/{ENTRY}")):
+    if (entry := read_json(path)) is not None:
+      entries[key_of(entry)] = entry
+  rows = [entries[key] for key in sorted(entries)]
+  if not rows:
+    return {**head, "rows": []}
+  # A line for each run: indented, the curves would be a line for each number.
+  lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+  text = json.dumps(dict(head), indent=2)[:-2] + ',\n  "rows": [\n' + lines + "\n]}\n"
+  write_atomically(file, text)
+  return {**head, "rows": rows}
+
+
+def recorded(file: pathlib.Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns the entries of a results file, none if it has another head."""
+  earlier = read_json(file) or {}
+  same = {name: value for name, value in earlier.items() if name != "rows"} == head
+  return list(earlier["rows"]) if same else []
+
+
+def key_of(entry: Mapping[str, Any]) -> tuple[str, str, int]:
+  """Returns what tells an entry from all others."""
+  return entry["network"], entry["row"], entry["seed"]

@@ -1,0 +1,73 @@
+"""Compiled programs on disk, so that only the first run of an experiment waits for the compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import sys
+import warnings
+
+import jax
+
+_QUIET_ON_CPU = (0, 10, 2)
+"""Releases before it (0.9.1 to 0.10.1 at least) log an error for every program that they load for an AVX-512 CPU."""
+
+
+def use_compilation_cache() -> pathlib.Path | None:
+  """Lets JAX keep what it compiles in the user's cache folder, and take it from there; to be called before it compiles.
+
+  Does nothing where the user has decided otherwise (`JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is
+  set), with JAX releases that load programs for CPUs badly, and in runs of several processes: only one of them would
+  write, and on GPUs a process that loads a program does not take part in the tuning that the others wait for. A folder
+  that cannot be written costs the cache and one line on standard error.
+
+  Returns:
+    The folder; None where it did nothing.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+    return None
+  if not jax.config.jax_enable_compilation_cache or jax.distributed.is_initialized():  # type: ignore[attr-defined]
+    return None
+  if jax.default_backend() == "cpu" and jax.__version_info__ < _QUIET_ON_CPU:
+    return None
+  try:
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(f"{folder} cannot be written")
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    print(f"warning: no compilation cache, every run compiles anew: {error}", file=sys.stderr)
+    return None
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  # A full disk, or a file that a killed run left half written: JAX compiles instead, and would say so for each program.
+  warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    # A start compiles about a hundred small programs besides the steps; together they take as long as a large one.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  return folder
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns `$XDG_CACHE_HOME/sapr_jax/compilation/PROCESSOR`, or the same in `~/.cache`.
+
+  The last part differs between processors: a home directory may be shared by machines, and JAX does not tell programs
+  for different instruction sets apart.
+
+  Raises:
+    RuntimeError: If the user has no home directory.
+  """
+  given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+  caches = given if given.is_absolute() else pathlib.Path.home() / ".cache"
+  instructions = hashlib.sha256(_instruction_sets().encode()).hexdigest()[:12]
+  return caches / "sapr_jax" / "compilation" / f"{platform.machine()}-{instructions}"
+
+
+def _instruction_sets() -> str:
+  """Returns what Linux says the processor can do, elsewhere its name."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

@@ -1,0 +1,221 @@
+"""What makes steps fast on CPUs, where XLA leaves much undone. Nothing here applies to accelerators.
+
+The module and its variables stay as they are: layers are replaced while a step is traced. `config.fast_cpu = False`
+switches all of it off; docs/performance.md has what it gains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+_M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of mallopt(3)
+
+
+def keep_memory() -> bool:
+  """Lets the process keep the memory that it frees; to be called before JAX starts its threads.
+
+  XLA allocates a program's temporary memory, hundreds of megabytes, for each call. glibc takes it from the kernel and
+  gives it back every time, so that every step pays for a hundred thousand page faults.
+
+  Returns:
+    Whether it did: only with glibc, and where JAX has nothing but the CPU to run on.
+  """
+  if not _only_cpu():
+    return False
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # another C library, or another system
+    return False
+  # One arena, as those of threads hold no large blocks; blocks from the heap, not mapped; a heap that never shrinks.
+  return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+
+
+def _only_cpu() -> bool:
+  """Whether JAX will use the CPU, told without starting it."""
+  if platforms := jax.config.jax_platforms:  # type: ignore[attr-defined]
+    return platforms == "cpu"
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiler options
+# ----------------------------------------------------------------------------------------------------------------------
+
+_OPTION = "xla_cpu_experimental_ynn_fusion_type"
+_TRIED_FROM = (0, 10)
+"""JAX releases from here on run our steps with the option; 0.8.1 crashes with other values of it."""
+
+
+def compiler_options(params: Any) -> dict[str, str]:
+  """Returns options for `jax.jit` that suit a network with these parameters; none where JAX does not know them.
+
+  XLA fuses the elementwise operations before a kernel's gradient into a transposition, and repeats them there in the
+  worst order for the caches. As fusions of the YNNPACK library they stand alone. That library is slow at shifted slices
+  though, so that networks with depthwise convolutions leave it the reductions only.
+  """
+  types = ["REDUCE"] if _has_depthwise(params) else ["REDUCE", "ELTWISE"]
+  options = {_OPTION: ",".join(f"LIBRARY_FUSION_TYPE_{name}" for name in types)}
+  return options if _is_known(options[_OPTION]) else {}
+
+
+def _has_depthwise(params: Any) -> bool:
+  shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+  return any(len(shape) == 4 and shape[2] == 1 and shape[3] > 1 and shape[:2] != (1, 1) for shape in shapes)
+
+
+@functools.cache
+def _is_known(value: str) -> bool:
+  """Whether this release of JAX takes the option: it is experimental, and may go."""
+  if jax.__version_info__ < _TRIED_FROM:
+    return False
+  try:
+    jax.jit(lambda x: x + 1, compiler_options={_OPTION: value}).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+  except Exception:  # of jaxlib's own types, which differ between releases
+    return False
+  return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def with_fast_layers(step: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the step with faster layers: the same values and gradients, up to rounding."""
+
+  @functools.wraps(step)
+  def fast(*args: Any) -> Any:
+    with nn.intercept_methods(_replace):
+      return step(*args)
+
+  return fast
+
+
+def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+  """Runs a layer in its fast form, if it has one and its fields ask for nothing unusual."""
+  layer = context.module
+  if context.method_name == "__call__" and len(args) == 1 and not layer.is_initializing():
+    if type(layer) is nn.BatchNorm and _is_plain_batch_norm(layer, args[0], kwargs):
+      return _run_batch_norm(layer, args[0])
+    if _is_grouped_convolution(layer):
+      return layer.clone(parent=layer.scope, conv_general_dilated=convolve)(*args, **kwargs)
+  return next_fun(*args, **kwargs)
+
+
+def _is_grouped_convolution(layer: nn.Module) -> bool:
+  if type(layer) is not nn.Conv or layer.feature_group_count == 1:
+    return False
+  return layer.conv_general_dilated is None and layer.conv_general_dilated_cls is None
+
+
+def _is_plain_batch_norm(layer: nn.BatchNorm, x: Any, kwargs: dict[str, Any]) -> bool:
+  """Whether it normalizes float32 with the statistics of this batch, along the last axis, and nothing else."""
+  running = kwargs.get("use_running_average", layer.use_running_average)
+  return (
+    running is False
+    and set(kwargs) <= {"use_running_average"}
+    and layer.use_running_average in (None, running)
+    and layer.axis in (-1, x.ndim - 1)
+    and layer.axis_name is None
+    and layer.use_scale
+    and layer.use_bias
+    and layer.use_fast_variance
+    and x.dtype == jnp.float32
+    and layer.dtype in (None, jnp.float32)
+    and layer.param_dtype == jnp.float32
+    and layer.is_mutable_collection("batch_stats")
+  )
+
+
+def _run_batch_norm(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
+  scope: Any = layer.scope
+  y, mean, var = batch_norm(
+    x, scope.get_variable("params", "scale"), scope.get_variable("params", "bias"), layer.epsilon
+  )
+  for name, new in (("mean", mean), ("var", var)):
+    old = scope.get_variable("batch_stats", name)
+    scope.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
+  return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
+  """Normalizes with the statistics of the batch; its gradient reads the batch twice only.
+
+  Args:
+    x: `[..., channels]`.
+    scale: `[channels]`.
+    bias: `[channels]`.
+    epsilon: Added to the variance.
+
+  Returns:
+    (y, mean, variance); the variance is E[x^2] - E[x]^2, as in `flax.linen.BatchNorm`.
+  """
+  return _batch_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _batch_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  var = jnp.maximum(0.0, jnp.mean(x * x, axes) - mean * mean)
+  inverse = lax.rsqrt(var + epsilon)
+  return ((x - mean) * (inverse * scale) + bias, mean, var), (x, mean, inverse, scale)
+
+
+def _batch_norm_backward(epsilon: float, residuals: Any, gradients: Any) -> tuple[jax.Array, ...]:
+  del epsilon
+  x, mean, inverse, scale = residuals
+  dy, dmean, dvar = gradients
+  axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+  dbias = jnp.sum(dy, axes)
+  dscale = jnp.sum(dy * (x - mean), axes) * inverse
+  slope = scale * inverse
+  constant = (dmean - slope * dbias) / count
+  linear = (2 * dvar - slope * inverse * dscale) / count
+  return slope * dy + (constant + (x - mean) * linear), dscale, dbias
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any) -> jax.Array:
+  """Does what `jax.lax.conv_general_dilated` does; a depthwise one as a sum of shifted products.
+
+  XLA's own takes some forty times as long as the sum, which is one pass over the image.
+  """
+  channels = x.shape[-1]
+  plain = all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
+  depthwise = options.get("feature_group_count") == channels == kernel.shape[-1] and kernel.shape[-2] == 1
+  if not (plain and depthwise and x.ndim == 4 and options.get("preferred_element_type") is None):
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  (height, width), (down, right) = kernel.shape[:2], strides
+  rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // right + 1
+
+  def shifted(i: int, j: int) -> jax.Array:
+    stop = (x.shape[0], i + (rows - 1) * down + 1, j + (columns - 1) * right + 1, channels)
+    return lax.slice(x, (0, i, j, 0), stop, (1, down, right, 1))
+
+  return sum(
+    (shifted(i, j) * kernel[i, j, 0] for i in range(height) for j in range(width)), start=jnp.zeros((), x.dtype)
+  )
+
+
+__all__ = ["batch_norm", "compiler_options", "convolve", "keep_memory", "with_fast_layers"]

@@ -1,0 +1,315 @@
+"""The CIFAR-10 study: its grid, what it judges by, and the pieces that are its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sapr_jax as sapr
+from benchmarks import study_ours, study_page
+from benchmarks.cifar10_study import parse_settings
+from benchmarks.study_claims import CLAIMS, Results, beats_alternatives, combined, difference, estimate, mean_of_epochs
+from benchmarks.study_records import entry_of, head_of, recorded, update
+from benchmarks.study_rows import SIZES, chosen, config_of, gamma_name, grid, job_of
+from sapr_jax.artifacts.files import write_json
+from sapr_jax.training import epochs
+from sapr_jax.training.checks import check_config
+from sapr_jax.training.steps import Preprocessing
+
+REDUCED, FULL = grid(SIZES["reduced"]), grid(SIZES["full"])
+
+
+@pytest.mark.parametrize("rows", [REDUCED, FULL])
+def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
+  assert len({row.path for row in rows}) == len(rows)
+  for row in rows:
+    check_config(config_of(row, 0, "DIR", {}))
+    assert row.source is None or row.source in {other.name for other in rows if other.experiment is row.experiment}
+
+
+def test_the_full_size_has_the_gammas_and_seeds_of_the_paper_and_its_schedules():
+  rows = {row.path: row for row in FULL}
+  for gamma in (0, 1e-4, 5e-4, 1e-3, 5e-3):
+    row = rows[f"resnet56/{gamma_name(gamma)}"]
+    config = config_of(row, 2, None, {})
+    assert row.seeds == (0, 1, 2) and config.prune.gamma == gamma and config.seed == 2
+    assert (config.train.epochs, config.finetune.epochs, config.data.source) == (200, 160, "tfds")
+
+
+def test_an_ablation_changes_one_field_of_the_main_row():
+  rows = {row.name: row for row in REDUCED}
+  main, changed = (config_of(rows[name], 0, None, {}) for name in ("gamma=0.02", "masks=sampled"))
+  changed.prune.masks = "likely"
+  assert main == changed
+
+
+def test_the_most_informative_runs_come_first():
+  names = [(row.name, seed) for row, seed in chosen(REDUCED, [], None)]
+  assert names[:4] == [("gamma=0.02", 0), ("gamma=0", 0), ("gamma=0.02", 1), ("gamma=0", 1)]
+  assert names.index(("one_shot_l1=uniform", 2)) < names.index(("gamma=0.2", 0)) < names.index(("masks=sampled", 0))
+
+
+def test_rows_are_chosen_by_patterns_and_seeds():
+  assert [(row.name, seed) for row, seed in chosen(REDUCED, ["uniform*", "*/form=*"], [1])] == [
+    ("uniform_width", 1),
+    ("form=penalty", 1),
+  ]
+  with pytest.raises(sapr.InputError, match="'nothing' matches no row"):
+    chosen(REDUCED, ["nothing"], None)
+  with pytest.raises(sapr.InputError, match="--seeds 7: none of these rows"):
+    chosen(REDUCED, [], [7])
+
+
+def test_settings_are_literals_or_text():
+  assert parse_settings(["a.b=(2,)", "c=resnet8", "d=1e-3"]) == {"a.b": (2,), "c": "resnet8", "d": 1e-3}
+  with pytest.raises(sapr.InputError, match="no NAME=VALUE"):
+    parse_settings(["train.epochs"])
+  with pytest.raises(sapr.InputError, match=r"--set train\.epoch=3: configs/default\.py has no such field"):
+    config_of(REDUCED[0], 0, None, {"train.epoch": 3})
+
+
+def test_estimate_against_the_t_distribution_by_hand():
+  # Mean 2, standard error 1 / sqrt(3); the 95 % quantile with two degrees of freedom is 2.920.
+  found = estimate([1.0, 2.0, 3.0])
+  assert found.mean == 2 and found.low == pytest.approx(2 - 2.920 / math.sqrt(3), abs=1e-3)
+  assert (found.verdict(0.0), found.verdict(0.5), found.verdict(4.0)) == ("holds", "undecided", "fails")
+  assert estimate([5.0]).verdict() == estimate([]).verdict() == "undecided"
+
+
+def test_differences_are_paired_by_seed():
+  assert difference({0: 50.0, 1: 70.0, 2: 1.0}, {0: 49.0, 1: 69.0}).verdict(0.5) == "holds"
+
+
+def test_a_verdict_over_parts():
+  assert combined(["holds", "undecided", "fails"]) == "fails"
+  assert combined(["holds", "undecided"]) == "undecided"
+  assert combined(["holds"]) == "holds"
+  assert combined([]) == "undecided"
+
+
+def test_mean_of_epochs():
+  curve = {"first": 5, "values": [0.4, 0.2, 0.1]}
+  assert mean_of_epochs(curve, 6, 7) == pytest.approx(0.15)
+  assert mean_of_epochs(curve, 1, 5) == pytest.approx(0.4)
+  assert mean_of_epochs(curve, 6, 8) is None
+
+
+def entry(row, seed, **accuracy):
+  return {
+    "network": "resnet20",
+    "row": row,
+    "seed": seed,
+    "accuracy": accuracy,
+    "macs_share": 0.5,
+    "start_epoch": 2,
+    "train_epochs": 4,
+    "p": 0.48,
+    "curves": {"full_model": {"first": 1, "values": [10.0, 20.0, 30.0, 40.0]}},
+    "seconds": {"total": 60.0},
+    "machine": "one",
+    "versions": {"jax": "0"},
+  }
+
+
+@pytest.fixture
+def results():
+  """Ours is 2 points better than a narrow network after fine-tuning, and as good as one-shot pruning."""
+  entries = []
+  for seed in (0, 1, 2):
+    entries += [
+      entry("gamma=0.02", seed, dense=60.0 + seed, subnetwork=55.0 + seed, pruned=61.0 + seed),
+      entry("gamma=0", seed, dense=61.0 + seed, subnetwork=30.0 + seed, pruned=60.0),
+      entry("uniform_width", seed, pruned=59.0 + seed),
+      entry("one_shot_l1=uniform", seed, dense=61.0 + seed, subnetwork=20.0, pruned=60.0 + 2 * seed),
+    ]
+  return Results(entries, 0.02, [0.0, 0.02])
+
+
+def test_claims_on_numbers_that_one_can_judge_by_hand(results):
+  verdicts = {judge.__name__: judge(results).verdict for judge in CLAIMS}
+  assert verdicts == {
+    "nothing_lost": "holds",
+    "better_subnetwork": "undecided",  # Torch-Pruning was not run
+    "larger_gamma": "holds",
+    "stable_architecture": "undecided",  # four epochs
+    "cheap_generator": "undecided",  # no seconds
+    "beats_alternatives": "undecided",  # one-shot pruning is as good
+  }
+  assert "| uniform_width | 50.0 ± 0.0 | 60.00 ± 1.00 | +2.00 [+2.00, +2.00] | holds |" in (
+    beats_alternatives(results).table
+  )
+
+
+def test_results_files_keep_what_other_machines_ran(tmp_path):
+  head = head_of("reduced", SIZES["reduced"], {}, "JPEG copy of CIFAR-10")
+  file, folder = tmp_path / "study.json", tmp_path / "reduced"
+  for seed in (0, 1):
+    write_json(folder / "resnet20" / "gamma=0" / f"seed_{seed}" / "study.json", entry("gamma=0", seed, dense=50.0))
+    update(file, head, folder)
+    (folder / "resnet20" / "gamma=0" / f"seed_{seed}" / "study.json").unlink()
+  assert [row["seed"] for row in recorded(file, head)] == [0, 1]
+  assert recorded(file, head | {"data": "another"}) == []
+
+
+def test_the_entry_of_a_run(tmp_path):
+  job = job_of(REDUCED[0], 1, tmp_path, None, {})
+  summary = {
+    "dense": {"accuracy": 0.5, "macs": 200},
+    "subnetwork": {"accuracy": 0.25, "macs": 100},
+    "pruned": {"accuracy": 0.51234, "macs": 100},
+    "run": {"device": "cpu", "versions": {}},
+  }
+  records = [
+    {"step": 1, "test_accuracy": 0.5, "weight_seconds": 3.0},
+    {"step": 2, "test_accuracy": 0.51234, "weight_seconds": 1.0, "generator_seconds": 0.5, "hamming_distance": 0.1},
+  ]
+  found = entry_of(job, summary, records)
+  assert found["accuracy"] == {"dense": 50.0, "subnetwork": 25.0, "pruned": 51.234} and found["macs_share"] == 0.5
+  assert found["curves"]["full_model"] == {"first": 1, "values": [50.0, 51.23]}
+  assert found["curves"]["hamming"] == {"first": 2, "values": [0.1]}
+  assert found["seconds"] == {"total": 4.5, "weight_epoch": 1.0, "generator_epoch": 0.5}
+
+
+def test_the_page_says_which_size_it_is_and_shows_every_claim(tmp_path, results):
+  pytest.importorskip("matplotlib", reason="figures need pip install 'sapr_jax[report]'")
+  head = head_of("reduced", SIZES["reduced"], {}, "JPEG copy of CIFAR-10")
+  write_json(tmp_path / "cifar10_study_reduced.json", {**head, "rows": list(results.entries)})
+  study_page.renew(tmp_path, tmp_path / "results.md")
+  page = (tmp_path / "results.md").read_text()
+  assert "no reproduction of the paper's numbers" in page and "gamma=0.02" in page
+  assert all(f"({letter})" in page for letter in "abcdef")
+  for line in page.splitlines():
+    if "](images/" in line:
+      assert (tmp_path / line.split("](")[1].rstrip(")")).is_file()
+
+
+def test_the_mean_history_over_seeds(results):
+  changed = [dataclasses.replace(results, entries=[]), results]
+  assert study_page.mean_history(changed[0], 0.02) is None
+  assert study_page.mean_history(changed[1], 0.02).series("test_accuracy") == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
+
+
+def test_l1_scores_by_hand(tiny):
+  group = tiny.graph.groups[0]
+  params = jax.tree.map(lambda leaf: np.zeros_like(leaf), tiny.params)
+  filters = next(member for member in group.members if member.role == "out")
+  module = params
+  for name in filters.path[:-1]:
+    module = module[name]
+  kernel = np.zeros(module["kernel"].shape)
+  kernel[0, 0, 0, :] = [4.0, -1.0, 3.0, -8.0]
+  module["kernel"] = kernel
+  for other in tiny.graph.groups[1:]:
+    path = next(member for member in other.members if member.role == "out").path
+    params[path[0]][path[1]]["kernel"] = np.ones_like(params[path[0]][path[1]]["kernel"])
+  within = study_ours.l1_scores(tiny.graph, params, within_layers=True)
+  np.testing.assert_array_equal(within[group.name], [0.75, 0.25, 0.5, 1.0])
+  overall = study_ours.l1_scores(tiny.graph, params, within_layers=False)
+  np.testing.assert_array_equal(overall[group.name], [1.0, 0.25, 0.75, 2.0])
+  kept = {name: mask.mean() for name, mask in sapr.project_to_budget(tiny.graph, within, p=0.5).items()}
+  assert set(kept.values()) == {0.5}
+
+
+def test_the_schedule_from_scratch_has_all_epochs():
+  phase = study_ours.scratch_phase(config_of(FULL[0], 0, None, {}))
+  assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
+
+
+@dataclasses.dataclass
+class FakeSetup:
+  """What `epochs.masks_in_force` reads of a run."""
+
+  config: object
+  graph: object
+  outputs: jax.Array
+  round_to: int = 1
+
+  def key(self, stream):
+    return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+
+  def generator_outputs(self, variables):
+    return self.outputs
+
+
+def test_sampled_masks_are_reproducible_within_the_budget_and_likely_at_the_end(tiny):
+  rows = {row.name: row for row in REDUCED}
+  outputs = jnp.zeros((len(tiny.graph.groups), max(group.size for group in tiny.graph.groups)))
+  state = type("State", (), {"variables": None})()
+
+  def masks(name, epoch, seed=0):
+    setup = FakeSetup(config_of(rows[name], seed, None, {}), tiny.graph, outputs)
+    found = epochs.masks_in_force(setup, state, epoch=epoch)
+    assert tiny.graph.prunable_macs(found) <= setup.config.prune.p * tiny.graph.prunable_macs()
+    return np.concatenate([found[group.name] for group in tiny.graph.groups])
+
+  np.testing.assert_array_equal(masks("masks=sampled", 5), masks("masks=sampled", 5))
+  assert (masks("masks=sampled", 5) != masks("masks=sampled", 6)).any()
+  assert (masks("masks=sampled", 5) != masks("masks=sampled", 5, seed=1)).any()
+  np.testing.assert_array_equal(masks("masks=sampled", 11), masks("gamma=0.02", 11))
+
+
+def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
+  torch = pytest.importorskip("torch", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
+  pytest.importorskip("torch_pruning")
+  from benchmarks import study_torch
+
+  ours = sapr.models.create("resnet8", width_multiplier=0.5)
+  variables = jax.eval_shape(ours.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  model, image = study_torch.make_network(ours, 0), torch.zeros(1, 3, 32, 32)
+  assert study_torch.count_macs(model, image) == sapr.trace_channels(ours, variables, (1, 32, 32, 3)).macs()
+  pruner = study_torch.make_pruner(model, image, reg=0.0)
+  pruner.current_step = 199
+  pruner.step()
+  assert {tuple(m.weight.shape[:1]) for n, m in model.named_modules() if n.endswith("conv2")} == {(8,), (16,), (32,)}
+  assert model(image).shape == (1, 10)
+
+
+def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
+  pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
+  from benchmarks.study_torch import scaled_reg
+
+  recipe = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)
+  assert scaled_reg(1.0, recipe) == pytest.approx(5e-4)
+  assert scaled_reg(2.0, recipe / 10) == pytest.approx(1e-2)
+
+
+def test_a_torch_crop_is_a_window_of_the_padded_image():
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("torch_pruning")
+  from benchmarks.study_torch import augment
+
+  images = torch.arange(1, 2 * 4 * 4 + 1, dtype=torch.uint8).reshape(2, 4, 4, 1)
+  found = augment(images, torch.Generator().manual_seed(0), padding=1, flip=True)
+  padded = torch.nn.functional.pad(images, (0, 0, 1, 1, 1, 1))
+  for image, whole in zip(found, padded, strict=True):
+    windows = [whole[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
+    assert any(torch.equal(image, other) for window in windows for other in (window, window.flip(1)))
+
+
+def test_missing_runs_folder_is_one_line(capsys, monkeypatch):
+  from benchmarks import cifar10_study
+
+  monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced"])
+  assert cifar10_study.main() == 2
+  assert capsys.readouterr().err == "error: --runs is missing; name a folder for the work directories.\n"
+
+
+def test_batch_statistics_are_those_of_the_batches(tiny):
+  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1)).astype(np.uint8)
+  preprocessing = Preprocessing(mean=(0.5,), std=(0.25,))
+  feed = type(
+    "Feed", (), {"preprocessing": preprocessing, "train": type("Shared", (), {"images": jnp.asarray(images)})}
+  )
+  setup = type("Setup", (), {"feed": feed, "config": config_of(REDUCED[0], 0, None, {})})()
+  order = np.array([[0, 1, 2], [3, 4, 5]])
+  found = study_ours.batch_statistics(setup, tiny.model, tiny.variables, order)
+  x = preprocessing.evaluate(jnp.asarray(images))
+  kernel = tiny.params["conv"]["kernel"]
+  stem = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  want = np.mean([stem[batch].mean((0, 1, 2)) for batch in order], axis=0)
+  np.testing.assert_allclose(found["bn"]["mean"], want, rtol=1e-4, atol=1e-5)

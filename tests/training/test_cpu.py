@@ -1,0 +1,167 @@
+"""The fast forms of layers on CPUs: the same values and gradients as the layers they stand for."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapr_jax import models
+from sapr_jax.channels import prune, trace_channels
+from sapr_jax.models.mobilenet_v2 import InvertedResidual
+from sapr_jax.training import cpu
+
+
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_close(actual, expected, tolerance=2e-4):
+  for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    scale = float(jnp.max(jnp.abs(e))) + 1e-6
+    np.testing.assert_allclose(a / scale, e / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def gradients(module, variables, x, **kwargs):
+  """Output, updated statistics, and gradients to parameters and input of one training step; and its primitives."""
+
+  def loss(params, x):
+    y, updated = module.apply({**variables, "params": params}, x, mutable=["batch_stats"], **kwargs)
+    return jnp.sum(jnp.sin(y)), (y, updated)
+
+  return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+
+def compare(module, x, **kwargs):
+  """Runs the module as it is and in its fast form; returns the fast form's program as text."""
+  variables = module.init(jax.random.key(0), x, **kwargs)
+  variables = jax.tree.map(lambda leaf: leaf + 0.3 * normal(*leaf.shape, seed=leaf.size) ** 2, variables)
+  plain = jax.jit(lambda v, x: gradients(module, v, x, **kwargs))(variables, x)
+  fast = jax.jit(cpu.with_fast_layers(lambda v, x: gradients(module, v, x, **kwargs)))
+  assert_close(fast(variables, x), plain)
+  forward = cpu.with_fast_layers(lambda v, x: module.apply(v, x, mutable=["batch_stats"], **kwargs))
+  return str(jax.make_jaxpr(forward)(variables, x))
+
+
+def test_batch_norm_by_hand():
+  y, mean, var = cpu.batch_norm(jnp.array([[1.0], [3.0]]), jnp.array([2.0]), jnp.array([5.0]), 0.0)
+  assert (float(mean[0]), float(var[0])) == (2.0, 1.0)
+  np.testing.assert_allclose(y, [[3.0], [7.0]], rtol=1e-6)
+
+
+def test_gradient_of_batch_norm_includes_its_statistics():
+  x, scale, bias = normal(6, 3), normal(3, seed=1), normal(3, seed=2)
+
+  def plain(x, scale, bias):
+    mean, var = jnp.mean(x, 0), jnp.var(x, 0)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-3) * scale + bias, mean, var
+
+  def objective(function):
+    return lambda *args: sum(jnp.sum(jnp.cos(k + part)) for k, part in enumerate(function(*args)))
+
+  fast = objective(lambda *args: cpu.batch_norm(*args, 1e-3))
+  assert_close(jax.grad(fast, (0, 1, 2))(x, scale, bias), jax.grad(objective(plain), (0, 1, 2))(x, scale, bias))
+
+
+def test_batch_norm_layer():
+  assert "custom_vjp" in compare(nn.BatchNorm(use_running_average=False, momentum=0.8), normal(4, 5, 5, 3) + 2)
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [
+    nn.BatchNorm(use_running_average=True),
+    nn.BatchNorm(use_running_average=False, axis=1),
+    nn.BatchNorm(use_running_average=False, use_scale=False),
+    nn.BatchNorm(use_running_average=False, dtype=jnp.bfloat16),
+    nn.BatchNorm(use_running_average=False, use_fast_variance=False),
+    nn.LayerNorm(),
+  ],
+)
+def test_other_normalizations_stay(layer):
+  assert "custom_vjp" not in compare(layer, normal(4, 5, 5, 3))
+
+
+@pytest.mark.parametrize(
+  ("kernel", "strides", "padding"), [(3, 1, 1), (3, 2, 1), (5, 2, "SAME"), (3, 2, "VALID"), ((1, 3), 1, 1)]
+)
+def test_depthwise_convolution(kernel, strides, padding):
+  size = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+  layer = nn.Conv(6, size, strides=strides, padding=padding, feature_group_count=6)
+  assert "conv_general_dilated" not in compare(layer, normal(2, 9, 8, 6))
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [
+    nn.Conv(6, (3, 3)),
+    nn.Conv(12, (3, 3), feature_group_count=6),
+    nn.Conv(6, (3, 3), feature_group_count=2),
+    nn.Conv(6, (3, 3), feature_group_count=6, kernel_dilation=2),
+  ],
+)
+def test_other_convolutions_stay(layer):
+  assert "conv_general_dilated" in compare(layer, normal(2, 9, 8, 6))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_residual_network(remat):
+  model = models.create("resnet8", num_classes=3, width_multiplier=0.125, remat=remat)
+  assert "custom_vjp" in compare(model, normal(4, 8, 8, 3), train=True)
+
+
+def test_inverted_residual():
+  program = compare(InvertedResidual(inputs=4, features=8, expansion=3, stride=2), normal(4, 8, 8, 4), train=True)
+  assert program.count("conv_general_dilated[") == 2  # those of 1x1
+
+
+def test_pruned_network():
+  model, x = models.create("resnet8", num_classes=3, width_multiplier=0.25), normal(4, 8, 8, 3)
+  variables = model.init(jax.random.key(0), x)
+  graph = trace_channels(model, variables, (1, 8, 8, 3))
+  masks = {group.name: np.arange(group.size) % 2 for group in graph.groups}
+  small, small_variables = prune(model, variables, graph, masks)
+  plain = gradients(small, small_variables, x, train=True)
+  fast = cpu.with_fast_layers(lambda: gradients(small, small_variables, x, train=True))()
+  assert_close(fast, plain)
+
+
+def test_options_depend_on_the_network_and_are_left_out_where_unknown(monkeypatch):
+  dense, depthwise = {"kernel": jnp.zeros((3, 3, 4, 8))}, {"kernel": jnp.zeros((3, 3, 1, 8))}
+  monkeypatch.setattr(cpu, "_is_known", lambda value: True)
+  assert "ELTWISE" in cpu.compiler_options(dense)[cpu._OPTION]
+  assert "ELTWISE" not in cpu.compiler_options(depthwise)[cpu._OPTION]
+  monkeypatch.setattr(cpu, "_is_known", lambda value: False)
+  assert cpu.compiler_options(dense) == {}
+
+
+def test_an_option_that_jax_refuses_is_unknown(monkeypatch):
+  cpu._is_known.cache_clear()
+  assert not cpu._is_known("LIBRARY_FUSION_TYPE_OF_ANOTHER_RELEASE")
+  monkeypatch.setattr(cpu, "_TRIED_FROM", (99, 0))
+  assert not cpu._is_known("LIBRARY_FUSION_TYPE_REDUCE")
+  cpu._is_known.cache_clear()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_memory_is_kept():
+  program = """
+import resource
+from sapr_jax.training import keep_memory
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  bytearray(100_000_000)[:] = b"x" * 100_000_000
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(keep_memory(), faults() > 10_000, faults() < 1_000)
+"""
+  environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+  result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+  assert result.stdout.split() == ["True", "True", "True"], result.stderr
+
+
+def test_an_accelerator_keeps_its_allocator(monkeypatch):
+  monkeypatch.setattr(cpu, "_only_cpu", lambda: False)
+  assert not cpu.keep_memory()
