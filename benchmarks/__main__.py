@@ -2,8 +2,8 @@
 
     python -m benchmarks [PART ...]
 
-Each part is a process of its own, prints one table and writes `results/<part>_<platform>.json`. On a GPU the same command
-measures there. The page shows what was recorded on each platform.
+Each part is a process of its own, prints one table and writes `results/<part>_<platform>.json`; the same command
+measures a GPU. The page shows what was recorded on each platform.
 """
 
 from __future__ import annotations

@@ -21,11 +21,13 @@ import jax
 import numpy as np
 
 from benchmarks import scaling
+from benchmarks.mapped_call import mapped_call
 from benchmarks.measuring import record, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
-from benchmarks.training_pieces import pieces, weight_step
+from benchmarks.training_pieces import pieces, weight_tx
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.method import ArchitectureGenerator, macs_penalty, sample_masks, split_by_group
+from sapr_jax.training import cpu, state, steps
 
 IMAGES = pathlib.Path("docs/images")
 COMPILE_GOAL = 1.2
@@ -66,6 +68,7 @@ def main() -> None:
     import matplotlib  # noqa: F401
   except ModuleNotFoundError:
     sys.exit("error: matplotlib is missing; pip install -e '.[report]'")
+  cpu.keep_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
   platform = jax.devices()[0].platform
   sizes = QUICK if args.quick else SIZES.get(platform, SIZES["gpu"])
@@ -117,7 +120,10 @@ def measure_steps(points: Mapping[float, tuple[str, int, float]], sizes: Sizes) 
   for value, (network, batch, width) in points.items():
     made = pieces(network, width_multiplier=width, images=max(batch, 256))
     macs[value] = made.graph.macs()
-    call = weight_step(made, batch, method=True, steps_per_call=sizes.steps_per_call)
+    tx = weight_tx(made.graph)
+    step = steps.weight_step(made.model, tx, made.preprocessing, graph=made.graph)
+    carry = state.network_state(made.variables, tx)
+    call = mapped_call(made, step, carry, batch, steps_per_call=sizes.steps_per_call)
     start = time.perf_counter()
     call()
     first[value], calls[str(value)] = time.perf_counter() - start, call

@@ -27,6 +27,7 @@ from benchmarks.performance_page import provenance
 from benchmarks.training_pieces import random_masks, random_variables
 from sapr_jax import InputError, models, prune, trace_channels
 from sapr_jax.channels import count_macs
+from sapr_jax.training import cpu
 from sapr_jax.training.rounding import default_round_to
 
 ROUND_TO = (1, 8, 16)
@@ -65,6 +66,7 @@ NETWORKS = (
 
 
 def main() -> None:
+  cpu.keep_memory()
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   names = [network.name for network in NETWORKS]
@@ -152,7 +154,12 @@ def forward(model: Any, variables: Any, batch: int, network: Network) -> Callabl
   """Returns a call that computes the logits of a batch and waits for them."""
   variables = jax.device_put(variables)
   x = jax.random.normal(jax.random.key(0), (batch, *network.input_shape[1:]))
-  compiled = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, x).compile()
+
+  def logits(variables: Any, x: jax.Array) -> jax.Array:
+    return model.apply(variables, x, train=False)
+
+  on_cpu = jax.devices()[0].platform == "cpu"
+  compiled = jax.jit(cpu.with_fast_layers(logits) if on_cpu else logits).lower(variables, x).compile()
   return lambda: jax.block_until_ready(compiled(variables, x))
 
 
@@ -178,7 +185,8 @@ def dense_of(name: str) -> str:
 
 _HEAD = f"""## What pruning gives
 
-Time to the logits of a batch that lies on the device, in evaluation mode, of the compact network, compiled. The
+Time to the logits of a batch that lies on the device, in evaluation mode, of the compact network, compiled; on a CPU
+with what `sapr_jax/training/cpu.py` does for depthwise convolutions and memory (the memory of PyTorch too). The
 widths are not those of a trained run: random scores (normal, seed 0) were projected onto the paper's share p of the
 prunable MACs, with `prune.round_to` {", ".join(map(str, ROUND_TO))} within the same budget. That gives uneven
 widths as a trained generator does; which layers keep most depends on the run. *Promised* is the ratio of all MACs,

@@ -34,7 +34,7 @@ def weight_step(
 ) -> Callable[[], None]:
   """Returns a call that trains the network on `steps_per_call` random batches and waits.
 
-  As `training_pieces.weight_step` does: uint8 images on the device are gathered and normalized, then forward, backward
+  As `training_step.our_calls` does: uint8 images on the device are gathered and normalized, then forward, backward
   and SGD with momentum and weight decay, which is PyTorch's fused one. On a GPU float32 means TF32, as it does for XLA,
   and bfloat16 is automatic mixed precision.
 

@@ -1,10 +1,8 @@
-"""Training steps on random images that lie on the devices, built as a run builds them: for benchmarks."""
+"""What training steps are made of, on random images that lie on the devices: for benchmarks."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +15,8 @@ from jax.sharding import Mesh
 from sapr_jax import models, trace_channels
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.method import partial_regularization, project_to_budget
-from sapr_jax.training import state, steps
-from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
+from sapr_jax.training import steps
+from sapr_jax.training.devices import data_mesh, replicate
 
 LEARNING_RATE = 0.01  # random labels at a higher one may diverge
 MOMENTUM = 0.9
@@ -35,20 +33,6 @@ class Pieces:
   graph: ChannelGraph
   preprocessing: steps.Preprocessing
   shared: steps.Shared
-
-  def calls(self, step: Any, carry: Any, batch: int, *, steps_per_call: int = 1) -> Callable[[], Any]:
-    """Returns a call that runs the step so many times, in one compiled program, and waits for it.
-
-    Args:
-      step: See `training.steps`; reads `self.shared`.
-      carry: State before the first step. Each call goes on from the last.
-      batch: Images of a step, on all devices together.
-      steps_per_call: Steps of a call.
-    """
-    rows = len(self.shared.labels)  # type: ignore[arg-type]
-    order = np.random.default_rng(1).integers(0, rows, (steps_per_call, batch), dtype=np.int32)
-    running = MappedSteps(step, self.mesh).run(replicate(carry, self.mesh), self.shared, itertools.repeat(order))
-    return lambda: next(running)
 
 
 def pieces(
@@ -68,17 +52,6 @@ def pieces(
   )
   preprocessing = steps.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=4, flip=True)
   return Pieces(mesh, model, variables, graph, preprocessing, replicate(shared, mesh))
-
-
-def weight_step(made: Pieces, batch: int, *, method: bool = False, steps_per_call: int = 1) -> Callable[[], Any]:
-  """Returns a call that trains the network on `steps_per_call` random batches and waits; SGD with momentum.
-
-  With `method` the proximal step of the partial regularization follows, with masks that keep half of the MACs.
-  """
-  graph = made.graph if method else None
-  tx = weight_tx(graph)
-  step = steps.weight_step(made.model, tx, made.preprocessing, graph=graph)
-  return made.calls(step, state.network_state(made.variables, tx), batch, steps_per_call=steps_per_call)
 
 
 def weight_tx(graph: ChannelGraph | None) -> optax.GradientTransformationExtraArgs:
