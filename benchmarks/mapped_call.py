@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.training_pieces import Pieces
 from sapr_jax.training import cpu
-from sapr_jax.training.devices import MappedSteps, Step, is_cpu, replicate
+from sapr_jax.training.devices import Step, replicate
 
 
 def mapped_call(
@@ -26,10 +26,7 @@ def mapped_call(
     steps_per_call: Steps of a call.
     fast_cpu: As in the config; nothing to accelerators.
   """
-  if fast_cpu and is_cpu(made.mesh):
-    mapped = MappedSteps(cpu.with_fast_layers(step), made.mesh, cpu.compiler_options(made.variables["params"]))
-  else:
-    mapped = MappedSteps(step, made.mesh)
+  mapped = cpu.map_step(step, made.mesh, made.variables["params"], fast=fast_cpu)
   rows = len(made.shared.labels)  # type: ignore[arg-type]
   order = np.random.default_rng(1).integers(0, rows, (steps_per_call, batch), dtype=np.int32)
   running = mapped.run(replicate(carry, made.mesh), made.shared, itertools.repeat(order))
