@@ -12,3 +12,10 @@ class InputError(ValueError):
 
 class InterruptedRunError(Exception):
   """A run was asked to stop and has saved its work; `python -m sapr_jax.main` then exits with 75, for a scheduler."""
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+  """Returns what an exception says, as one line of at most `limit` characters and an ellipsis."""
+  # A KeyError would put its message in quotes.
+  text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+  return text if limit is None or len(text) <= limit else f"{text[:limit]} ..."

@@ -26,7 +26,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from sapr_jax.errors import InputError, InterruptedRunError
+from sapr_jax.errors import InputError, InterruptedRunError, one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, such as configs/digits.py.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes of a run.")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if hasattr(config, "lock"):
       config.lock()
   except OSError as error:  # a file that could not be loaded shows when the configuration is first used
-    return _fail(f"the configuration cannot be read: {_one_line(error.__cause__ or error)}")
+    return _fail(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
   if not _CONFIG.present or not workdir:
     return _fail(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
   if not isinstance(config, ConfigDict):
@@ -118,23 +118,18 @@ def _explain(error: Exception) -> str:
   while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
     chain.append(before)
   if isinstance(chain[-1], ImportError | SyntaxError):
-    return f"the file of the configuration cannot be run, from this directory at least: {_one_line(chain[-1])}"
+    return f"the file of the configuration cannot be run, from this directory at least: {one_line(chain[-1])}"
   others = (f"{os.sep}absl{os.sep}", f"{os.sep}ml_collections{os.sep}", "<frozen ", __file__)
   for link in reversed(chain):
     places = [p for p in traceback.extract_tb(link.__traceback__) if not any(other in p.filename for other in others)]
     if places:
-      what, where = f"{type(link).__name__}: {_one_line(link)}", f"{places[-1].filename}, line {places[-1].lineno}"
+      what, where = f"{type(link).__name__}: {one_line(link)}", f"{places[-1].filename}, line {places[-1].lineno}"
       return f"the file of the configuration cannot be run: {what} ({where})"
   if "get_config" in str(error):
-    return f"the file of the configuration has no function get_config() without arguments: {_one_line(chain[-1])}"
+    return f"the file of the configuration has no function get_config() without arguments: {one_line(chain[-1])}"
   if isinstance(error, AttributeError | KeyError):
-    return f"the configuration has no such field: {_one_line(error)}"
-  return _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-  text = error.args[0] if isinstance(error, KeyError) and error.args else error
-  return " ".join(str(text).split())
+    return f"the configuration has no such field: {one_line(error)}"
+  return one_line(error)
 
 
 if __name__ == "__main__":

@@ -614,6 +614,7 @@ COMMANDS = [
   ([DIGITS, "surplus"], r"unexpected argument 'surplus'"),
   ([DIGITS, "--nonsense"], r"Unknown command line flag 'nonsense'"),
   ([DIGITS, "--config.model.nam=resnet8"], r'Did you mean "name"'),
+  ([DIGITS, "--config.prune.p=1.5"], r"p=1\.5 is not a share"),
   ([DIGITS, "--config.train.epochs.x=1"], r"no such field.*train\.epochs\.x"),
   ([DIGITS, "--config.train=1"], r"--config\.train=1: .*not a dict"),
   ([DIGITS, "--config.train.epochs=many"], r"--config\.train\.epochs=many: invalid literal for int"),
@@ -701,6 +702,14 @@ def answers(tmp_path_factory):
   )
   assert done.returncode == 0, done.stderr
   return types.SimpleNamespace(of=json.loads(done.stdout.splitlines()[-1]), folder=folder)
+
+
+def test_the_command_as_users_start_it(tmp_path):
+  arguments = ["--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", "--config.model.nam=resnet8"]
+  done = subprocess.run([sys.executable, "-m", "sapr_jax.main", *arguments], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ") and 'Did you mean "name"' in done.stderr and done.stderr.count("\n") == 1
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 Tree = TypeVar("Tree")
 
@@ -69,7 +69,7 @@ class Checkpointer:
         restored = self._manager.restore(step, args=items)
         problem = _problem(restored["state"], restored["position"])
       except Exception as error:  # Orbax and TensorStore raise many kinds
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        problem = f"{type(error).__name__}: {one_line(error, 120)}"
       if _all_processes(problem is None):
         return restored["state"], restored["position"]["position"]
       _forget_unfinished_reads()

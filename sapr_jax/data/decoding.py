@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -99,8 +99,9 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
 
 def unreadable(name: str, error: Exception) -> InputError:
   """Returns the error to raise about an image that cannot be read because of `error`."""
-  reason = " ".join(str(error).split())
-  return InputError(f"cannot read image {name!r}; expected a whole image file, so replace or remove it ({reason})")
+  return InputError(
+    f"cannot read image {name!r}; expected a whole image file, so replace or remove it ({one_line(error)})"
+  )
 
 
 def _open(encoded: bytes, name: str) -> Image.Image:

@@ -151,21 +151,7 @@ def _open_tfds(
   )
 
 
-class Opener(Protocol):
-  """What every source is called with; a source ignores what it has no use for."""
-
-  def __call__(
-    self,
-    *,
-    name: str,
-    path: str | None,
-    train_images: int | None,
-    test_images: int | None,
-    seed: int,
-  ) -> EncodedDataset: ...
-
-
-STREAMED_SOURCES: dict[str, Opener] = {
+STREAMED_SOURCES: dict[str, loading.Source[EncodedDataset]] = {
   "tfds": _open_tfds,
   "folder": _open_folder,
 }

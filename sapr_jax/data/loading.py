@@ -1,6 +1,6 @@
 """Where a data set comes from: the names that a config may give, and what each of them loads."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sapr_jax.data.dataset import ImageDataset
 from sapr_jax.data.digits import load_digits
@@ -8,8 +8,10 @@ from sapr_jax.data.folder import load_folder
 from sapr_jax.data.tfds import load_tfds
 from sapr_jax.errors import InputError
 
+DatasetT = TypeVar("DatasetT", covariant=True)
 
-class Loader(Protocol):
+
+class Source(Protocol[DatasetT]):
   """What every source is called with; a source ignores what it has no use for."""
 
   def __call__(
@@ -20,10 +22,10 @@ class Loader(Protocol):
     train_images: int | None,
     test_images: int | None,
     seed: int,
-  ) -> ImageDataset: ...
+  ) -> DatasetT: ...
 
 
-SOURCES: dict[str, Loader] = {
+SOURCES: dict[str, Source[ImageDataset]] = {
   "tfds": load_tfds,
   "folder": load_folder,
   "digits": load_digits,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sapr_jax.data.dataset import ImageDataset, ImageSplit, subset
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 _OTHER_SOURCE = "or use source=folder with image files of your own"
 _SPLITS = ("train", "test")
@@ -70,7 +70,7 @@ def prepare(name: str, path: str | None) -> Any:
   except ImportError as error:
     raise InputError(
       "source=tfds needs TensorFlow Datasets, which is not installed or lacks a package; run: "
-      f"pip install tensorflow-datasets ({_one_line(error)}), {_OTHER_SOURCE}"
+      f"pip install tensorflow-datasets ({one_line(error, 200)}), {_OTHER_SOURCE}"
     ) from error
   known = tfds.list_builders(with_community_datasets=False)
   if re.split("[/:]", name)[0] not in known:
@@ -96,7 +96,7 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
   if "Manual directory" in str(error):
     return (
       f"{name!r} is not free to download; put its files into the folder downloads/manual in "
-      f"{path or 'the default folder of TensorFlow Datasets'}, {_OTHER_SOURCE} ({_one_line(error, 400)})"
+      f"{path or 'the default folder of TensorFlow Datasets'}, {_OTHER_SOURCE} ({one_line(error, 400)})"
     )
   if "File format is already set" in str(error):
     return (
@@ -105,7 +105,7 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
     )
   return (
     f"TensorFlow Datasets could not download and prepare {name!r}; check the network and the space "
-    f"on disk, {_OTHER_SOURCE} ({_one_line(error)})"
+    f"on disk, {_OTHER_SOURCE} ({one_line(error, 200)})"
   )
 
 
@@ -171,9 +171,3 @@ def _missing_package(error: BaseException | None) -> str | None:
       return error.name.split(".")[0]
     error = error.__cause__ or error.__context__
   return None
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-  """The text of an error as one line of at most `limit` characters."""
-  text = " ".join(str(error).split())
-  return text if len(text) <= limit else text[:limit] + " ..."

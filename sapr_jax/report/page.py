@@ -13,7 +13,7 @@ from sapr_jax.artifacts.files import write_atomically
 from sapr_jax.errors import InputError
 from sapr_jax.report.figures import FIGURES
 from sapr_jax.report.run_history import RunHistory
-from sapr_jax.report.text import ROWS
+from sapr_jax.report.text import summary_header, summary_rows
 
 PAGE = "report.html"
 _RESOLUTION = 150  # dots per inch
@@ -83,23 +83,8 @@ def _results(runs: Sequence[RunHistory]) -> str:
   if not finished:
     return ""
   batches = list(finished[0][1]["dense"]["latency_ms"])
-  header = ["run", "network", "accuracy", "MACs", "of dense", "parameters", *(f"ms, batch {b}" for b in batches)]
-  rows = []
-  for run, summary in finished:
-    for name, title in ROWS.items():
-      entry = summary[name]
-      latency = [entry["latency_ms"].get(batch) for batch in batches]
-      rows.append(
-        [
-          run.label,
-          title,
-          f"{entry['accuracy']:.2%}",
-          f"{entry['macs'] / 1e6:,.3f} M",
-          f"{entry['macs'] / summary['dense']['macs']:.1%}",
-          f"{entry['params']:,}",
-          *("" if value is None else f"{value:.2f}" for value in latency),
-        ]
-      )
+  header = ["run", *summary_header(batches)]
+  rows = [[run.label, *row] for run, summary in finished for row in summary_rows(summary, batches)]
   caption = "<p>Last epoch, all test images; the compact model where the network was cut.</p>"
   return f'<h2>Results</h2>\n<div class="wide">{_table(header, rows)}</div>\n{caption}'
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapr_jax.version import __version__
 
-ROWS = {
+_NETWORKS = {
   "dense": "dense",
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
@@ -35,10 +35,27 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
 def format_summary(summary: Mapping[str, Any]) -> str:
   """Returns the table of a finished run: accuracy, MACs, parameters, latency."""
   batch_sizes = list(summary["dense"]["latency_ms"])
-  header = ["network", "accuracy", "MACs", "of dense", "parameters", *(f"ms, batch {b}" for b in batch_sizes)]
-  rows = [header]
-  for name, title in ROWS.items():
+  rows = [summary_header(batch_sizes), *summary_rows(summary, batch_sizes)]
+  widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    for row in rows
+  ]
+  lines.insert(1, "-" * len(lines[0]))
+  return "\n".join(lines)
+
+
+def summary_header(batch_sizes: Sequence[str]) -> list[str]:
+  """Returns the names of the columns of `summary_rows`."""
+  return ["network", "accuracy", "MACs", "of dense", "parameters", *(f"ms, batch {b}" for b in batch_sizes)]
+
+
+def summary_rows(summary: Mapping[str, Any], batch_sizes: Sequence[str]) -> list[list[str]]:
+  """Returns a row for each network of a finished run; the latency is empty at batch sizes that were not measured."""
+  rows = []
+  for name, title in _NETWORKS.items():
     entry = summary[name]
+    latency = [entry["latency_ms"].get(batch) for batch in batch_sizes]
     rows.append(
       [
         title,
@@ -46,16 +63,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         f"{entry['macs'] / 1e6:,.3f} M",
         f"{entry['macs'] / summary['dense']['macs']:.1%}",
         f"{entry['params']:,}",
-        *(f"{entry['latency_ms'][b]:.2f}" for b in batch_sizes),
+        *("" if ms is None else f"{ms:.2f}" for ms in latency),
       ]
     )
-  widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-  lines = [
-    "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-    for row in rows
-  ]
-  lines.insert(1, "-" * len(lines[0]))
-  return "\n".join(lines)
+  return rows
 
 
 def chance_warning(summary: Mapping[str, Any], num_classes: int) -> str | None:

@@ -17,6 +17,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+
+from sapr_jax.training.devices import MappedSteps, Step, is_cpu
+
+
+def map_step(step: Step, mesh: Mesh, params: Any, *, fast: bool = True) -> MappedSteps:
+  """Maps a step over the devices; where these are CPUs, in its fast form.
+
+  Args:
+    step: See `training.steps`.
+    mesh: The devices.
+    params: Parameters of the network that the step runs, for their shapes.
+    fast: `config.fast_cpu`.
+  """
+  if not (fast and is_cpu(mesh)):
+    return MappedSteps(step, mesh)
+  return MappedSteps(with_fast_layers(step), mesh, compiler_options(params))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
@@ -218,4 +236,4 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
   )
 
 
-__all__ = ["batch_norm", "compiler_options", "convolve", "keep_memory", "with_fast_layers"]
+__all__ = ["batch_norm", "compiler_options", "convolve", "keep_memory", "map_step", "with_fast_layers"]

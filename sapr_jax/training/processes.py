@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 from sapr_jax.training.rendezvous import meet
 
 T = TypeVar("T")
@@ -84,10 +84,10 @@ def initialize(
   except (RuntimeError, ValueError) as error:
     if coordinator is None:
       raise InputError(
-        f"no TPU pod, SLURM job or Open MPI job was found here ({_one_line(error)}); give --coordinator,"
+        f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator,"
         " --num_processes and --process_id."
       ) from error
-    raise InputError(f"the processes cannot be connected: {_one_line(error)}") from error
+    raise InputError(f"the processes cannot be connected: {one_line(error)}") from error
   finally:
     watch.cancel()
   return jax.process_index()
@@ -175,7 +175,7 @@ def lost_process(error: BaseException) -> str | None:
   if not any(text in str(error) for text in _LOST):
     return None
   return (
-    f"another process of this run has stopped ({_one_line(error)[:160]}); its own output says why. The checkpoints are"
+    f"another process of this run has stopped ({one_line(error, 160)}); its own output says why. The checkpoints are"
     " whole: the same command on all processes resumes the run."
   )
 
@@ -217,10 +217,6 @@ def _check_arguments(coordinator: str, num_processes: int, process_id: int) -> N
 def _give_up(message: str) -> None:
   print(f"error: {message}", file=sys.stderr, flush=True)
   os._exit(2)
-
-
-def _one_line(error: BaseException) -> str:
-  return " ".join(str(error).split())
 
 
 __all__ = [

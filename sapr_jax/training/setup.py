@@ -19,7 +19,7 @@ from sapr_jax.channels import ChannelGraph, mask_params, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
 from sapr_jax.training import cpu, processes, schedules, state, steps
-from sapr_jax.training.devices import MappedSteps, data_mesh, is_cpu, replicate
+from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 from sapr_jax.training.feed import Feed, make_feed
 from sapr_jax.training.rounding import resolve_round_to
 
@@ -107,10 +107,8 @@ class Setup:
     return replicate(state.generator_state(self.generator, self.generator_tx, key), self.mesh)
 
   def mapped(self, step: Any) -> MappedSteps:
-    """Maps a step over the devices; on CPUs in its fast form."""
-    if not (self.config.fast_cpu and is_cpu(self.mesh)):
-      return MappedSteps(step, self.mesh)
-    return MappedSteps(cpu.with_fast_layers(step), self.mesh, cpu.compiler_options(self.variables["params"]))
+    """Maps a step of the network, dense or pruned, over the devices."""
+    return cpu.map_step(step, self.mesh, self.variables["params"], fast=self.config.fast_cpu)
 
   @functools.cached_property
   def generator_outputs(self) -> Any:

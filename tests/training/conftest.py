@@ -1,27 +1,27 @@
-"""What the training tests share: one whole run, and a compilation cache, as runs compile the same programs."""
+"""What the training tests share: one whole run, and what makes the compiler fast."""
 
 import contextlib
 import io
 
-import jax
 import pytest
-from small_run import small_config
+from small_run import jax_options, small_config
 
 from sapr_jax import training
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  """Keeps compiled programs, as runs compile the same ones."""
+  folder = str(tmp_path_factory.mktemp("cache"))
+  with jax_options(jax_compilation_cache_dir=folder, jax_persistent_cache_min_compile_time_secs=0.1):
+    yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For modules whose programs run a few steps: the compiler takes half the time or less without optimization."""
+  with jax_options(jax_disable_most_optimizations=True):
+    yield
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,9 @@ def whole_and_log(tmp_path_factory, compilation_cache):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   workdir = tmp_path_factory.mktemp("run") / "whole"
   out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+  # Optimized, as runs are that others do: those that must equal it bit for bit run other programs too.
+  optimized = jax_options(jax_disable_most_optimizations=False)
+  with optimized, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     summary = training.run(small_config(), workdir)
   return workdir, summary, out.getvalue(), err.getvalue()
 

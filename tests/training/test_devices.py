@@ -10,12 +10,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny_main  # noqa: F401  (its network compiles fast)
 from many_devices import COUNTS
 from small_run import FAST_COMPILATION, small_config
 
 import sapr_jax as sapr
 from sapr_jax import training
 from sapr_jax.training import devices
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -87,7 +90,8 @@ def test_a_run_compiles_each_step_once_and_transfers_nothing_by_the_way(tmp_path
       yield result
 
   monkeypatch.setattr(devices.MappedSteps, "run", guarded)
-  training.run(small_config(checkpoint__every_steps=3), tmp_path / "run")
+  config = small_config(model__name="tiny", prune__select="unjoined", checkpoint__every_steps=3)
+  training.run(config, tmp_path / "run")
   assert len(used) == 6  # weights, generator, evaluation; of the pruned network in its stage and for the summary
   assert all(steps._many._cache_size() == 1 for steps in used)
 

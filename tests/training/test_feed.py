@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny_main  # noqa: F401  (its network compiles fast)
 from PIL import Image
 
 import sapr_jax as sapr
@@ -14,8 +15,10 @@ from configs import default_imagenet, digits
 from sapr_jax import artifacts, training
 from sapr_jax.training import devices, feed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STREAMED = {
-  "model.name": "resnet8",
+  "model.name": "tiny",
   "data.source": "folder",
   "data.image_size": 16,
   "data.eval_resize": 18,
@@ -25,6 +28,7 @@ STREAMED = {
   "train.decay_epochs": (2,),
   "prune.start_epoch": 1,
   "prune.p": 0.5,
+  "prune.select": "unjoined",
   "generator.data_share": 0.5,
   "generator.batch_size": 8,
   "finetune.epochs": 1,

@@ -16,6 +16,8 @@ from sapr_jax.training import devices, schedules, setup, steps
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.state import network_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=1, flip=True)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)

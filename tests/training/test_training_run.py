@@ -98,20 +98,24 @@ def test_data_that_has_changed_is_noticed(whole, tmp_path):
     training.run(small_config(data__train_images=256), tmp_path / "run")
 
 
-def test_a_run_starts_from_a_saved_model(whole, tmp_path):
-  weights = str(whole[0] / "dense")
-  config = small_config(init__weights=weights, finetune__epochs=0, finetune__decay_epochs=(), train__learning_rate=1e-6)
-  config.update_from_flattened_dict({"train.epochs": 1, "train.decay_epochs": (), "prune.start_epoch": 0})
-  training.run(config, tmp_path / "again")
-  params, want = (sapr.load(path / "dense")[1]["params"] for path in (tmp_path / "again", whole[0]))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, want)  # the learning rate is tiny
+def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
+  config = small_config(init__weights=str(whole[0] / "dense"))
+  dense, variables = sapr.load(whole[0] / "dense")
+  model, got = setup.initial_network(config, 10, (1, 8, 8, 1))
+  assert model == dense
+  jax.tree.map(np.testing.assert_array_equal, got, variables)
 
   # A pruned model can be pruned further.
-  config.init.weights, config.prune.p = str(whole[0] / "pruned"), 0.7
+  config = small_config(
+    init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, train__epochs=1, train__decay_epochs=(),
+    train__learning_rate=1e-6, finetune__epochs=0, finetune__decay_epochs=(),
+  )  # fmt: skip
   summary = training.run(config, tmp_path / "further")
+  params, want = (sapr.load(path)[1]["params"] for path in (tmp_path / "further" / "dense", whole[0] / "pruned"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, want)  # the learning rate is tiny
   assert summary["dense"]["macs"] == whole[1]["pruned"]["macs"]
   assert summary["pruned"]["macs"] < 0.8 * summary["dense"]["macs"]
-  assert sapr.load(tmp_path / "further" / "pruned")[0].base == sapr.load(whole[0] / "dense")[0]
+  assert sapr.load(tmp_path / "further" / "pruned")[0].base == dense
 
   config.model.width_multiplier = 0.5
   with pytest.raises(sapr.InputError, match=r"holds a CifarResNet with width_multiplier=1\.0; base has"):
@@ -119,7 +123,7 @@ def test_a_run_starts_from_a_saved_model(whole, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
-def test_a_run_starts_from_pytorch_weights(tmp_path):
+def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
   config = small_config(model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)
   variables = jax.jit(model.init)(jax.random.key(5), np.zeros((1, 8, 8, 1)))
@@ -132,7 +136,7 @@ def test_a_run_starts_from_pytorch_weights(tmp_path):
     setup.initial_network(config, 10, (1, 8, 8, 1))
 
 
-def test_the_penalty_form_and_another_weighting_run_too(tmp_path):
+def test_the_penalty_form_and_another_weighting_run_too(quick_compilation, tmp_path):
   config = small_config(
     prune__form="penalty", prune__weighting="share", prune__round_to=4, finetune__epochs=0, train__epochs=2,
     train__decay_epochs=(), finetune__decay_epochs=(),

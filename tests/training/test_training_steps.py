@@ -14,6 +14,8 @@ import sapr_jax as sapr
 from sapr_jax.training import devices, steps
 from sapr_jax.training.state import network_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
 
 
