@@ -113,13 +113,17 @@ def _is_known(value: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def with_fast_layers(step: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns the step with faster layers: the same values and gradients, up to rounding."""
+def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function that runs Flax layers in faster forms: the same values and gradients up to rounding.
 
-  @functools.wraps(step)
-  def fast(*args: Any) -> Any:
+  Batch normalization in training, and depthwise convolutions; float32 only, others stay as they are. The result is a
+  function to give to `jax.jit`.
+  """
+
+  @functools.wraps(function)
+  def fast(*args: Any, **kwargs: Any) -> Any:
     with nn.intercept_methods(_replace):
-      return step(*args)
+      return function(*args, **kwargs)
 
   return fast
 
@@ -219,7 +223,8 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
   channels = x.shape[-1]
   plain = all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
   depthwise = options.get("feature_group_count") == channels == kernel.shape[-1] and kernel.shape[-2] == 1
-  if not (plain and depthwise and x.ndim == 4 and options.get("preferred_element_type") is None):
+  common = x.ndim == 4 and x.dtype == jnp.float32 and options.get("preferred_element_type") is None
+  if not (plain and depthwise and common):
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)

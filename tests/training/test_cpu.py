@@ -101,6 +101,7 @@ def test_depthwise_convolution(kernel, strides, padding):
     nn.Conv(12, (3, 3), feature_group_count=6),
     nn.Conv(6, (3, 3), feature_group_count=2),
     nn.Conv(6, (3, 3), feature_group_count=6, kernel_dilation=2),
+    nn.Conv(6, (3, 3), feature_group_count=6, dtype=jnp.bfloat16),
   ],
 )
 def test_other_convolutions_stay(layer):
