@@ -18,6 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
   """Turns the first signal into a request that the loop meets between two calls; a second Ctrl-C stops at once.
 
+  One within another, as of a run in a program of many, has the requests that came to the outer one before.
+
   With several processes the runtime of JAX takes SIGTERM, whichever of them it is sent to, and finds a step at which
   all of them can stop.
 
@@ -40,6 +42,10 @@ class Interruption:
     if threading.current_thread() is threading.main_thread():
       signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
       self._previous = {number: signal.signal(number, self._note) for number in signals}
+      for handler in self._previous.values():
+        outer = getattr(handler, "__self__", None)
+        if isinstance(outer, Interruption) and self._signal is None:
+          self._signal = outer._signal
     return self
 
   def __exit__(

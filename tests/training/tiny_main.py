@@ -6,7 +6,6 @@ checkpoint.
 
 import os
 import signal
-import sys
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +49,6 @@ def stop_where_told() -> None:
 
 
 if __name__ == "__main__":
-  sys.modules["torch"] = None  # tensorboardX would import it, for seconds
   if "STOP" in os.environ:
     stop_where_told()
   app.run(main.main, flags_parser=main._parse_flags)
