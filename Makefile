@@ -30,7 +30,7 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
-# With EXTRAS=dev,torch the tests against PyTorch run too; they are skipped without it.
+# With EXTRAS=dev,bench the tests against PyTorch run too; they are skipped without it.
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
