@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.graph import ChannelGraph, Masks
+from sapr_jax.channels.masking import mask_params
 from sapr_jax.channels.program import ProgramError, abstract, compare_programs
-from sapr_jax.channels.surgery import mask_params, narrow, path_of, prune_tree
+from sapr_jax.channels.surgery import narrow, path_of, prune_tree
 from sapr_jax.errors import InputError
 
 

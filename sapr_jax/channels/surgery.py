@@ -1,4 +1,4 @@
-"""Cutting: pure functions from the trees of the dense network to those of the sub-network or of the pruned one."""
+"""Cutting: pure functions from the trees of the dense network to those of the pruned one."""
 
 from __future__ import annotations
 
@@ -43,32 +43,6 @@ class NarrowModule(nn.Module):
 
     with nn.intercept_methods(narrow):
       return self.base.copy(parent=self.scope)(*args, **kwargs)
-
-
-def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
-  """Returns the parameters with which the dense network behaves as the sub-network.
-
-  A group's mask multiplies the input axis of the kernels that read it. That gates the feature map exactly and asks
-  nothing of the normalizations, biases and activations in between; gradients flow to the masks likewise.
-
-  Args:
-    params: Parameters of the dense network.
-    graph: Its channel graph.
-    masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
-
-  Raises:
-    InputError: If `masks` or `params` does not fit `graph`.
-  """
-  check_masks(graph, masks)
-
-  def gate(leaf: Any, members: Sequence[tuple[str, Member]]) -> Any:
-    for name, member in members:
-      if member.role == "in":
-        leaf = jnp.asarray(leaf)
-        leaf = leaf * member.along_axis(jnp.asarray(masks[name]), 1).astype(leaf.dtype)
-    return leaf
-
-  return map_members(gate, params, graph)
 
 
 def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], params: Tree, graph: ChannelGraph) -> Tree:
@@ -184,4 +158,4 @@ def narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
   return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
 
 
-__all__ = ["NarrowModule", "map_members", "mask_params", "narrow", "path_of", "prune_tree"]
+__all__ = ["NarrowModule", "map_members", "narrow", "path_of", "prune_tree"]

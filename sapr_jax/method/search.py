@@ -8,7 +8,7 @@ from typing import Any
 import flax
 import jax
 
-from sapr_jax.channels import ChannelGraph, mask_params
+from sapr_jax.channels import ChannelGraph, Masks
 from sapr_jax.method.budget import macs_penalty
 from sapr_jax.method.generator import ArchitectureGenerator, sample_masks, split_by_group
 
@@ -30,8 +30,7 @@ def architecture_loss(
   generator: ArchitectureGenerator,
   variables: Any,
   graph: ChannelGraph,
-  params: Any,
-  loss_fn: Callable[[Any], jax.Array],
+  loss_fn: Callable[[Masks], jax.Array],
   key: jax.Array,
   *,
   p: float,
@@ -41,7 +40,7 @@ def architecture_loss(
 ) -> tuple[jax.Array, SearchMetrics]:
   """Draws a sub-network and says how good and how cheap it is.
 
-      loss_fn(params gated by v) + lambda log(max(T(v), p T_total) / (p T_total)),   v drawn by Eq. 1
+      loss_fn(v) + lambda log(max(T(v), p T_total) / (p T_total)),   v drawn by Eq. 1
 
   Differentiate it with respect to `variables["params"]`; the weights of the network stay as they are.
 
@@ -49,8 +48,7 @@ def architecture_loss(
     generator: The architecture generator.
     variables: Its variables.
     graph: The channel graph of the network.
-    params: Parameters of the dense network.
-    loss_fn: Parameters -> the network's loss on a batch, scalar, in evaluation mode.
+    loss_fn: Masks -> the loss of the sub-network on a batch, scalar, in evaluation mode; see `masked_apply`.
     key: Randomness of the draw.
     p: Share of the prunable MACs to keep, in (0, 1].
     macs_weight: lambda.
@@ -65,6 +63,6 @@ def architecture_loss(
   """
   outputs: Any = generator.apply(variables)
   masks = split_by_group(sample_masks(key, outputs, bias=bias, temperature=temperature), graph)
-  loss = loss_fn(mask_params(params, graph, masks))
+  loss = loss_fn(masks)
   share = graph.prunable_macs(masks) / graph.prunable_macs()
   return loss + macs_weight * macs_penalty(graph, masks, p), SearchMetrics(loss, share)

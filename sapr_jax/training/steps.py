@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax import data
-from sapr_jax.channels import ChannelGraph
+from sapr_jax.channels import ChannelGraph, Masks, masked_apply
 from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss, partial_group_lasso
 from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.state import GeneratorState, NetworkState
@@ -198,8 +198,8 @@ def generator_step(
     images, labels = shared.read(batch)
     x = preprocessing.train(device_key(image_key), images)
 
-    def network_loss(params: Any) -> jax.Array:
-      logits = _logits(model, {**shared.variables, "params": params}, x)
+    def network_loss(masks: Masks) -> jax.Array:
+      logits = masked_apply(model, shared.variables, graph, masks, x, train=False)
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
@@ -207,7 +207,6 @@ def generator_step(
         generator,
         {**state.variables, "params": params},
         graph,
-        shared.variables["params"],
         network_loss,
         mask_key,
         p=p,

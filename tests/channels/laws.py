@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sapr_jax.channels import ChannelGraph, count_macs, mask_params, prune, trace_channels
+from sapr_jax.channels import ChannelGraph, count_macs, mask_params, masked_apply, prune, trace_channels
 
 SHAPE = (1, 8, 8, 3)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -66,12 +66,26 @@ def relative_error(got: Any, want: Any) -> float:
 
 
 def check_masked_is_pruned(
-  model: nn.Module, graph: ChannelGraph, variables: Any, masks: Any, tolerance: float, dtype: Any = np.float64
+  model: nn.Module,
+  graph: ChannelGraph,
+  variables: Any,
+  masks: Any,
+  tolerance: float,
+  dtype: Any = np.float64,
+  activations: bool = False,
 ) -> None:
-  """Checks masked = pruned, predicted = counted MACs, and that something was cut wherever a mask drops something."""
+  """Checks masked = pruned, predicted = counted MACs, and that something was cut wherever a mask drops something.
+
+  `activations` takes `masked_apply`, else it is `mask_params`.
+  """
   images = random_images(11, dtype, graph.inputs.shape)
-  masked = {**variables, "params": mask_params(variables["params"], graph, masks)}
-  want = jax.jit(model.apply, compiler_options=QUICK)(masked, images)
+
+  def run_masked(variables: Any, images: jax.Array) -> Any:
+    if activations:
+      return masked_apply(model, variables, graph, masks, images)
+    return model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, images)
+
+  want = jax.jit(run_masked, compiler_options=QUICK)(variables, images)
   small, small_variables = prune(model, variables, graph, masks)
   assert all(np.ptp(leaf, axis=0).max() > 0 for leaf in jax.tree.leaves(want)), "the network ignores its input"
   got = jax.jit(small.apply, compiler_options=QUICK)(small_variables, images)
@@ -83,11 +97,11 @@ def check_masked_is_pruned(
 
 
 def check_laws(model: nn.Module, select: Any, seeds: Any = (0, 1), tolerance: float = 1e-10) -> ChannelGraph:
-  """Checks the law in float64, with random masks for even seeds and with single channels for odd ones."""
+  """Checks the law in float64: random masks for even seeds, single channels and gated inputs for odd ones."""
   with jax.enable_x64(True):
     variables = random_variables(model, 7)
     graph = trace_channels(model, variables, SHAPE, select=select, input_dtype=np.float64)
     for seed in seeds:
       masks = random_masks(graph, seed, single=seed % 2 == 1)
-      check_masked_is_pruned(model, graph, variables, masks, tolerance)
+      check_masked_is_pruned(model, graph, variables, masks, tolerance, activations=seed % 2 == 1)
   return graph

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import laws
-import networks
 import numpy as np
 import optax
 import pytest
@@ -105,56 +104,6 @@ def test_nothing_in_the_arguments_is_changed(resnet):
   prune(model, variables, graph, masks)
   prune_tree(variables, graph, masks)
   jax.tree.map(np.testing.assert_array_equal, (variables, masks), before)
-
-
-def test_masking_is_the_same_inside_jit_and_for_frozen_trees(resnet):
-  _, variables, graph, masks, *_ = resnet
-  eager = mask_params(variables["params"], graph, masks)
-  jitted = jax.jit(lambda p, m: mask_params(p, graph, m))(variables["params"], masks)
-  jax.tree.map(np.testing.assert_array_equal, eager, jitted)
-  assert jax.tree.structure(eager) == jax.tree.structure(variables["params"])
-
-
-class Gated(nn.Module):
-  """`TwoDense` after a flatten and a BatchNorm, with a gate on the hidden feature map that can be set by hand."""
-
-  @nn.compact
-  def __call__(self, x, gate=None):
-    x = nn.tanh(networks.norm(name="bn")(nn.Conv(4, (3, 3), name="conv1")(x)))
-    if gate is not None:
-      x = x * gate
-    x = nn.Conv(3, (3, 3), name="conv2")(x)
-    return nn.Dense(2, name="fc")(x.mean((1, 2)))
-
-
-def test_the_gradient_to_the_mask_is_that_of_a_gate_on_the_feature_map():
-  model = Gated()
-  with jax.enable_x64(True):
-    variables = laws.random_variables(model, 0)
-    graph = trace_channels(model, variables, laws.SHAPE, select="exact", input_dtype=np.float64)
-    images = laws.random_images(0)
-    gate = jnp.array([1.0, 0.0, 0.3, 1.0])
-
-    def by_masks(gate):
-      masks = {**{name: jnp.asarray(mask) for name, mask in graph.full_masks().items()}, "conv1": gate}
-      return jnp.sum(model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, images) ** 2)
-
-    def by_hand(gate):
-      return jnp.sum(model.apply(variables, images, gate) ** 2)
-
-    got, want = jax.grad(by_masks)(gate), jax.grad(by_hand)(gate)
-  np.testing.assert_allclose(got, want, rtol=1e-10)
-  assert np.all(np.abs(want) > 1e-6)
-
-
-def test_the_gradient_counts_a_gain_on_the_kernel_once():
-  model = networks.OwnLayers(gain=True)
-  variables = laws.random_variables(model, 0, np.float32)
-  graph = trace_channels(model, variables, laws.SHAPE, select="exact")
-  half = {name: mask / 2 for name, mask in graph.full_masks().items()}
-  masked = mask_params(variables["params"], graph, half)
-  np.testing.assert_allclose(masked["mine1"]["weights"], variables["params"]["mine1"]["weights"] / 2)
-  np.testing.assert_array_equal(masked["mine1"]["gain"], variables["params"]["mine1"]["gain"])
 
 
 def test_variables_that_do_not_fit_are_refused(resnet):

@@ -22,14 +22,14 @@ def search(trained):
     image_key, mask_key = jax.random.split(key)
     indices = jax.random.randint(image_key, (128,), 0, len(trained.labels))
 
-    def loss_fn(params):
-      logits = trained.model.apply({**trained.variables, "params": params}, trained.images[indices])
+    def loss_fn(masks):
+      logits = sapr.masked_apply(trained.model, trained.variables, trained.graph, masks, trained.images[indices])
       return optax.softmax_cross_entropy_with_integer_labels(logits, trained.labels[indices]).mean()
 
     def objective(params):
-      return sapr.architecture_loss(
-        generator, {**variables, "params": params}, trained.graph, trained.params, loss_fn, mask_key, p=p
-      )[0]
+      return sapr.architecture_loss(generator, {**variables, "params": params}, trained.graph, loss_fn, mask_key, p=p)[
+        0
+      ]
 
     grads = jax.grad(objective)(variables["params"])
     updates, opt_state = tx.update(grads, opt_state, variables["params"])
