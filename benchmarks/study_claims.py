@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import gamma_name
+from benchmarks.study_rows import LONGER, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -227,25 +227,23 @@ def larger_gamma(results: Results) -> Claim:
 
 def stable_architecture(results: Results) -> Claim:
   """(d): the architecture settles."""
+  row = LONGER if results.names(LONGER) else results.main
 
   def mean_between(entry: Mapping[str, Any], first: int, last: int) -> float | None:
     curve = entry["curves"].get("hamming")
     return None if curve is None else mean_of_epochs(curve, entry["start_epoch"] + first, entry["start_epoch"] + last)
 
   windows = {"epochs 8 to 12": (8, 12), "epochs 20 to 30": (20, 30)}
-  values = {
-    name: results.of(results.main, lambda entry, w=window: mean_between(entry, *w)) for name, window in windows.items()
-  }
+  values = {name: results.of(row, lambda entry, w=window: mean_between(entry, *w)) for name, window in windows.items()}
   values["last ten epochs"] = results.of(
-    results.main,
-    lambda entry: mean_between(entry, *(entry["train_epochs"] - entry["start_epoch"] + shift for shift in (-9, 0))),
+    row, lambda entry: mean_between(entry, *(entry["train_epochs"] - entry["start_epoch"] + shift for shift in (-9, 0)))
   )
   early = difference(dict.fromkeys(values["epochs 8 to 12"], STABLE), values["epochs 8 to 12"]).verdict()
   falling = difference(values["epochs 20 to 30"], values["last ten epochs"]).verdict()
-  epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == results.main}
+  epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == row}
   short = bool(epochs) and max(epochs) < 30
   return Claim(
-    "(d) The architecture settles",
+    f"(d) The architecture settles ({row})",
     f"The mean Hamming distance of consecutive epochs is below {STABLE} in epochs 8 to 12 after E_start, and in the"
     " last ten epochs it is less than in epochs 20 to 30. A run with fewer epochs decides nothing.",
     table(["after E_start", "Hamming distance"], [[n, mean_and_deviation(v.values(), 4)] for n, v in values.items()]),

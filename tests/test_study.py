@@ -13,9 +13,18 @@ import pytest
 import sapr_jax as sapr
 from benchmarks import study_ours, study_page
 from benchmarks.cifar10_study import parse_settings
-from benchmarks.study_claims import CLAIMS, Results, beats_alternatives, combined, difference, estimate, mean_of_epochs
+from benchmarks.study_claims import (
+  CLAIMS,
+  Results,
+  beats_alternatives,
+  combined,
+  difference,
+  estimate,
+  mean_of_epochs,
+  stable_architecture,
+)
 from benchmarks.study_records import entry_of, head_of, recorded, update
-from benchmarks.study_rows import SIZES, chosen, config_of, gamma_name, grid, job_of
+from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.training import epochs
 from sapr_jax.training.checks import check_config
@@ -145,6 +154,21 @@ def test_claims_on_numbers_that_one_can_judge_by_hand(results):
   )
 
 
+@pytest.mark.parametrize(
+  ("early", "late", "verdict"), [(0.04, 0.01, "holds"), (0.06, 0.01, "fails"), (0.04, 0.05, "fails")]
+)
+def test_whether_the_architecture_settles_is_told_by_the_longer_schedule(results, early, late, verdict):
+  # E_start is 2: the distances are those of the epochs 4 to 40, or 2 to 38 after it.
+  values = [0.5] * 6 + [early] * 5 + [0.04] * 16 + [late] * 10
+  entries = []
+  for seed in (0, 1, 2):
+    curves = {"hamming": {"first": 4, "values": [value * (1 + seed / 100) for value in values]}}
+    entries.append(entry(LONGER, seed) | {"train_epochs": 40, "curves": curves})
+  claim = stable_architecture(dataclasses.replace(results, entries=[*results.entries, *entries]))
+  assert claim.verdict == verdict
+  assert f"| epochs 8 to 12 | {early * 1.01:.4f} ± {early / 100:.4f} |" in claim.table
+
+
 def test_results_files_keep_what_other_machines_ran(tmp_path):
   head = head_of("reduced", SIZES["reduced"], {}, "JPEG copy of CIFAR-10")
   file, folder = tmp_path / "study.json", tmp_path / "reduced"
@@ -190,8 +214,9 @@ def test_the_page_says_which_size_it_is_and_shows_every_claim(tmp_path, results)
 
 def test_the_mean_history_over_seeds(results):
   changed = [dataclasses.replace(results, entries=[]), results]
-  assert study_page.mean_history(changed[0], 0.02) is None
-  assert study_page.mean_history(changed[1], 0.02).series("test_accuracy") == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
+  assert study_page.mean_history(changed[0], "gamma=0.02", "") is None
+  history = study_page.mean_history(changed[1], "gamma=0.02", "")
+  assert history.series("test_accuracy") == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
 
 
 def test_l1_scores_by_hand(tiny):
