@@ -38,10 +38,12 @@ from benchmarks import study_page
 from benchmarks.study_records import describe_data, head_of, is_finished, key_of, recorded, update, write_entry
 from benchmarks.study_rows import SIZES, Job, chosen, grid, job_of
 from sapr_jax import training
-from sapr_jax.errors import InputError, InterruptedRunError
+from sapr_jax.errors import InputError, InterruptedRunError, one_line
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 
+_LONGEST = 1_000_000
+"""Minutes; a timer takes no more than some decades."""
 _BENCH_PACKAGES = ("torch", "torch_pruning")
 
 
@@ -80,6 +82,7 @@ def _study(args: argparse.Namespace) -> int:
   work = chosen(grid(experiments), args.rows, args.seeds)
   if args.runs is None:
     raise InputError("--runs is missing; name a folder for the work directories.")
+  _make_folder(args.runs)
   jobs = [job_of(row, seed, args.runs / args.size, args.data, settings) for row, seed in work]
   results = args.runs if settings else study_page.RESULTS
   file = results / f"cifar10_study_{args.size}.json"
@@ -106,6 +109,13 @@ def _study(args: argparse.Namespace) -> int:
   return 3 if left else 0
 
 
+def _make_folder(folder: pathlib.Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"--runs {folder}: {one_line(error)}; name a folder that can be written.") from error
+
+
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
   """Parses `name=value`; values are Python literals, anything else is text.
 
@@ -123,7 +133,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
       raise InputError(f"--set {text!r} is no NAME=VALUE, such as train.epochs=3.")
     try:
       settings[name] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
       settings[name] = value
   return settings
 
@@ -220,8 +230,8 @@ def _time_limit(minutes: float | None) -> Iterator[None]:
   if minutes is None:
     yield
     return
-  if not minutes > 0:
-    raise InputError(f"--minutes {minutes:g} is out of range; expected a number above 0.")
+  if not 0 < minutes < _LONGEST:
+    raise InputError(f"--minutes {minutes:g} is out of range; expected a number above 0, at most {_LONGEST:,}.")
   previous = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
   signal.setitimer(signal.ITIMER_REAL, 60 * minutes, 5)
   try:

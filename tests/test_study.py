@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from benchmarks import study_ours, study_page
+from benchmarks import cifar10_study, study_ours, study_page
 from benchmarks.cifar10_study import parse_settings
 from benchmarks.study_claims import (
   CLAIMS,
@@ -316,12 +317,21 @@ def test_a_torch_crop_is_a_window_of_the_padded_image():
     assert any(torch.equal(image, other) for window in windows for other in (window, window.flip(1)))
 
 
-def test_missing_runs_folder_is_one_line(capsys, monkeypatch):
-  from benchmarks import cifar10_study
-
-  monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced"])
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "--runs is missing; name a folder for the work directories."),
+    (["--runs", __file__], f"--runs {__file__}: .*File exists.*; name a folder that can be written."),
+    (["--runs", "{folder}", "--minutes", "inf"], "--minutes inf is out of range; expected a number above 0, .*"),
+    (["--runs", "{folder}", "--set", "seed={[]: 1}"], r"--set seed={\[\]: 1}: configs/default.py has no such field.*"),
+  ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+  given = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
+  monkeypatch.setattr(cifar10_study, "run_all", lambda *_: pytest.fail("it ran"))
+  monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced", "--rows", "gamma=0", *given])
   assert cifar10_study.main() == 2
-  assert capsys.readouterr().err == "error: --runs is missing; name a folder for the work directories.\n"
+  assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
 def test_batch_statistics_are_those_of_the_batches(tiny):

@@ -224,11 +224,12 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
   plain = all(set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
   depthwise = options.get("feature_group_count") == channels == kernel.shape[-1] and kernel.shape[-2] == 1
   common = x.ndim == 4 and x.dtype == jnp.float32 and options.get("preferred_element_type") is None
-  if not (plain and depthwise and common):
+  pads = padding
+  if common and isinstance(padding, str):
+    pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+  if not (plain and depthwise and common and _leaves_a_window(x.shape[1:3], kernel.shape[:2], pads)):
     return lax.conv_general_dilated(x, kernel, strides, padding, **options)
-  if isinstance(padding, str):
-    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   (height, width), (down, right) = kernel.shape[:2], strides
   rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // right + 1
 
@@ -238,6 +239,13 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
 
   return sum(
     (shifted(i, j) * kernel[i, j, 0] for i in range(height) for j in range(width)), start=jnp.zeros((), x.dtype)
+  )
+
+
+def _leaves_a_window(size: Sequence[int], window: Sequence[int], padding: Any) -> bool:
+  """Whether the window fits into the padded image, and nothing is cropped off."""
+  return all(
+    min(low, high) >= 0 and n + low + high >= k for n, k, (low, high) in zip(size, window, padding, strict=True)
   )
 
 

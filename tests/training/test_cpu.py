@@ -102,10 +102,18 @@ def test_depthwise_convolution(kernel, strides, padding):
     nn.Conv(6, (3, 3), feature_group_count=2),
     nn.Conv(6, (3, 3), feature_group_count=6, kernel_dilation=2),
     nn.Conv(6, (3, 3), feature_group_count=6, dtype=jnp.bfloat16),
+    nn.Conv(6, (3, 3), feature_group_count=6, padding=((-1, 2), (0, 0))),
   ],
 )
 def test_other_convolutions_stay(layer):
   assert "conv_general_dilated" in compare(layer, normal(2, 9, 8, 6))
+
+
+def test_a_depthwise_window_larger_than_the_image_gives_nothing_as_ever():
+  layer = nn.Conv(6, (3, 10), feature_group_count=6, padding="VALID")
+  x = normal(2, 9, 8, 6)
+  variables = layer.init(jax.random.key(0), x)
+  assert layer.apply(variables, x).shape == cpu.with_fast_layers(layer.apply)(variables, x).shape == (2, 7, 0, 6)
 
 
 @pytest.mark.parametrize("remat", [False, True])
