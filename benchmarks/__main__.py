@@ -9,6 +9,8 @@ measures a GPU. The page shows what was recorded on each platform.
 from __future__ import annotations
 
 import argparse
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -23,6 +25,8 @@ def main() -> None:
   args = parser.parse_args()
   if unknown := set(args.parts) - set(PARTS):
     parser.error(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+  if not all(pathlib.Path(folder).is_dir() and os.access(folder, os.W_OK) for folder in ("docs", "results")):
+    parser.error("docs/ and results/ are not here or cannot be written; start it in the root of the repository")
   failed = []
   for part in args.parts or PARTS:
     print(f"\n== {part}", flush=True)

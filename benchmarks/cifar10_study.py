@@ -35,8 +35,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import study_page
-from benchmarks.study_records import describe_data, head_of, is_finished, key_of, recorded, update, write_entry
-from benchmarks.study_rows import SIZES, Job, chosen, grid, job_of
+from benchmarks.study_records import (
+  check_folder,
+  describe_data,
+  head_of,
+  is_finished,
+  key_of,
+  recorded,
+  update,
+  write_entry,
+)
+from benchmarks.study_rows import SIZES, Job, Row, chosen, grid, job_of, workdir_of
 from sapr_jax import training
 from sapr_jax.errors import InputError, InterruptedRunError, one_line
 from sapr_jax.training.interruption import Interruption
@@ -80,19 +89,20 @@ def _study(args: argparse.Namespace) -> int:
   """Does what the arguments say."""
   experiments, settings = SIZES[args.size], parse_settings(args.set)
   work = chosen(grid(experiments), args.rows, args.seeds)
+  if args.list:
+    _show(work, args.runs and args.runs / args.size)
+    return 0
   if args.runs is None:
     raise InputError("--runs is missing; name a folder for the work directories.")
   _make_folder(args.runs)
   jobs = [job_of(row, seed, args.runs / args.size, args.data, settings) for row, seed in work]
   results = args.runs if settings else study_page.RESULTS
   file = results / f"cifar10_study_{args.size}.json"
-  if args.list:
-    _show(jobs)
-    return 0
   head = head_of(args.size, experiments, settings, describe_data(args.data))
   if args.skip_recorded:
     known = {key_of(entry) for entry in recorded(file, head)}
     jobs = [job for job in jobs if (job.row.experiment.network, job.row.name, job.seed) not in known]
+  check_folder(args.runs / args.size, head)
   training.keep_memory()
   training.use_compilation_cache()
   try:
@@ -138,9 +148,10 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
   return settings
 
 
-def _show(jobs: Sequence[Job]) -> None:
-  for job in jobs:
-    print(f"{'finished' if is_finished(job.workdir) else 'to do':9} {job}")
+def _show(work: Sequence[tuple[Row, int]], folder: pathlib.Path | None) -> None:
+  for row, seed in work:
+    done = folder is not None and is_finished(workdir_of(row, seed, folder))
+    print(f"{'finished' if done else 'to do':9} {row.path}, seed {seed}")
 
 
 def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> list[Job]:

@@ -94,6 +94,13 @@ def load_average() -> float:
   return round(os.getloadavg()[0], 2)
 
 
+def positive(text: str) -> int:
+  """Parses a whole number from 1 on, for argparse."""
+  if (number := int(text)) < 1:
+    raise ValueError
+  return number
+
+
 def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `results/<name>_<platform>.json`: the body, the command and the machine. Returns what it wrote."""
   about = machine()

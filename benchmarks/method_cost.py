@@ -23,7 +23,7 @@ import optax
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import machine, median_ratio, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import machine, median_ratio, positive, record, recorded, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.method import ArchitectureGenerator, partial_regularization, project_to_budget, split_by_group
 from sapr_jax.training import keep_memory, state, steps
@@ -88,7 +88,7 @@ def main() -> None:
   default = [name for name in networks if platform != "cpu" or name not in _LONG_ON_CPU]
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--networks", nargs="+", choices=networks, default=default)
-  parser.add_argument("--rounds", type=int, default=7, help="timings of each")
+  parser.add_argument("--rounds", type=positive, default=7, help="timings of each")
   parser.add_argument("--quick", action="store_true", help="small batches and images, few rounds; records nothing")
   args = parser.parse_args()
   measured = {}

@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.measuring import positive
+
 RESULTS = pathlib.Path("results/scaling.json")
 PAGE = pathlib.Path("docs/scaling.md")
 
@@ -63,7 +65,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--tables", action="store_true", help="measure nothing, only renew the tables")
   parser.add_argument("--step-time", nargs="+", default=[], metavar="CHIP/NETWORK=MS", help="measured, for one image")
-  parser.add_argument("--rounds", type=int, default=3, help="measurements for each number of virtual devices")
+  parser.add_argument("--rounds", type=positive, default=3, help="measurements for each number of virtual devices")
   parser.add_argument("--virtual-devices", type=int, help=argparse.SUPPRESS)  # one measurement, in a process of its own
   args = parser.parse_args()
   if args.virtual_devices:

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from benchmarks import training_pieces
-from benchmarks.measuring import record, shown, table
+from benchmarks.measuring import positive, record, shown, table
 from benchmarks.performance_page import provenance
 from sapr_jax import prune, trace_channels
 from sapr_jax.artifacts import Checkpointer, read_records
@@ -43,7 +43,7 @@ STATEMENTS = ("pass", "import jax", "import sapr_jax", "from sapr_jax import tra
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--rounds", type=int, default=2, help="starts of each kind")
+  parser.add_argument("--rounds", type=positive, default=2, help="starts of each kind")
   parser.add_argument("--quick", action="store_true", help="small networks, once; records nothing")
   args = parser.parse_args()
   quick, rounds = args.quick, 1 if args.quick else args.rounds

@@ -13,10 +13,14 @@ from benchmarks.measuring import cpu_name
 from benchmarks.study_rows import Experiment, Job
 from sapr_jax.artifacts import read_records
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
+from sapr_jax.errors import InputError
 from sapr_jax.training import workdir as layout
 
 ENTRY = "study.json"
 """In the work directory of a finished run: its entry."""
+
+_HEAD = "study_head.json"
+"""In the folder of a size: what its runs have in common."""
 
 _CURVES = {
   "full_model": ("test_accuracy", 100, 2),
@@ -30,7 +34,13 @@ _CURVES = {
 
 def is_finished(workdir: pathlib.Path) -> bool:
   """Says whether the run in `workdir` is done and has its entry."""
-  return read_json(workdir / ENTRY) is not None
+  return _read_entry(workdir / ENTRY) is not None
+
+
+def _read_entry(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns an entry; None if there is none, or it is damaged."""
+  entry = read_json(path)
+  return entry if isinstance(entry, dict) and {"network", "row", "seed"} <= entry.keys() else None
 
 
 def write_entry(job: Job) -> None:
@@ -114,6 +124,30 @@ def head_of(size: str, experiments: Iterable[Experiment], settings: Mapping[str,
   return dict(json.loads(json.dumps(head)))  # as JSON has it, with lists for tuples
 
 
+def check_folder(folder: pathlib.Path, head: Mapping[str, Any]) -> None:
+  """Keeps runs of other settings or other images apart: a folder belongs to the head that it was first used with.
+
+  Raises:
+    InputError: If it was used with another one; the message names what differs.
+  """
+  file = folder / _HEAD
+  earlier = read_json(file)
+  if earlier is None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(head))
+  elif differing := [name for name in head if head[name] != earlier.get(name)]:
+    name = differing[0]
+    raise InputError(
+      f"{folder} holds runs with another {name!r}: {_shown(earlier.get(name))}, now {_shown(head[name])}; name another"
+      " folder by --runs."
+    )
+
+
+def _shown(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
 def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """Puts the entries of all finished runs in `folder` into a results file; what it held of others stays.
 
@@ -127,7 +161,7 @@ def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) ->
   """
   entries = {key_of(entry): entry for entry in recorded(file, head)}
   for path in sorted(folder.glob(f"*/*/seed_*/{ENTRY}")):
-    if (entry := read_json(path)) is not None:
+    if (entry := _read_entry(path)) is not None:
       entries[key_of(entry)] = entry
   rows = [entries[key] for key in sorted(entries)]
   if not rows:

@@ -79,6 +79,9 @@ class Row:
 LONGER = "longer_schedule"
 """Name of the row with `Experiment.longer`."""
 
+_OF_ROWS = ("seed", "prune.gamma")
+"""Fields in which all rows differ."""
+
 THREE, SIX = (0, 1, 2), (0, 1, 2, 3, 4, 5)
 GAMMAS = (1e-4, 1e-3, 5e-3)  # beside 0 and 5e-4: supplement C
 _COMMON = {"prune.round_to": 1}  # as in the paper; the alternatives cut single channels too, on every backend
@@ -237,6 +240,8 @@ def config_of(row: Row, seed: int, data: str | None, settings: Mapping[str, Any]
   config = row.experiment.get_config()
   config.update_from_flattened_dict(dict(row.experiment.overrides))
   for name, value in settings.items():
+    if name in _OF_ROWS or (data is not None and name in ("data.source", "data.path")):
+      raise InputError(f"--set {name}={value}: rows, --seeds and --data say that; change any other field.")
     try:
       config.update_from_flattened_dict({name: value})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -271,11 +276,12 @@ class Job:
     return f"{self.row.path}, seed {self.seed}"
 
 
+def workdir_of(row: Row, seed: int, folder: pathlib.Path, name: str | None = None) -> pathlib.Path:
+  """Returns the work directory of a run, or of that of another row of the same experiment."""
+  return folder / row.experiment.network / (row.name if name is None else name) / f"seed_{seed}"
+
+
 def job_of(row: Row, seed: int, folder: pathlib.Path, data: str | None, settings: Mapping[str, Any]) -> Job:
   """Returns one run of the study; arguments as of `config_of`, and the folder of the size."""
-
-  def place(name: str) -> pathlib.Path:
-    return folder / row.experiment.network / name / f"seed_{seed}"
-
-  source = None if row.source is None else place(row.source)
-  return Job(row, seed, config_of(row, seed, data, settings), place(row.name), source)
+  source = None if row.source is None else workdir_of(row, seed, folder, row.source)
+  return Job(row, seed, config_of(row, seed, data, settings), workdir_of(row, seed, folder), source)

@@ -2,8 +2,8 @@
 
 The steps are those of its own recipe for ResNet-56 (`reproduce/` in its repository): sparse learning by
 `GroupNormPruner.regularize` in place of weight decay, then channels of all layers cut in 400 small steps until the MACs
-are met, then fine-tuning. Images, augmentation, batches, learning rates and epochs are those of our own runs; sparse
-learning takes the epochs in which our own regularization is on. Needs torch and torch-pruning.
+are met, then fine-tuning. First weights, images, augmentation, batches, learning rates and epochs are those of our own
+runs; sparse learning takes the epochs in which our own regularization is on. Needs torch and torch-pruning.
 
 References:
   Fang et al., DepGraph: towards any structural pruning, CVPR 2023.
@@ -15,12 +15,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import pathlib
+import tempfile
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torch_pruning
@@ -31,6 +34,7 @@ from benchmarks.study_ours import budget_macs
 from benchmarks.study_rows import Job
 from benchmarks.torch_networks import CifarResNet, MobileNetV2
 from sapr_jax import data, models
+from sapr_jax.artifacts import export_torch
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.channels import trace_channels
@@ -40,7 +44,7 @@ from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 from sapr_jax.training.schedules import learning_rate_schedule
-from sapr_jax.training.setup import FINETUNE, TRAIN
+from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
 
 _CHECKPOINT = "torch.pt"
 _STEPS_OF_PRUNING = 400  # the recipe's
@@ -134,13 +138,12 @@ def augment(images: torch.Tensor, generator: torch.Generator, *, padding: int, f
   return images
 
 
-def make_network(ours: Any, seed: int) -> nn.Module:
-  """Returns a network of this package in PyTorch, with He et al.'s first weights as there.
+def make_network(ours: Any, variables: Any) -> nn.Module:
+  """Returns a network of this package in PyTorch, with the same weights.
 
   Raises:
     InputError: If it is neither a CIFAR ResNet nor a MobileNet-V2.
   """
-  torch.manual_seed(seed)
   width = ours.width_multiplier
   if isinstance(ours, models.CifarResNet):
     widths = tuple(max(1, round(16 * 2**stage * width)) for stage in range(3))
@@ -150,9 +153,12 @@ def make_network(ours: Any, seed: int) -> nn.Module:
     model.classifier[0].p = ours.dropout
   else:
     raise InputError(f"a {type(ours).__name__} has no counterpart in PyTorch here; leave out the rows torch_pruning*.")
-  for module in model.modules():
-    if isinstance(module, nn.Conv2d):
-      nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / "weights.safetensors"
+    export_torch(file, ours, variables)
+    state = safetensors.torch.load_file(file)
+  linear = isinstance(model, CifarResNet)  # which calls its last layer so
+  model.load_state_dict({name.replace("fc.", "linear.") if linear else name: state[name] for name in state})
   return model
 
 
@@ -219,9 +225,9 @@ class _Run:
     self.history: list[Any] = []
     self.records: list[dict[str, Any]] = []
     self.summary: dict[str, Any] = {}
-    fields = {"num_classes": images.num_classes, "width_multiplier": config.model.width_multiplier}
-    self.ours = models.create(config.model.name, **fields)
-    self.model = make_network(self.ours, config.seed).to(images.device)
+    torch.manual_seed(config.seed)  # of dropout
+    self.ours, variables = initial_network(config, images.num_classes, (1, *images.shape))
+    self.model = make_network(self.ours, variables).to(images.device)
     height, width, channels = images.shape
     self.inputs = torch.zeros(1, channels, height, width, device=images.device)
     self.rates = {phase: self._rates(config[phase]) for phase in ("train", "finetune")}

@@ -21,7 +21,7 @@ import jax
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import machine, median_ratio, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import machine, median_ratio, positive, record, recorded, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.training import keep_memory, state, steps
 from sapr_jax.training.devices import is_cpu
@@ -91,7 +91,7 @@ def main() -> None:
   rows = {row.name: row for row in (CPU_ROWS if platform == "cpu" else GPU_ROWS)}
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows))
-  parser.add_argument("--rounds", type=int, default=7, help="timings of each")
+  parser.add_argument("--rounds", type=positive, default=7, help="timings of each")
   parser.add_argument("--quick", action="store_true", help="small batches and images, few rounds; records nothing")
   args = parser.parse_args()
   try:

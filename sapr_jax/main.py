@@ -81,6 +81,7 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
 
     if config.get("fast_cpu"):
       training.keep_memory()  # the process is ours; JAX has not started yet
+    _start_jax()
     if _COMPILATION_CACHE.value:
       training.use_compilation_cache()
     training.run(config, workdir)
@@ -95,6 +96,22 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
     print("stopped at once; the same command resumes the run at its last checkpoint", file=sys.stderr)
     return 130
   return 0
+
+
+def _start_jax() -> None:
+  """Lets JAX find its devices.
+
+  Raises:
+    InputError: If it cannot use those that it is told to.
+  """
+  import jax
+
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise InputError(
+      f"JAX cannot start: {one_line(error, 200)}; set JAX_PLATFORMS to what this machine has, or leave it unset."
+    ) from error
 
 
 def _fail(message: str) -> int:

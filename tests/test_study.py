@@ -24,7 +24,7 @@ from benchmarks.study_claims import (
   mean_of_epochs,
   stable_architecture,
 )
-from benchmarks.study_records import entry_of, head_of, recorded, update
+from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
 from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.training import epochs
@@ -81,6 +81,8 @@ def test_settings_are_literals_or_text():
     parse_settings(["train.epochs"])
   with pytest.raises(sapr.InputError, match=r"--set train\.epoch=3: configs/default\.py has no such field"):
     config_of(REDUCED[0], 0, None, {"train.epoch": 3})
+  with pytest.raises(sapr.InputError, match=r"--set seed=3: rows, --seeds and --data say that"):
+    config_of(REDUCED[0], 0, None, {"seed": 3})
 
 
 def test_estimate_against_the_t_distribution_by_hand():
@@ -168,6 +170,21 @@ def test_whether_the_architecture_settles_is_told_by_the_longer_schedule(results
   claim = stable_architecture(dataclasses.replace(results, entries=[*results.entries, *entries]))
   assert claim.verdict == verdict
   assert f"| epochs 8 to 12 | {early * 1.01:.4f} ± {early / 100:.4f} |" in claim.table
+
+
+def test_a_folder_of_runs_belongs_to_one_study(tmp_path):
+  head = head_of("reduced", SIZES["reduced"], {}, "JPEG copy of CIFAR-10")
+  check_folder(tmp_path / "reduced", head)
+  check_folder(tmp_path / "reduced", head)
+  with pytest.raises(sapr.InputError, match=r"holds runs with another 'set': {}, now {\"train.epochs\": 2}; name"):
+    check_folder(tmp_path / "reduced", head | {"set": {"train.epochs": 2}})
+
+
+def test_a_damaged_entry_is_no_finished_run(tmp_path):
+  write_json(tmp_path / "study.json", {"row": 1})
+  assert not is_finished(tmp_path)
+  write_json(tmp_path / "study.json", entry("gamma=0", 0))
+  assert is_finished(tmp_path)
 
 
 def test_results_files_keep_what_other_machines_ran(tmp_path):
@@ -285,8 +302,14 @@ def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
   from benchmarks import study_torch
 
   ours = sapr.models.create("resnet8", width_multiplier=0.5)
-  variables = jax.eval_shape(ours.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  model, image = study_torch.make_network(ours, 0), torch.zeros(1, 3, 32, 32)
+  variables = ours.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  model, image = study_torch.make_network(ours, variables), torch.randn(1, 3, 32, 32)
+  np.testing.assert_allclose(
+    model.eval()(image).detach().numpy(),
+    ours.apply(variables, jnp.asarray(image.permute(0, 2, 3, 1).numpy())),
+    rtol=1e-4,
+    atol=1e-5,
+  )
   assert study_torch.count_macs(model, image) == sapr.trace_channels(ours, variables, (1, 32, 32, 3)).macs()
   pruner = study_torch.make_pruner(model, image, reg=0.0)
   pruner.current_step = 199
@@ -323,7 +346,7 @@ def test_a_torch_crop_is_a_window_of_the_padded_image():
     ([], "--runs is missing; name a folder for the work directories."),
     (["--runs", __file__], f"--runs {__file__}: .*File exists.*; name a folder that can be written."),
     (["--runs", "{folder}", "--minutes", "inf"], "--minutes inf is out of range; expected a number above 0, .*"),
-    (["--runs", "{folder}", "--set", "seed={[]: 1}"], r"--set seed={\[\]: 1}: configs/default.py has no such field.*"),
+    (["--runs", "{folder}", "--set", "eval={[]: 1}"], r"--set eval={\[\]: 1}: configs/default.py has no such field.*"),
   ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):

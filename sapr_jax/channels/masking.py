@@ -7,9 +7,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_masks
 from sapr_jax.channels.surgery import Tree, map_members
+
+_OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+"""Fields of layers that put another operation in place of the linear one, as for quantization."""
 
 
 def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
@@ -61,7 +65,8 @@ def masked_apply(
   Raises:
     InputError: If `masks` or the parameters do not fit `graph`.
   """
-  full, masked = variables["params"], mask_params(variables["params"], graph, masks)
+  full: Any = variables.get("params") if isinstance(variables, Mapping) else None
+  masked: Any = mask_params(full, graph, masks)
   members = graph.members_by_variable("params")
 
   def gate(next_fun, args, kwargs, context):
@@ -71,6 +76,8 @@ def masked_apply(
       return next_fun(*args, **kwargs)
     own = dict(layer.variables["params"])
     if own["kernel"] is not _leaf(masked, path):  # a wrapper changed it, or this is a program within the program
+      return next_fun(*args, **kwargs)
+    if own["kernel"].shape[-1] != layer.features:  # a NarrowModule has yet to give the layer its width
       return next_fun(*args, **kwargs)
     x = args[0]
     for name, member in members[path]:
@@ -84,7 +91,10 @@ def masked_apply(
 
 def _is_plain(layer: nn.Module) -> bool:
   """Whether the layer is linear in its input, and the input's last axis is the input axis of its kernel."""
-  return type(layer) is nn.Dense or (type(layer) is nn.Conv and layer.feature_group_count == 1)
+  if type(layer) is not nn.Dense and not (type(layer) is nn.Conv and layer.feature_group_count == 1):
+    return False
+  own_operation = any(getattr(layer, name, None) is not None for name in _OPERATIONS)
+  return not own_operation and getattr(layer, "promote_dtype", promote_dtype) is promote_dtype
 
 
 def _leaf(tree: Any, path: Sequence[str]) -> Any:

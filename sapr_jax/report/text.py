@@ -20,7 +20,7 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   """Returns one line about the epoch of `record`."""
   accuracy = f"test {record['test_accuracy']:.2%}"
   if "subnetwork_accuracy" in record:
-    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} MACs)"
+    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} of prunable MACs)"
   parts = [f"loss {record['train_loss']:.4f}", accuracy]
   if "dropped_norm_mean" in record:
     parts.append(f"norms {record['kept_norm_mean']:.3f} kept, {record['dropped_norm_mean']:.3f} dropped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from sapr_jax import artifacts, report
-from sapr_jax.artifacts.files import write_atomically, write_json
+from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.channels import count_macs, prune
 from sapr_jax.errors import InputError
 from sapr_jax.training import epochs, loop, processes, steps
@@ -60,10 +61,12 @@ def run(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   try:
     with contextlib.ExitStack() as stack:
       processes.together(lambda: stack.enter_context(layout.locked(path, config)))
+      setup = _with_first_rounding(setup, path)
       interruption = stack.enter_context(Interruption())
       if is_main_process():
         groups = {group.name: group.size for group in setup.graph.groups}
-        write_json(path / layout.NETWORK, {"groups": groups, "macs": setup.graph.macs()})
+        network = {"groups": groups, "macs": setup.graph.macs(), "round_to": setup.round_to}
+        write_json(path / layout.NETWORK, network)
       say(_describe(setup))
       masks, variables, small_model, small_variables, tuned_variables = _train_and_prune(setup, path, interruption)
       summary = _summarize(setup, masks, variables, small_model, small_variables, tuned_variables)
@@ -95,6 +98,12 @@ def _finished(path: pathlib.Path, config: Any) -> dict[str, Any] | None:
   """Checks the work directory; returns the summary of the finished run in it, if there is one."""
   layout.check_workdir(path, config)
   return layout.read_summary(path)
+
+
+def _with_first_rounding(setup: Setup, path: pathlib.Path) -> Setup:
+  """Lets a run that goes on keep what its widths are multiples of, where another machine would choose otherwise."""
+  earlier = processes.decided_by_main(lambda: (read_json(path / layout.NETWORK) or {}).get("round_to"))
+  return setup if earlier is None else dataclasses.replace(setup, round_to=earlier)
 
 
 def _settings(config: Any, path: pathlib.Path) -> dict[str, Any]:
@@ -176,6 +185,7 @@ def _summarize(
       "model": setup.config.model.name,
       "seed": setup.config.seed,
       "gamma": setup.config.prune.gamma,
+      "round_to": setup.round_to,
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
       "versions": report.versions(),
       "device": jax.devices()[0].device_kind,

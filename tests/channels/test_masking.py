@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sapr_jax import models
-from sapr_jax.channels import mask_params, masked_apply, trace_channels
+from sapr_jax.channels import mask_params, masked_apply, prune, trace_channels
 from sapr_jax.errors import InputError
 
 
@@ -79,6 +79,22 @@ class ReadTwice(nn.Module):
     return nn.Dense(3, name="fc")(y.mean((1, 2)))
 
 
+class OwnOperations(nn.Module):
+  """Layers whose operation is not linear in the input, only in the kernel."""
+
+  @nn.compact
+  def __call__(self, x):
+    def shifted(x, kernel, *args, **kwargs):
+      return jax.lax.dot_general(x + 1, kernel, *args, **kwargs)
+
+    def doubled_sine(x, kernel, *args, **kwargs):
+      return jax.lax.conv_general_dilated(jnp.sin(2 * x), kernel, *args, **kwargs)
+
+    x = nn.elu(nn.Conv(5, (3, 3), name="first")(x))
+    x = nn.elu(nn.Conv(4, (3, 3), conv_general_dilated=doubled_sine, name="second")(x)).mean((1, 2))
+    return nn.Dense(3, dot_general=shifted, name="fc")(x)
+
+
 class Jitted(nn.Module):
   """The same compiled layers for two calls."""
 
@@ -97,6 +113,7 @@ NETWORKS = {
   "rematerialized": (networks.Rematerialized, "exact"),
   "kernel read twice": (ReadTwice, "exact"),
   "kernel made by a wrapper": (Wrapped, "exact"),
+  "operations of one's own": (OwnOperations, "exact"),
   "nn.jit": (Jitted, "exact"),
 }
 
@@ -121,6 +138,17 @@ def test_gated_inputs_give_the_values_and_gradients_of_masked_kernels(name):
     want, got = loss_and_gradient(by_params), loss_and_gradient(masked_apply)
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in want[1].values()) > 1e-3
     assert laws.relative_error(got, want) < 1e-8
+
+
+def test_a_network_that_was_pruned_before():
+  model = models.create("resnet8", width_multiplier=0.25)
+  variables = laws.random_variables(model, 0, np.float32)
+  graph = trace_channels(model, variables, laws.SHAPE)
+  small, small_variables = prune(model, variables, graph, laws.random_masks(graph, 0))
+  graph = trace_channels(small, small_variables, laws.SHAPE)
+  masks, images = laws.random_masks(graph, 1), laws.random_images(0, np.float32)
+  want, got = (run(small, small_variables, graph, masks, images) for run in (by_params, masked_apply))
+  assert laws.relative_error(got, want) < 1e-5
 
 
 def test_the_gradient_to_the_masks_needs_no_gradient_of_a_kernel():

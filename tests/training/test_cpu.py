@@ -85,6 +85,16 @@ def test_other_normalizations_stay(layer):
   assert "custom_vjp" not in compare(layer, normal(4, 5, 5, 3))
 
 
+def test_batch_norm_without_statistics_or_in_boxes_is_left_to_the_layer():
+  layer, x = nn.BatchNorm(use_running_average=False), normal(4, 3)
+  variables = layer.init(jax.random.key(0), x)
+  boxed = nn.BatchNorm(use_running_average=False, scale_init=nn.with_partitioning(nn.initializers.ones, ("model",)))
+  cases = [(layer, {"params": variables["params"]}), (boxed, boxed.init(jax.random.key(0), x))]
+  for module, given in cases:
+    plain = module.apply(given, x, mutable=["batch_stats"])
+    assert_close(cpu.with_fast_layers(module.apply)(given, x, mutable=["batch_stats"]), plain)
+
+
 @pytest.mark.parametrize(
   ("kernel", "strides", "padding"), [(3, 1, 1), (3, 2, 1), (5, 2, "SAME"), (3, 2, "VALID"), ((1, 3), 1, 1)]
 )
