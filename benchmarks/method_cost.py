@@ -256,10 +256,10 @@ def section(reports: Mapping[str, Any]) -> str:
 
 _BOUNDS = """What bounds it: a generator step is a forward pass and the backward pass through the activations, two
 thirds of the arithmetic of a weight step; masks gate feature maps (`sapr_jax.masked_apply`), so that no kernel's
-gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for ResNet-56, 0.95
-for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is more than 5 %
-of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the records; the
-method does not need it. On CIFAR-10 the test set is a fifth of the training set."""
+gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for
+ResNet-56, 0.95 for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is
+more than 5 % of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the
+records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set."""
 
 
 def time_table(networks: Mapping[str, Any]) -> str:

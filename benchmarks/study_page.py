@@ -32,7 +32,7 @@ _SIZES = {
   " under equal conditions. gamma is larger for the same effect: what a dropped filter can lose over a run is the sum"
   " over its steps of learning_rate / (1 - momentum) * gamma * N_k / N, and a short run has few steps. Three seeds"
   " left much of (f) undecided, so that three more were run of all rows with that gamma, of gamma = 0, and of the"
-  " alternatives.",
+  " alternatives. The longer schedule is there for (d); its fine-tuning is as short as the others'.",
 }
 
 _PUBLISHED = """## Published by others, for comparison
