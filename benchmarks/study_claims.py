@@ -224,8 +224,8 @@ def larger_gamma(results: Results) -> Claim:
   return Claim(
     "(c) A larger gamma makes the sub-network better and the full model worse",
     f"At gamma = {last:g} the sub-network is better, and the dense network worse, than at 0. The turn is the least"
-    f" gamma whose loss in the full model has an interval above 0. Seeds {', '.join(map(str, sorted(seeds)))}, which all"
-    " of these have.",
+    f" gamma whose loss in the full model has an interval above 0. Seeds {', '.join(map(str, sorted(seeds)))}, which"
+    " all of these have.",
     table(["gamma", "full model, %", "sub-network, %", "pruned, %", "full model loses, points"], rows),
     combined(parts),
     f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {turn}.",

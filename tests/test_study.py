@@ -162,7 +162,7 @@ def test_gammas_are_compared_on_the_seeds_that_all_of_them_have(results):
   entries = [e for e in results.entries if (e["row"], e["seed"]) != ("gamma=0", 2)]
   claim = larger_gamma(dataclasses.replace(results, entries=entries))
   assert "| 0.02 | 60.50 ± 0.71 | 55.50 ± 0.71 | 61.50 ± 0.71 | +1.00 [+1.00, +1.00] |" in claim.table
-  assert "Seeds 0, 1, which all" in claim.rule and "clearly worse from gamma = 0.02 on" in claim.remark
+  assert "Seeds 0, 1, which all of these have" in claim.rule and "clearly worse from gamma = 0.02 on" in claim.remark
 
 
 @pytest.mark.parametrize(
