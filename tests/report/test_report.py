@@ -17,7 +17,7 @@ def test_the_line_of_an_epoch():
     "generator_seconds": 1.0,
   }
   assert report.format_epoch(searched, 20) == (
-    "train 3/20: loss 0.5000, test 90.00% (sub-network 80.00% at 47.9% MACs),"
+    "train 3/20: loss 0.5000, test 90.00% (sub-network 80.00% at 47.9% of prunable MACs),"
     " norms 1.500 kept, 0.250 dropped, Hamming 0.010, 12.0 s + generator 1.0 s"
   )
 
