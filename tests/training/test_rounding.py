@@ -1,5 +1,6 @@
 """Where the configuration leaves `prune.round_to` open, platform and network decide."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -8,9 +9,12 @@ import pytest
 
 from configs import default
 from sapr_jax import models
+from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import trace_channels
 from sapr_jax.method import check_budget
+from sapr_jax.training import workdir
 from sapr_jax.training.rounding import DEFAULT_ROUND_TO, default_round_to, resolve_round_to
+from sapr_jax.training.run import _with_first_rounding
 
 
 def prune_fields(**fields):
@@ -51,3 +55,18 @@ def test_a_budget_that_multiples_cannot_meet_is_met_without():
   graph = trace_channels(model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), shape)
   assert resolve_round_to(prune_fields(p=0.5), graph, "gpu") == 8
   assert resolve_round_to(prune_fields(p=0.03), graph, "gpu") == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+  """What a run has of it."""
+
+  round_to: int
+
+
+def test_a_run_that_goes_on_keeps_what_it_began_with(tmp_path):
+  assert _with_first_rounding(Rounded(8), tmp_path).round_to == 8
+  write_json(tmp_path / workdir.NETWORK, {"groups": {}})  # of a run that did not note it
+  assert _with_first_rounding(Rounded(8), tmp_path).round_to == 8
+  write_json(tmp_path / workdir.NETWORK, {"groups": {}, "round_to": 1})
+  assert _with_first_rounding(Rounded(8), tmp_path).round_to == 1

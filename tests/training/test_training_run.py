@@ -143,6 +143,7 @@ def test_the_penalty_form_and_another_weighting_run_too(quick_compilation, tmp_p
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run")
   assert all(width % 4 == 0 for width in summary["run"]["widths"].values())
+  assert summary["run"]["round_to"] == 4
   assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
 
 
