@@ -242,7 +242,7 @@ def _time_limit(minutes: float | None) -> Iterator[None]:
     yield
     return
   if not 0 < minutes < _LONGEST:
-    raise InputError(f"--minutes {minutes:g} is out of range; expected a number above 0, at most {_LONGEST:,}.")
+    raise InputError(f"--minutes {minutes:g} is out of range; expected a number above 0, below {_LONGEST:,}.")
   previous = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGTERM))
   signal.setitimer(signal.ITIMER_REAL, 60 * minutes, 5)
   try:

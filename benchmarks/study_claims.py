@@ -192,16 +192,16 @@ def better_subnetwork(results: Results) -> Claim:
 
 def larger_gamma(results: Results) -> Claim:
   """(c): larger gamma, better sub-network and worse full model."""
-  names = [gamma for gamma in results.gammas if results.names(gamma_name(gamma))]
+  gammas = [gamma for gamma in results.gammas if results.names(gamma_name(gamma))]
   # A mean over other seeds could not be compared.
-  seeds = set.intersection(*({*results.accuracy(gamma_name(gamma), "dense")} for gamma in names)) if names else set()
+  seeds = set.intersection(*({*results.accuracy(gamma_name(gamma), "dense")} for gamma in gammas)) if gammas else set()
 
   def of(gamma: float, network: str) -> dict[int, float]:
     values = results.accuracy(gamma_name(gamma), network)
     return {seed: values[seed] for seed in seeds & values.keys()}
 
   rows, worse_from, pruned_means = [], None, {}
-  for gamma in names:
+  for gamma in gammas:
     loss = difference(of(0, "dense"), of(gamma, "dense"))
     if gamma and worse_from is None and loss.verdict() == "holds":
       worse_from = gamma

@@ -145,12 +145,12 @@ def _all_rows(results: Results) -> str:
 
 def _figures(network: str, results: Results, size: str, page: pathlib.Path) -> list[str]:
   """Draws the figures over all gammas; returns the Markdown that shows them."""
-  labels = {gamma_name(gamma): f"gamma {gamma:g}" for gamma in results.gammas}
+  labels = {gamma_name(gamma): f"gamma {gamma:g}" for gamma in results.gammas} | {LONGER: "longer schedule"}
+  found = {row: mean_history(results, row, label) for row, label in labels.items()}
   shown = []
   for curve, (draw, caption) in _FIGURES.items():
-    rows = labels | ({LONGER: "longer schedule"} if curve == "hamming" else {})
-    found = [mean_history(results, row, label) for row, label in rows.items()]
-    histories = [history for history in found if history is not None and history.series(_RECORDS[curve][0])[0]]
+    asked = [history for row, history in found.items() if row != LONGER or curve == "hamming"]
+    histories = [history for history in asked if history is not None and history.series(_RECORDS[curve][0])[0]]
     if not histories:
       continue
     file = page.parent / "images" / f"study_{size}_{network}_{curve}.png"

@@ -152,7 +152,6 @@ _BATCH_NORM_VARIABLES = (("params", "scale"), ("params", "bias"), ("batch_stats"
 def _is_plain_batch_norm(layer: nn.BatchNorm, x: Any, kwargs: dict[str, Any]) -> bool:
   """Whether it normalizes float32 with the statistics of this batch, along the last axis, and nothing else."""
   running = kwargs.get("use_running_average", layer.use_running_average)
-  stored: list[Any] = [layer.get_variable(*place) for place in _BATCH_NORM_VARIABLES]
   return (
     running is False
     and set(kwargs) <= {"use_running_average"}
@@ -167,18 +166,20 @@ def _is_plain_batch_norm(layer: nn.BatchNorm, x: Any, kwargs: dict[str, Any]) ->
     and layer.param_dtype == jnp.float32
     and layer.is_mutable_collection("batch_stats")
     # Not yet there, or in a box of Flax's, or of another type: the layer itself knows what to do.
-    and all(isinstance(v, jax.Array) and (v.shape, v.dtype) == (x.shape[-1:], jnp.float32) for v in stored)
+    and all(isinstance(v, jax.Array) and (v.shape, v.dtype) == (x.shape[-1:], jnp.float32) for v in _stored(layer))
   )
+
+
+def _stored(layer: nn.BatchNorm) -> list[Any]:
+  """Returns the layer's variables in the order of `_BATCH_NORM_VARIABLES`; None for one that is not there."""
+  return [layer.get_variable(*place) for place in _BATCH_NORM_VARIABLES]
 
 
 def _run_batch_norm(layer: nn.BatchNorm, x: jax.Array) -> jax.Array:
-  scope: Any = layer.scope
-  y, mean, var = batch_norm(
-    x, scope.get_variable("params", "scale"), scope.get_variable("params", "bias"), layer.epsilon
-  )
-  for name, new in (("mean", mean), ("var", var)):
-    old = scope.get_variable("batch_stats", name)
-    scope.put_variable("batch_stats", name, layer.momentum * old + (1 - layer.momentum) * new)
+  scale, bias, *old = _stored(layer)
+  y, *new = batch_norm(x, scale, bias, layer.epsilon)
+  for place, before, now in zip(_BATCH_NORM_VARIABLES[2:], old, new, strict=True):
+    layer.put_variable(*place, layer.momentum * before + (1 - layer.momentum) * now)
   return y
 
 

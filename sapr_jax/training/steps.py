@@ -239,7 +239,7 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     batch, weights = batch
     images, labels = shared.read(batch)
-    logits = _logits(model, shared.variables, preprocessing.evaluate(images))
+    logits: Any = model.apply(shared.variables, preprocessing.evaluate(images), train=False)  # running statistics
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {
@@ -251,9 +251,3 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
     return jax.tree.map(jnp.add, carry, sums), {}
 
   return step
-
-
-def _logits(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
-  """Runs the network in evaluation mode: with its running statistics, changing nothing."""
-  logits: Any = model.apply(variables, x, train=False)
-  return logits

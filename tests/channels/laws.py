@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -65,6 +66,11 @@ def relative_error(got: Any, want: Any) -> float:
   return max(errors)
 
 
+def by_params(model: nn.Module, variables: Any, graph: ChannelGraph, masks: Any, *args: Any) -> Any:
+  """Runs the masked network with masked parameters; `masked_apply` does the same another way."""
+  return model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, *args)
+
+
 def check_masked_is_pruned(
   model: nn.Module,
   graph: ChannelGraph,
@@ -72,20 +78,14 @@ def check_masked_is_pruned(
   masks: Any,
   tolerance: float,
   dtype: Any = np.float64,
-  activations: bool = False,
+  run: Callable[..., Any] = by_params,
 ) -> None:
   """Checks masked = pruned, predicted = counted MACs, and that something was cut wherever a mask drops something.
 
-  `activations` takes `masked_apply`, else it is `mask_params`.
+  `run` runs the masked network: `by_params` or `masked_apply`.
   """
   images = random_images(11, dtype, graph.inputs.shape)
-
-  def run_masked(variables: Any, images: jax.Array) -> Any:
-    if activations:
-      return masked_apply(model, variables, graph, masks, images)
-    return model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, images)
-
-  want = jax.jit(run_masked, compiler_options=QUICK)(variables, images)
+  want = jax.jit(lambda v, x: run(model, v, graph, masks, x), compiler_options=QUICK)(variables, images)
   small, small_variables = prune(model, variables, graph, masks)
   assert all(np.ptp(leaf, axis=0).max() > 0 for leaf in jax.tree.leaves(want)), "the network ignores its input"
   got = jax.jit(small.apply, compiler_options=QUICK)(small_variables, images)
@@ -103,5 +103,7 @@ def check_laws(model: nn.Module, select: Any, seeds: Any = (0, 1), tolerance: fl
     graph = trace_channels(model, variables, SHAPE, select=select, input_dtype=np.float64)
     for seed in seeds:
       masks = random_masks(graph, seed, single=seed % 2 == 1)
-      check_masked_is_pruned(model, graph, variables, masks, tolerance, activations=seed % 2 == 1)
+      check_masked_is_pruned(
+        model, graph, variables, masks, tolerance, run=masked_apply if seed % 2 == 1 else by_params
+      )
   return graph

@@ -9,6 +9,7 @@ import laws
 import networks
 import numpy as np
 import pytest
+from laws import by_params
 
 from sapr_jax import models
 from sapr_jax.channels import mask_params, masked_apply, prune, trace_channels
@@ -25,11 +26,6 @@ class Gated(nn.Module):
       x = x * gate
     x = nn.Conv(3, (3, 3), name="conv2")(x)
     return nn.Dense(2, name="fc")(x.mean((1, 2)))
-
-
-def by_params(model, variables, graph, masks, *args):
-  """Runs the masked network with masked parameters."""
-  return model.apply({**variables, "params": mask_params(variables["params"], graph, masks)}, *args)
 
 
 @pytest.mark.parametrize("run", [by_params, masked_apply])

@@ -27,9 +27,8 @@ def search(trained):
       return optax.softmax_cross_entropy_with_integer_labels(logits, trained.labels[indices]).mean()
 
     def objective(params):
-      return sapr.architecture_loss(generator, {**variables, "params": params}, trained.graph, loss_fn, mask_key, p=p)[
-        0
-      ]
+      candidate = {**variables, "params": params}
+      return sapr.architecture_loss(generator, candidate, trained.graph, loss_fn, mask_key, p=p)[0]
 
     grads = jax.grad(objective)(variables["params"])
     updates, opt_state = tx.update(grads, opt_state, variables["params"])
