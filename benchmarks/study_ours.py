@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.study_rows import Job
-from sapr_jax import artifacts, data, models, report, training
+from sapr_jax import artifacts, models, report, training
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import ChannelGraph, count_macs, prune
 from sapr_jax.errors import InputError
@@ -28,7 +28,6 @@ from sapr_jax.training.devices import replicate
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.setup import Setup, build, initial_network
 
-_BATCH_NORM_MOMENTUM = 0.9  # of sapr_jax.models.layers.batch_norm
 _SCRATCH_KEY = 0
 
 
@@ -69,7 +68,7 @@ def run_uniform_width(job: Job) -> None:
 
 
 def run_recalibration(job: Job) -> None:
-  """Measures the sub-network of a finished run again, with batch statistics of its own; trains nothing."""
+  """Measures the sub-network of a finished run again, with running statistics of its own; trains nothing."""
   assert job.source is not None
   setup = _build(job)
   stage = loop.pruning_stage(setup)
@@ -79,14 +78,16 @@ def run_recalibration(job: Job) -> None:
     raise InputError(f"{job.source} holds no checkpoint of the end of its training; remove that run to do it again.")
   variables, masks = jax.device_get((state["network"].variables, state["masks"]))
   model, small_variables = prune(setup.model, variables, setup.graph, masks)
-  batch_size = job.config.train.batch_size
-  order = data.epoch_batches(setup.feed.num_train, batch_size, seed=job.seed, epoch=0, stream="recalibration")
-  started = time.monotonic()
-  statistics = batch_statistics(setup, model, small_variables, order)
-  seconds = time.monotonic() - started
   layout.make_workdir(job.workdir, job.config)
-  recalibrated = {**small_variables, "batch_stats": statistics}
-  _write_summary(setup, job.workdir, seconds, subnetwork=(model, recalibrated))
+  started = time.monotonic()
+  recalibrated = epochs.renew_statistics(
+    setup,
+    setup.mapped(steps.statistics_step(model, setup.feed.preprocessing)),
+    small_variables,
+    batches=job.config.prune.statistics_batches,
+    between_calls=lambda: None,
+  )
+  _write_summary(setup, job.workdir, time.monotonic() - started, subnetwork=(model, recalibrated))
 
 
 KINDS: Mapping[str, Callable[[Job], None]] = {
@@ -180,34 +181,6 @@ def train_plainly(setup: Setup, workdir: pathlib.Path, model: nn.Module, variabl
     state, position = loop.restore(setup, stage, checkpointer)
     state = loop.train(setup, stage, state, position, checkpointer, recorder, interruption)
   return jax.device_get(state["network"].variables)
-
-
-def batch_statistics(setup: Setup, model: nn.Module, variables: Any, order: np.ndarray) -> Any:
-  """Returns the means over batches of the statistics that batch normalization sees in training.
-
-  Args:
-    setup: The run; its images, augmented as in training.
-    model: A network.
-    variables: Its variables.
-    order: Indices of training images, `[batches, batch]`.
-  """
-  zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-  shared, preprocessing = setup.feed.train, setup.feed.preprocessing
-
-  @jax.jit
-  def statistics(images: jax.Array, key: jax.Array) -> Any:
-    image_key, dropout_key = jax.random.split(key)
-    x = preprocessing.train(image_key, images)
-    fresh = {**variables, "batch_stats": zeros}  # so that what is left is the new share alone
-    _, updated = model.apply(fresh, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
-    return jax.tree.map(lambda leaf: leaf / (1.0 - _BATCH_NORM_MOMENTUM), updated["batch_stats"])
-
-  sums = zeros
-  assert shared.images is not None
-  for number, batch in enumerate(order):
-    key = jax.random.fold_in(jax.random.key(setup.config.seed), number)
-    sums = jax.tree.map(jnp.add, sums, statistics(shared.images[batch], key))
-  return jax.tree.map(lambda leaf: leaf / len(order), sums)
 
 
 def _build(job: Job, config: Any = None) -> Setup:

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
   config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps
+  config.prune.statistics_batches = 100  # on which running statistics are measured anew after the cut; 0: they are kept
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.generator = ConfigDict()

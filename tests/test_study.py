@@ -30,12 +30,11 @@ from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, 
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.training import epochs
 from sapr_jax.training.checks import check_config
-from sapr_jax.training.steps import Preprocessing
 
-REDUCED, FULL = grid(SIZES["reduced"]), grid(SIZES["full"])
+REDUCED, FULL, QUARTER = (grid(SIZES[size]) for size in ("reduced", "full", "quarter"))
 
 
-@pytest.mark.parametrize("rows", [REDUCED, FULL])
+@pytest.mark.parametrize("rows", [REDUCED, FULL, QUARTER])
 def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
   assert len({row.path for row in rows}) == len(rows)
   for row in rows:
@@ -363,19 +362,3 @@ def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch, tmp
   monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced", "--rows", "gamma=0", *given])
   assert cifar10_study.main() == 2
   assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
-
-
-def test_batch_statistics_are_those_of_the_batches(tiny):
-  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1)).astype(np.uint8)
-  preprocessing = Preprocessing(mean=(0.5,), std=(0.25,))
-  feed = type(
-    "Feed", (), {"preprocessing": preprocessing, "train": type("Shared", (), {"images": jnp.asarray(images)})}
-  )
-  setup = type("Setup", (), {"feed": feed, "config": config_of(REDUCED[0], 0, None, {})})()
-  order = np.array([[0, 1, 2], [3, 4, 5]])
-  found = study_ours.batch_statistics(setup, tiny.model, tiny.variables, order)
-  x = preprocessing.evaluate(jnp.asarray(images))
-  kernel = tiny.params["conv"]["kernel"]
-  stem = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-  want = np.mean([stem[batch].mean((0, 1, 2)) for batch in order], axis=0)
-  np.testing.assert_allclose(found["bn"]["mean"], want, rtol=1e-4, atol=1e-5)

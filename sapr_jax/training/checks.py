@@ -144,6 +144,7 @@ def _check_prune(config: ConfigDict) -> None:
   _one_of(config, "prune.select", ("blocks", "unjoined", "exact"))
   _whole(config, "prune.min_width", 1)
   _whole(config, "prune.round_to", 1, optional=True)
+  _whole(config, "prune.statistics_batches", 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One epoch of each kind: of the weights, of the generator, and an evaluation."""
+"""One pass over images of each kind: of the weights, of the generator, of the batch statistics, and an evaluation."""
 
 from __future__ import annotations
 
@@ -91,6 +91,41 @@ def masks_in_force(setup: Setup, generator: GeneratorState, *, epoch: int) -> di
     outputs = outputs + np.asarray(jax.random.gumbel(key, outputs.shape, outputs.dtype))
   scores = split_by_group(outputs, setup.graph)
   return project_to_budget(setup.graph, scores, prune.p, min_width=prune.min_width, round_to=setup.round_to)
+
+
+def renew_statistics(
+  setup: Setup, steps: MappedSteps, variables: Any, *, batches: int, between_calls: Callable[[], None]
+) -> dict[str, Any]:
+  """Measures the running statistics of a network anew, on batches of training images.
+
+  A network that was cut has other activations than the one whose statistics it inherits.
+
+  Args:
+    setup: The run.
+    steps: The mapped `statistics_step` of the network.
+    variables: Its variables.
+    batches: How many batches; those of several epochs, if one has fewer.
+    between_calls: Called after each call.
+
+  Returns:
+    The variables with the new statistics.
+  """
+  size, stream = setup.config.train.batch_size, setup_lib.STATISTICS
+  per_epoch = setup.steps_per_epoch(setup.config.train)
+  orders = [
+    data.epoch_batches(setup.feed.num_train, size, seed=setup.config.seed, epoch=epoch, stream=stream)
+    for epoch in range(-(-batches // per_epoch))
+  ]
+  calls = setup.feed.training(np.concatenate(orders)[:batches], stream=stream, epoch=0)
+  shared = dataclasses.replace(
+    setup.feed.train, key=replicate(setup.key(stream), setup.mesh), variables=replicate(variables, setup.mesh)
+  )
+  # From the host, as the carry is donated.
+  carry = {"step": np.zeros((), np.int32), "batch_stats": jax.device_get(variables["batch_stats"])}
+  for state, _ in steps.run(replicate(carry, setup.mesh), shared, calls):
+    carry = state
+    between_calls()
+  return {**variables, "batch_stats": jax.device_get(carry["batch_stats"])}
 
 
 def evaluate(setup: Setup, steps: MappedSteps, variables: Any) -> dict[str, float]:

@@ -18,7 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interruption:
   """Turns the first signal into a request that the loop meets between two calls; a second Ctrl-C stops at once.
 
-  One within another, as of a run in a program of many, has the requests that came to the outer one before.
+  One within another, as of a run in a program of many, has the requests that came to the outer one before, and leaves
+  its own to it: a run that has nothing left to save does not stop.
 
   With several processes the runtime of JAX takes SIGTERM, whichever of them it is sent to, and finds a step at which
   all of them can stop.
@@ -53,6 +54,9 @@ class Interruption:
   ) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+      outer = getattr(handler, "__self__", None)
+      if isinstance(outer, Interruption) and outer._signal is None:
+        outer._signal = self._signal
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     if self._signal is not None and number == signal.SIGINT:

@@ -132,8 +132,23 @@ def _train_and_prune(
     state = run_stage(loop.pruning_stage(setup), "train")
     variables, masks = jax.device_get((state["network"].variables, state["masks"]))
     small_model, small_variables = prune(setup.model, variables, setup.graph, masks)
+    small_variables = _with_new_statistics(setup, small_model, small_variables, interruption)
     tuned = run_stage(loop.finetuning_stage(setup, small_model, small_variables), "finetune")["network"]
   return masks, variables, small_model, small_variables, jax.device_get(tuned.variables)
+
+
+def _with_new_statistics(setup: Setup, model: nn.Module, variables: Any, interruption: Interruption) -> Any:
+  """Measures the running statistics of the compact network, if it has any and the configuration wants it."""
+  batches = setup.config.prune.statistics_batches
+  if not batches or "batch_stats" not in variables:
+    return variables
+
+  def stop_if_asked() -> None:
+    if interruption.requested():
+      interruption.stop()  # the last checkpoint of training is where the run goes on
+
+  step = setup.mapped(steps.statistics_step(model, setup.feed.preprocessing))
+  return epochs.renew_statistics(setup, step, variables, batches=batches, between_calls=stop_if_asked)
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:
@@ -186,6 +201,7 @@ def _summarize(
       "seed": setup.config.seed,
       "gamma": setup.config.prune.gamma,
       "round_to": setup.round_to,
+      "statistics_batches": setup.config.prune.statistics_batches,
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
       "versions": report.versions(),
       "device": jax.devices()[0].device_kind,

@@ -24,7 +24,7 @@ from sapr_jax.training.feed import Feed, make_feed
 from sapr_jax.training.rounding import resolve_round_to
 
 # Streams of random numbers and orders: one a purpose, so that none depends on how much another draws.
-_INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE, MASKS = range(6)
+_INIT, _GENERATOR_INIT, TRAIN, GENERATOR, FINETUNE, MASKS, STATISTICS = range(7)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The three steps, written per device: weights, generator, evaluation.
+"""The steps, written per device: weights, generator, batch statistics, evaluation.
 
 Each builder returns a function (carry, shared, batch) -> (carry, metrics) for `devices.MappedSteps`. Images are uint8;
 normalization and what `Preprocessing` asks for in augmentation are part of the step. Either the whole data set is in
@@ -224,6 +224,27 @@ def generator_step(
       opt_state=opt_state,
     )
     return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.macs_share})
+
+  return step
+
+
+def statistics_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+  """Builds the step that moves the running statistics as the weight step does, and nothing else.
+
+  The carry is {"step", "batch_stats"}, `shared.variables` the network's; their own statistics are not read.
+
+  Args:
+    model: The network; called as `model(x, train=True)` with a key named "dropout".
+    preprocessing: Augmentation and normalization.
+  """
+
+  def step(carry: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    image_key, dropout_key = jax.random.split(device_key(jax.random.fold_in(shared.key, carry["step"])))
+    images, _ = shared.read(batch)
+    variables = {**shared.variables, "batch_stats": carry["batch_stats"]}
+    x = preprocessing.train(image_key, images)
+    _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
+    return {"step": carry["step"] + 1, "batch_stats": mean_over_devices(updated["batch_stats"])}, {}
 
   return step
 

@@ -92,7 +92,8 @@ def test_a_run_compiles_each_step_once_and_transfers_nothing_by_the_way(tmp_path
   monkeypatch.setattr(devices.MappedSteps, "run", guarded)
   config = small_config(model__name="tiny", prune__select="unjoined", checkpoint__every_steps=3)
   training.run(config, tmp_path / "run")
-  assert len(used) == 6  # weights, generator, evaluation; of the pruned network in its stage and for the summary
+  # Weights, generator, evaluation; of the pruned network statistics, weights, and evaluation in two places.
+  assert len(used) == 7
   assert all(steps._many._cache_size() == 1 for steps in used)
 
 

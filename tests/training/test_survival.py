@@ -71,6 +71,24 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monk
   check_same_run(tmp_path / "run", whole[0])
 
 
+def test_a_run_stopped_between_the_stages_goes_on_there(whole, tmp_path, monkeypatch):
+  shutil.copytree(whole[0], tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "finetune")
+  (tmp_path / "run" / "summary.json").unlink()
+  renew = epochs.renew_statistics
+
+  def stopped(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return renew(*args, **options)
+
+  monkeypatch.setattr(epochs, "renew_statistics", stopped)
+  with pytest.raises(sapr.InterruptedRunError, match="SIGTERM"):
+    training.run(small_config(), tmp_path / "run")
+  monkeypatch.setattr(epochs, "renew_statistics", renew)
+  training.run(small_config(), tmp_path / "run")
+  check_same_run(tmp_path / "run", whole[0])
+
+
 def test_a_run_whose_checkpoints_were_lost_starts_again(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "train")

@@ -13,7 +13,7 @@ from small_run import small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
-from sapr_jax.training import setup
+from sapr_jax.training import epochs, setup, steps
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -58,8 +58,6 @@ def test_the_summary_is_about_the_last_epoch_and_the_compact_model(whole):
   records = artifacts.read_records(workdir)
   assert summary == json.loads((workdir / "summary.json").read_text())
   assert summary["dense"]["accuracy"] == pytest.approx(records[3]["test_accuracy"])
-  # Masked and compact are the same network.
-  assert summary["subnetwork"]["accuracy"] == pytest.approx(records[3]["subnetwork_accuracy"])
   assert summary["pruned"]["accuracy"] == pytest.approx(records[5]["test_accuracy"])
   assert summary["dense"]["macs"] == 747_136
   assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.5
@@ -80,6 +78,39 @@ def test_the_pruned_model_can_be_loaded_and_has_what_the_table_says(whole):
   dense, dense_variables = sapr.load(workdir / "dense")
   assert dense.depth == 8
   assert artifacts.count_params(dense_variables) == summary["dense"]["params"] == 75_002
+
+
+def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation):
+  config = small_config(model__width_multiplier=0.25, data__crop_padding=0, data__flip=False)
+  run = setup.build(config)
+  calls = []
+  step = run.mapped(steps.statistics_step(run.model, run.feed.preprocessing))
+  renewed = epochs.renew_statistics(run, step, run.variables, batches=7, between_calls=lambda: calls.append(None))
+  assert calls
+  jax.tree.map(np.testing.assert_array_equal, renewed["params"], jax.device_get(run.variables["params"]))
+
+  # Five batches in an epoch, so that two are of the next.
+  stream = {"seed": config.seed, "stream": setup.STATISTICS}
+  order = [data.epoch_batches(320, config.train.batch_size, epoch=epoch, **stream) for epoch in (0, 1)]
+  want, train = run.variables, jax.jit(lambda v, x: run.model.apply(v, x, train=True, mutable=["batch_stats"])[1])
+  for batch in np.concatenate(order)[:7]:
+    want = want | train(want, run.feed.preprocessing.evaluate(run.feed.train.images[batch]))
+  assert not np.allclose(renewed["batch_stats"]["bn"]["mean"], run.variables["batch_stats"]["bn"]["mean"])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), renewed["batch_stats"], want["batch_stats"]
+  )
+
+
+def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_path):
+  config = small_config(
+    init__weights=str(whole[0] / "dense"), prune__start_epoch=0, train__epochs=1, train__decay_epochs=(),
+    finetune__epochs=0, finetune__decay_epochs=(),
+  )  # fmt: skip
+  summary = training.run(config, tmp_path / "run")
+  assert summary["run"]["statistics_batches"] == 7
+  (_, dense), (_, pruned) = (sapr.load(tmp_path / "run" / name) for name in ("dense", "pruned"))
+  np.testing.assert_array_equal(dense["params"]["bn"]["scale"], pruned["params"]["bn"]["scale"])  # of the stem
+  assert not np.array_equal(dense["batch_stats"]["bn"]["mean"], pruned["batch_stats"]["bn"]["mean"])
 
 
 def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
@@ -139,12 +170,15 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
 def test_the_penalty_form_and_another_weighting_run_too(quick_compilation, tmp_path):
   config = small_config(
     prune__form="penalty", prune__weighting="share", prune__round_to=4, finetune__epochs=0, train__epochs=2,
-    train__decay_epochs=(), finetune__decay_epochs=(),
+    train__decay_epochs=(), finetune__decay_epochs=(), prune__statistics_batches=0,
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run")
   assert all(width % 4 == 0 for width in summary["run"]["widths"].values())
   assert summary["run"]["round_to"] == 4
   assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
+  # Masked and compact are the same network, if its statistics are kept.
+  last = artifacts.read_records(tmp_path / "run")[-1]
+  assert summary["subnetwork"]["accuracy"] == pytest.approx(last["subnetwork_accuracy"])
 
 
 def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):
