@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,12 +61,17 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
   if differing:
-    shown = ", ".join(f"{n} was {earlier.get(n)!r} and is now {fields.get(n)!r}" for n in differing[:5])
+    shown = ", ".join(f"{n} was {_shown(earlier, n)} and is now {_shown(fields, n)}" for n in differing[:5])
     more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise InputError(
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
       " --workdir to start anew."
     )
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+  """Returns a value as the message has it; a field that only another version of this package has is not there."""
+  return repr(fields[name]) if name in fields else "not there"
 
 
 def _check_place(path: pathlib.Path) -> None:
