@@ -80,13 +80,8 @@ def run_recalibration(job: Job) -> None:
   model, small_variables = prune(setup.model, variables, setup.graph, masks)
   layout.make_workdir(job.workdir, job.config)
   started = time.monotonic()
-  recalibrated = epochs.renew_statistics(
-    setup,
-    setup.mapped(steps.statistics_step(model, setup.feed.preprocessing)),
-    small_variables,
-    batches=job.config.prune.statistics_batches,
-    between_calls=lambda: None,
-  )
+  batches = job.config.prune.statistics_batches
+  recalibrated = epochs.renew_statistics(setup, model, small_variables, batches=batches, between_calls=lambda: None)
   _write_summary(setup, job.workdir, time.monotonic() - started, subnetwork=(model, recalibrated))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -13,6 +14,7 @@ from sapr_jax import data
 from sapr_jax.channels import Masks
 from sapr_jax.method import project_to_budget, split_by_group
 from sapr_jax.training import setup as setup_lib
+from sapr_jax.training import steps as steps_lib
 from sapr_jax.training.devices import MappedSteps, replicate
 from sapr_jax.training.position import Position
 from sapr_jax.training.setup import Setup
@@ -94,7 +96,7 @@ def masks_in_force(setup: Setup, generator: GeneratorState, *, epoch: int) -> di
 
 
 def renew_statistics(
-  setup: Setup, steps: MappedSteps, variables: Any, *, batches: int, between_calls: Callable[[], None]
+  setup: Setup, model: nn.Module, variables: Any, *, batches: int, between_calls: Callable[[], None]
 ) -> dict[str, Any]:
   """Measures the running statistics of a network anew, on batches of training images.
 
@@ -102,7 +104,7 @@ def renew_statistics(
 
   Args:
     setup: The run.
-    steps: The mapped `statistics_step` of the network.
+    model: The network.
     variables: Its variables.
     batches: How many batches; those of several epochs, if one has fewer.
     between_calls: Called after each call.
@@ -122,6 +124,7 @@ def renew_statistics(
   )
   # From the host, as the carry is donated.
   carry = {"step": np.zeros((), np.int32), "batch_stats": jax.device_get(variables["batch_stats"])}
+  steps = setup.mapped(steps_lib.statistics_step(model, setup.feed.preprocessing))
   for state, _ in steps.run(replicate(carry, setup.mesh), shared, calls):
     carry = state
     between_calls()

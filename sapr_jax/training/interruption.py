@@ -43,9 +43,8 @@ class Interruption:
     if threading.current_thread() is threading.main_thread():
       signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
       self._previous = {number: signal.signal(number, self._note) for number in signals}
-      for handler in self._previous.values():
-        outer = getattr(handler, "__self__", None)
-        if isinstance(outer, Interruption) and self._signal is None:
+      for outer in self._around():
+        if self._signal is None:
           self._signal = outer._signal
     return self
 
@@ -54,9 +53,14 @@ class Interruption:
   ) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
-      outer = getattr(handler, "__self__", None)
-      if isinstance(outer, Interruption) and outer._signal is None:
+    for outer in self._around():
+      if outer._signal is None:
         outer._signal = self._signal
+
+  def _around(self) -> list[Interruption]:
+    """Returns those whose handlers this one stands in for."""
+    owners = [getattr(handler, "__self__", None) for handler in self._previous.values()]
+    return [owner for owner in owners if isinstance(owner, Interruption)]
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     if self._signal is not None and number == signal.SIGINT:

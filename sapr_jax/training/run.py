@@ -147,8 +147,7 @@ def _with_new_statistics(setup: Setup, model: nn.Module, variables: Any, interru
     if interruption.requested():
       interruption.stop()  # the last checkpoint of training is where the run goes on
 
-  step = setup.mapped(steps.statistics_step(model, setup.feed.preprocessing))
-  return epochs.renew_statistics(setup, step, variables, batches=batches, between_calls=stop_if_asked)
+  return epochs.renew_statistics(setup, model, variables, batches=batches, between_calls=stop_if_asked)
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:

@@ -13,7 +13,7 @@ from small_run import small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
-from sapr_jax.training import epochs, setup, steps
+from sapr_jax.training import epochs, setup
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -84,8 +84,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation)
   config = small_config(model__width_multiplier=0.25, data__crop_padding=0, data__flip=False)
   run = setup.build(config)
   calls = []
-  step = run.mapped(steps.statistics_step(run.model, run.feed.preprocessing))
-  renewed = epochs.renew_statistics(run, step, run.variables, batches=7, between_calls=lambda: calls.append(None))
+  renewed = epochs.renew_statistics(run, run.model, run.variables, batches=7, between_calls=lambda: calls.append(None))
   assert calls
   jax.tree.map(np.testing.assert_array_equal, renewed["params"], jax.device_get(run.variables["params"]))
 
