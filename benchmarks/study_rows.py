@@ -125,8 +125,13 @@ _LONGER = {
 # Where less is left, and more images were seen, it matters more what is left. By the sum above a dropped filter can
 # lose 3.3 with `main_gamma`, about as much as where the reduced size's pruned network was best; 13 with the other.
 _QUARTER = {**_REDUCED, "prune.p": 0.25, "data.train_images": 8000, "data.test_images": 10_000}
-# A strong regularization makes the first masks final: what if the generator had learned on more before it makes them?
-_LEARNED = {"gamma=0.04,generator_data=0.5": {"prune.gamma": 0.04, "generator.data_share": 0.5}}
+# A strong regularization makes the first masks final, and later ones exchange trained channels for empty ones. What if
+# the generator learns on more images, with the statistics of its sub-networks, or not at all from an epoch on?
+_STRONG = {
+  "gamma=0.04,generator_data=0.5": {"prune.gamma": 0.04, "generator.data_share": 0.5},
+  "gamma=0.04,generator_statistics=batch": {"prune.gamma": 0.04, "generator.statistics": "batch"},
+  "gamma=0.04,hold_epoch=6": {"prune.gamma": 0.04, "prune.hold_epoch": 6},
+}
 
 SIZES: dict[str, tuple[Experiment, ...]] = {
   "full": (
@@ -150,7 +155,7 @@ SIZES: dict[str, tuple[Experiment, ...]] = {
     ),
   ),
   "quarter": (
-    Experiment("resnet20", resnet56_cifar10.get_config, _QUARTER, 0.01, (0.04,), FOUR, THREE, (), (0.3,), _LEARNED),
+    Experiment("resnet20", resnet56_cifar10.get_config, _QUARTER, 0.01, (0.04,), FOUR, THREE, (), (0.3,), _STRONG),
   ),
 }
 """Name -> the experiments of that size."""

@@ -279,6 +279,10 @@ class FakeSetup:
   outputs: jax.Array
   round_to: int = 1
 
+  @property
+  def hold_epoch(self):
+    return self.config.train.epochs
+
   def key(self, stream):
     return jax.random.fold_in(jax.random.key(self.config.seed), stream)
 

@@ -31,6 +31,7 @@ def check_config(config: Any) -> None:
     _check_phase(config, name)
   _check_prune(config)
   _number(config, "generator.data_share", 0.0, 1.0, low_included=False)
+  _one_of(config, "generator.statistics", ("running", "batch"))
   for name in ("learning_rate", "temperature"):
     _positive(config, f"generator.{name}")
   _number(config, "generator.bias", float("-inf"), float("inf"), low_included=False, high_included=False)
@@ -138,6 +139,11 @@ def _check_prune(config: ConfigDict) -> None:
       f"prune.start_epoch={start!r} leaves no epoch for pruning; expected 0 to train.epochs - 1 = {epochs - 1}."
     )
   _at_least_0(config, "prune.gamma")
+  hold = _whole(config, "prune.hold_epoch", start + 1, optional=True)
+  if hold is not None and hold >= epochs:
+    raise InputError(
+      f"prune.hold_epoch={hold} is out of range; expected below train.epochs={epochs}."
+    )
   _one_of(config, "prune.form", ("proximal", "penalty"))
   _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
   _one_of(config, "prune.masks", ("likely", "sampled"))

@@ -83,12 +83,12 @@ def train_generator(
 def masks_in_force(setup: Setup, generator: GeneratorState, *, epoch: int) -> dict[str, np.ndarray]:
   """Returns the masks that the generator now proposes, projected onto the budget; the same on every host.
 
-  Sampled ones rank the channels by o + g of Eq. 1 in place of o. The masks of the last epoch are cut, so that they are
-  always the most likely ones.
+  Sampled ones rank the channels by o + g of Eq. 1 in place of o. The last ones are cut, so that they are always the
+  most likely ones.
   """
   prune = setup.config.prune
   outputs = jax.device_get(setup.generator_outputs(generator.variables))
-  if prune.masks == "sampled" and epoch + 1 < setup.config.train.epochs:
+  if prune.masks == "sampled" and epoch + 1 < setup.hold_epoch:
     key = jax.random.fold_in(setup.key(setup_lib.MASKS), epoch)
     outputs = outputs + np.asarray(jax.random.gumbel(key, outputs.shape, outputs.dtype))
   scores = split_by_group(outputs, setup.graph)

@@ -50,7 +50,10 @@ class Stage:
 
 
 def pruning_stage(setup: Setup) -> Stage:
-  """Trains the dense network with partial regularization; from E_start on, the generator renews the masks."""
+  """Trains the dense network with partial regularization; from E_start on, the generator renews the masks.
+
+  From `prune.hold_epoch` on it does not, and they stay as they are.
+  """
   config = setup.config
   weight_step = steps.weight_step(
     setup.model,
@@ -72,6 +75,7 @@ def pruning_stage(setup: Setup) -> Stage:
     macs_weight=config.generator.macs_weight,
     bias=config.generator.bias,
     temperature=config.generator.temperature,
+    batch_statistics=config.generator.statistics == "batch",
   )
   return Stage(
     name="train",
@@ -145,8 +149,10 @@ def train(
     if not position.record:
       keep.if_interrupted(state, position)
       position.record = _first_of_record(setup, stage, position)
-      if searching:
+      if searching and position.epoch < setup.hold_epoch:
         position.record |= _renew_masks(setup, stage, state, position.epoch)
+      elif searching:
+        position.record["hamming_distance"] = 0.0
     _train_weights(setup, stage, state, position, keep, progress)
     keep.if_interrupted(state, position)
     record = position.record | _prefixed("train", position.means())

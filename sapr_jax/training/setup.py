@@ -80,6 +80,12 @@ class Setup:
     )
     return optax.chain(sgd, regularization)
 
+  @property
+  def hold_epoch(self) -> int:
+    """The first epoch in which the masks are not renewed any more; after the last one if they always are."""
+    epoch = self.config.prune.hold_epoch
+    return self.config.train.epochs if epoch is None else epoch
+
   @functools.cached_property
   def finetune_tx(self) -> optax.GradientTransformation:
     return schedules.sgd(self.config.finetune, self.weight_schedule(self.config.finetune))

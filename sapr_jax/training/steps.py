@@ -175,14 +175,15 @@ def generator_step(
   macs_weight: float,
   bias: float,
   temperature: float,
+  batch_statistics: bool = False,
 ) -> Step:
   """Builds the step that trains the generator with the weights fixed; the carry is a `GeneratorState`.
 
-  The loss is the cross-entropy of the network with sampled masks, in evaluation mode, plus `macs_weight` times
-  `macs_penalty`. All devices sample the same masks.
+  The loss is the cross-entropy of the network with sampled masks plus `macs_weight` times `macs_penalty`. All devices
+  sample the same masks.
 
   Args:
-    model: The network; called as `model(x, train=False)`.
+    model: The network; called as `model(x, train=...)`.
     generator: The `ArchitectureGenerator`.
     graph: The channel graph.
     tx: The generator's optimizer.
@@ -191,15 +192,22 @@ def generator_step(
     macs_weight: Coefficient of the MACs penalty.
     bias: b of Eq. 1.
     temperature: tau of Eq. 1.
+    batch_statistics: Whether the network is in training mode and normalizes by the statistics of its batch, each
+      device's own; otherwise it is in evaluation mode, and normalizes by the running ones of the dense network.
   """
 
   def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, dict[str, jax.Array]]:
     mask_key, image_key = jax.random.split(jax.random.fold_in(shared.key, state.step))
     images, labels = shared.read(batch)
-    x = preprocessing.train(device_key(image_key), images)
+    image_key = device_key(image_key)
+    x = preprocessing.train(image_key, images)
+    mode: dict[str, Any] = {"train": False}
+    if batch_statistics:  # the new running ones are thrown away
+      mode = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.fold_in(image_key, 1)}}
 
     def network_loss(masks: Masks) -> jax.Array:
-      logits = masked_apply(model, shared.variables, graph, masks, x, train=False)
+      output = masked_apply(model, shared.variables, graph, masks, x, **mode)
+      logits = output[0] if batch_statistics else output
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:

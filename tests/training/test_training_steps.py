@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import sapr_jax as sapr
+from sapr_jax.method import split_by_group
 from sapr_jax.training import devices, steps
-from sapr_jax.training.state import network_state
+from sapr_jax.training.state import generator_state, network_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -118,3 +119,33 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   np.testing.assert_array_equal(plain[..., [0, 2, 3]], regularized[..., [0, 2, 3]])
   lost = np.linalg.norm(plain[..., 1]) - np.linalg.norm(regularized[..., 1])
   np.testing.assert_allclose(lost, 0.05, rtol=1e-3)
+
+
+def test_the_generator_reads_running_statistics_or_those_of_its_batch(tiny, mesh, shared):
+  architecture, tx = sapr.ArchitectureGenerator.for_graph(tiny.graph), optax.sgd(0.1)
+  first = generator_state(architecture, tx, jax.random.key(1))
+  settings = {"p": 0.5, "macs_weight": 4.0, "bias": 0.0, "temperature": 0.4}
+  other = {**tiny.variables, "batch_stats": jax.tree.map(lambda leaf: leaf + 1.0, tiny.variables["batch_stats"])}
+
+  def stepped(variables, batch_statistics):
+    step = steps.generator_step(
+      tiny.model, architecture, tiny.graph, tx, PREPROCESSING, **settings, batch_statistics=batch_statistics
+    )
+    mapped, read = devices.MappedSteps(step, mesh), dataclasses.replace(shared, variables=variables)
+    ((after, metrics),) = mapped.run(jax.tree.map(jnp.copy, first), read, [np.arange(16)[None]])
+    return after.params, float(metrics["loss"][0])
+
+  running, batch = stepped(tiny.variables, False), stepped(tiny.variables, True)
+  assert running[1] != pytest.approx(batch[1], rel=1e-3)
+  jax.tree.map(np.testing.assert_array_equal, stepped(other, True), batch)
+  assert stepped(other, False)[1] != pytest.approx(running[1], rel=1e-3)
+
+  # The loss of the batch, by hand: the masks that the step samples, and a forward pass in training mode.
+  key, _ = jax.random.split(jax.random.fold_in(shared.key, 0))
+  outputs = architecture.apply(first.variables)
+  masks = split_by_group(sapr.sample_masks(key, outputs, bias=0.0), tiny.graph)
+  x = (np.asarray(shared.images[:16], np.float32) / 255 - 0.5) / 0.25
+  masked = {**tiny.variables, "params": sapr.mask_params(tiny.params, tiny.graph, masks)}
+  logits, _ = tiny.model.apply(masked, x, train=True, mutable=["batch_stats"])
+  want = optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels[:16]).mean()
+  np.testing.assert_allclose(batch[1], want, rtol=1e-3)
