@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import LONGER, gamma_name
+from benchmarks.study_rows import LONGER, SELECTION, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -338,3 +338,14 @@ def open_choices(results: Results) -> str:
     rows.append([name, *map(str, changes)])
   header = ["changed", *(f"{n}, points" for n in ("full model", "sub-network", "pruned"))]
   return table(header, rows) if rows else "None was run."
+
+
+def selection(results: Results) -> str:
+  """Returns the table of how good the channels are that a criterion chooses; "" if none was run."""
+  names = results.names(SELECTION)
+  accuracies = [results.accuracy(name, "subnetwork") for name in names]
+  rows = [
+    [name, mean_and_deviation(found.values()), str(difference(found, accuracies[0])) if index else ""]
+    for index, (name, found) in enumerate(zip(names, accuracies, strict=True))
+  ]
+  return table(["chosen by", "sub-network, %", f"better than {names[0]} by, points"], rows) if rows else ""

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from benchmarks.study_rows import Job
 from sapr_jax import artifacts, models, report, training
 from sapr_jax.artifacts.files import write_json
-from sapr_jax.channels import ChannelGraph, count_macs, prune
+from sapr_jax.channels import ChannelGraph, Masks, count_macs, prune
 from sapr_jax.errors import InputError
 from sapr_jax.method import project_to_budget
 from sapr_jax.training import epochs, loop, steps
@@ -41,9 +41,7 @@ def run_one_shot(job: Job) -> None:
   assert job.source is not None
   setup = _build(job)
   _, variables = artifacts.load(job.source / layout.DENSE)
-  scores = l1_scores(setup.graph, variables["params"], within_layers=job.row.choice == "uniform")
-  limits = job.config.prune
-  masks = project_to_budget(setup.graph, scores, limits.p, min_width=limits.min_width, round_to=limits.round_to)
+  masks = l1_masks(setup, variables["params"], within_layers=job.row.choice == "uniform")
   small_model, small_variables = prune(setup.model, variables, setup.graph, masks)
   tuned = train_plainly(setup, job.workdir, small_model, small_variables)
   _write_summary(
@@ -77,12 +75,29 @@ def run_recalibration(job: Job) -> None:
   if position.epoch < job.config.train.epochs:
     raise InputError(f"{job.source} holds no checkpoint of the end of its training; remove that run to do it again.")
   variables, masks = jax.device_get((state["network"].variables, state["masks"]))
-  model, small_variables = prune(setup.model, variables, setup.graph, masks)
   layout.make_workdir(job.workdir, job.config)
   started = time.monotonic()
-  batches = job.config.prune.statistics_batches
-  recalibrated = epochs.renew_statistics(setup, model, small_variables, batches=batches, between_calls=lambda: None)
-  _write_summary(setup, job.workdir, time.monotonic() - started, subnetwork=(model, recalibrated))
+  subnetwork = _cut_and_recalibrated(setup, variables, masks)
+  _write_summary(setup, job.workdir, time.monotonic() - started, subnetwork=subnetwork)
+
+
+def run_selection(job: Job) -> None:
+  """Chooses channels of the dense network of a finished run, and cuts it; no weight is trained.
+
+  `job.row.choice` is "uniform" or "global", by the L1 norms of filters, or "generator": one that has as many passes
+  over its images as in a run, all of them with these weights.
+  """
+  assert job.source is not None
+  setup = _build(job)
+  _, variables = artifacts.load(job.source / layout.DENSE)
+  layout.make_workdir(job.workdir, job.config)
+  started = time.monotonic()
+  if job.row.choice == "generator":
+    masks = generator_masks(setup, variables)
+  else:
+    masks = l1_masks(setup, variables["params"], within_layers=job.row.choice == "uniform")
+  subnetwork = _cut_and_recalibrated(setup, variables, masks)
+  _write_summary(setup, job.workdir, time.monotonic() - started, subnetwork=subnetwork)
 
 
 KINDS: Mapping[str, Callable[[Job], None]] = {
@@ -90,6 +105,7 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
   "one_shot": run_one_shot,
   "width": run_uniform_width,
   "recalibrated": run_recalibration,
+  "selection": run_selection,
 }
 """`Row.kind` -> what runs it. Each leaves `summary.json` in the work directory when it is done, and records."""
 
@@ -124,6 +140,25 @@ def l1_scores(graph: ChannelGraph, params: Any, *, within_layers: bool) -> dict[
     ranks = np.argsort(np.argsort(norms, kind="stable"), kind="stable")
     scores[group.name] = (ranks + 1) / group.size if within_layers else norms / norms.mean()
   return scores
+
+
+def l1_masks(setup: Setup, params: Any, *, within_layers: bool) -> Masks:
+  """Returns the masks that the L1 norms of filters propose, see `l1_scores`."""
+  limits = setup.config.prune
+  scores = l1_scores(setup.graph, params, within_layers=within_layers)
+  return project_to_budget(setup.graph, scores, limits.p, min_width=limits.min_width, round_to=limits.round_to)
+
+
+def generator_masks(setup: Setup, variables: Any) -> Masks:
+  """Returns the masks of a generator that learns on these weights in as many epochs as it does in a run."""
+  generator_steps, generator = loop.pruning_stage(setup).generator_steps, setup.initial_generator()
+  assert generator_steps is not None
+  variables, epoch = replicate(variables, setup.mesh), setup.config.prune.start_epoch
+  while True:
+    generator, _ = epochs.train_generator(setup, generator_steps, generator, variables, epoch=epoch)
+    epoch += 1
+    if epoch == setup.hold_epoch:
+      return epochs.masks_in_force(setup, generator, epoch=epoch - 1)
 
 
 def scratch_phase(config: Any) -> ConfigDict:
@@ -176,6 +211,13 @@ def train_plainly(setup: Setup, workdir: pathlib.Path, model: nn.Module, variabl
     state, position = loop.restore(setup, stage, checkpointer)
     state = loop.train(setup, stage, state, position, checkpointer, recorder, interruption)
   return jax.device_get(state["network"].variables)
+
+
+def _cut_and_recalibrated(setup: Setup, variables: Any, masks: Masks) -> tuple[nn.Module, Any]:
+  """Returns the sub-network as a model of its own, with running statistics of its own."""
+  model, small = prune(setup.model, variables, setup.graph, masks)
+  batches = setup.config.prune.statistics_batches
+  return model, epochs.renew_statistics(setup, model, small, batches=batches, between_calls=lambda: None)
 
 
 def _build(job: Job, config: Any = None) -> Setup:

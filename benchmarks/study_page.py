@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
-from benchmarks.study_claims import CLAIMS, Results, mean_and_deviation, open_choices
+from benchmarks.study_claims import CLAIMS, Results, mean_and_deviation, open_choices, selection
 from benchmarks.study_rows import LONGER, gamma_name
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
@@ -138,9 +138,25 @@ def _network(network: str, about: Mapping[str, Any], results: Results, size: str
     "#### What the supplement leaves open",
     f"One factor is changed against `{results.main}`; given is the change in accuracy.",
     open_choices(results),
+    *_selection(results),
     *_figures(network, results, size, page),
   ]
   return [part for part in parts if part]
+
+
+def _selection(results: Results) -> list[str]:
+  """Returns the section on the choice of channels, if those rows were run."""
+  found = selection(results)
+  if not found:
+    return []
+  return [
+    "#### How good is the choice of channels?",
+    f"The dense networks of `{gamma_name(0)}`, which no regularization has prepared, are cut down to the same budget by"
+    " several criteria; no weight is trained, and the batch statistics are measured anew. A generator has as many"
+    " passes over its images as in a run; while it learns, its sub-networks are normalized by the running statistics of"
+    " the dense network, or by those of the batch.",
+    found,
+  ]
 
 
 def _all_rows(results: Results) -> str:

@@ -88,6 +88,8 @@ GAMMAS = (1e-4, 1e-3, 5e-3)  # beside 0 and 5e-4: supplement C
 # the statistics that they inherit, but in the rows that ask what new ones would give.
 _COMMON = {"prune.round_to": 1, "prune.statistics_batches": 0}
 _RECALIBRATED = {"prune.gamma": 0.0, "prune.statistics_batches": default.get_config().prune.statistics_batches}
+SELECTION = "selection"
+"""Names of rows that only choose channels begin with this."""
 
 # What a dropped filter can lose over a run is the sum over steps of learning_rate / (1 - momentum) * gamma * N_k / N. A
 # short schedule has few steps, so that the same loss takes a larger gamma: 0.02 here takes the 2.6 that 1e-4 takes over
@@ -187,6 +189,10 @@ def _rows(experiment: Experiment) -> list[Row]:
     name = f"{source},bn=recalibrated"
     return Row(experiment, name, "recalibrated", COMPARED, experiment.seeds, _RECALIBRATED, source=source)
 
+  def selection(name: str, choice: str, **fields: Any) -> Row:
+    name = f"{SELECTION}={name}"
+    return Row(experiment, name, "selection", COMPARED, experiment.seeds, _RECALIBRATED | fields, choice, none)
+
   rows = [
     ours(main, MAIN, experiment.seeds),
     ours(none, MAIN, experiment.seeds, prune__gamma=0.0),
@@ -198,6 +204,13 @@ def _rows(experiment: Experiment) -> list[Row]:
     # In the very networks of the main rows.
     recalibrated(main),
     recalibrated(none),
+    # Which channels are chosen, in a network that was never regularized.
+    selection("l1_uniform", "uniform"),
+    selection("l1_global", "global"),
+    *(
+      selection(f"generator,statistics={name}", "generator", **{"generator.statistics": name})
+      for name in ("running", "batch")
+    ),
   ]
   rows += [ours(gamma_name(g), OTHER_GAMMAS, experiment.gamma_seeds, prune__gamma=g) for g in experiment.gammas]
   rows += [

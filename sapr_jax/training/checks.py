@@ -141,9 +141,7 @@ def _check_prune(config: ConfigDict) -> None:
   _at_least_0(config, "prune.gamma")
   hold = _whole(config, "prune.hold_epoch", start + 1, optional=True)
   if hold is not None and hold >= epochs:
-    raise InputError(
-      f"prune.hold_epoch={hold} is out of range; expected below train.epochs={epochs}."
-    )
+    raise InputError(f"prune.hold_epoch={hold} is out of range; expected below train.epochs={epochs}.")
   _one_of(config, "prune.form", ("proximal", "penalty"))
   _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
   _one_of(config, "prune.masks", ("likely", "sampled"))
