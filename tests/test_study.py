@@ -23,6 +23,7 @@ from benchmarks.study_claims import (
   estimate,
   larger_gamma,
   mean_of_epochs,
+  selection,
   stable_architecture,
 )
 from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
@@ -270,6 +271,19 @@ def test_the_schedule_from_scratch_has_all_epochs():
   assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
 
 
+def test_the_choice_of_channels_is_compared_with_the_first_criterion(results):
+  assert selection(results) == ""
+  entries = [
+    entry(f"selection={name}", seed, subnetwork=value + seed)
+    for seed in (0, 1)
+    for name, value in (("l1_uniform", 20.0), ("generator,statistics=batch", 30.0))
+  ]
+  assert selection(dataclasses.replace(results, entries=entries)).splitlines()[2:] == [
+    "| selection=l1_uniform | 20.50 ± 0.71 |  |",
+    "| selection=generator,statistics=batch | 30.50 ± 0.71 | +10.00 [+10.00, +10.00] |",
+  ]
+
+
 @dataclasses.dataclass
 class FakeSetup:
   """What `epochs.masks_in_force` reads of a run."""
@@ -277,11 +291,8 @@ class FakeSetup:
   config: object
   graph: object
   outputs: jax.Array
+  hold_epoch: int
   round_to: int = 1
-
-  @property
-  def hold_epoch(self):
-    return self.config.train.epochs
 
   def key(self, stream):
     return jax.random.fold_in(jax.random.key(self.config.seed), stream)
@@ -295,8 +306,8 @@ def test_sampled_masks_are_reproducible_within_the_budget_and_likely_at_the_end(
   outputs = jnp.zeros((len(tiny.graph.groups), max(group.size for group in tiny.graph.groups)))
   state = type("State", (), {"variables": None})()
 
-  def masks(name, epoch, seed=0):
-    setup = FakeSetup(config_of(rows[name], seed, None, {}), tiny.graph, outputs)
+  def masks(name, epoch, seed=0, hold_epoch=12):
+    setup = FakeSetup(config_of(rows[name], seed, None, {}), tiny.graph, outputs, hold_epoch)
     found = epochs.masks_in_force(setup, state, epoch=epoch)
     assert tiny.graph.prunable_macs(found) <= setup.config.prune.p * tiny.graph.prunable_macs()
     return np.concatenate([found[group.name] for group in tiny.graph.groups])
@@ -305,6 +316,7 @@ def test_sampled_masks_are_reproducible_within_the_budget_and_likely_at_the_end(
   assert (masks("masks=sampled", 5) != masks("masks=sampled", 6)).any()
   assert (masks("masks=sampled", 5) != masks("masks=sampled", 5, seed=1)).any()
   np.testing.assert_array_equal(masks("masks=sampled", 11), masks("gamma=0.02", 11))
+  np.testing.assert_array_equal(masks("masks=sampled", 5, hold_epoch=6), masks("gamma=0.02", 5))
 
 
 def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():

@@ -27,10 +27,12 @@ def test_every_epoch_has_its_record(whole):
   common = {"learning_rate", "train_loss", "train_accuracy", "test_accuracy", "test_loss", "weight_seconds"}
   searched = {
     *("subnetwork_accuracy", "macs_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
-    *("kept_norm_mean", "generator_loss", "generator_macs_share", "generator_seconds", "widths"),
+    *("kept_norm_mean", "widths"),
   }
+  renewed = {"generator_loss", "generator_macs_share", "generator_seconds"}
   assert all(common <= record.keys() for record in records)
   assert [searched <= record.keys() for record in records] == [False, True, True, True, False, False]
+  assert [renewed <= record.keys() for record in records] == [False, True, True, False, False, False]
   assert ["hamming_distance" in record for record in records] == [False, False, True, True, False, False]
   assert [record["learning_rate"] for record in records] == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.05, 0.005])
 
@@ -39,6 +41,12 @@ def test_the_masks_meet_the_budget_in_every_epoch(whole):
   shares = [record["macs_share"] for record in artifacts.read_records(whole[0]) if "macs_share" in record]
   assert len(shares) == 3
   assert all(0.48 <= share <= 0.49 for share in shares)
+
+
+def test_the_masks_that_are_held_are_those_of_the_epoch_before(whole):
+  *_, before, held = artifacts.read_records(whole[0])[:4]
+  assert held["widths"] == before["widths"]
+  assert before["hamming_distance"] > held["hamming_distance"] == 0
 
 
 def test_the_dropped_channels_lose_their_norm(whole):
@@ -102,8 +110,8 @@ def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation)
 
 def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_path):
   config = small_config(
-    init__weights=str(whole[0] / "dense"), prune__start_epoch=0, train__epochs=1, train__decay_epochs=(),
-    finetune__epochs=0, finetune__decay_epochs=(),
+    init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__hold_epoch=None, train__epochs=1,
+    train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run")
   assert summary["run"]["statistics_batches"] == 7
@@ -137,8 +145,8 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
 
   # A pruned model can be pruned further.
   config = small_config(
-    init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, train__epochs=1, train__decay_epochs=(),
-    train__learning_rate=1e-6, finetune__epochs=0, finetune__decay_epochs=(),
+    init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, prune__hold_epoch=None, train__epochs=1,
+    train__decay_epochs=(), train__learning_rate=1e-6, finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
   summary = training.run(config, tmp_path / "further")
   params, want = (sapr.load(path)[1]["params"] for path in (tmp_path / "further" / "dense", whole[0] / "pruned"))
@@ -166,10 +174,11 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
     setup.initial_network(config, 10, (1, 8, 8, 1))
 
 
-def test_the_penalty_form_and_another_weighting_run_too(quick_compilation, tmp_path):
+def test_the_other_choices_run_too(quick_compilation, tmp_path):
   config = small_config(
-    prune__form="penalty", prune__weighting="share", prune__round_to=4, finetune__epochs=0, train__epochs=2,
-    train__decay_epochs=(), finetune__decay_epochs=(), prune__statistics_batches=0,
+    prune__form="penalty", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
+    prune__statistics_batches=0, generator__statistics="batch", train__epochs=2, train__decay_epochs=(),
+    finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run")
   assert all(width % 4 == 0 for width in summary["run"]["widths"].values())
