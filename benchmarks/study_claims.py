@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import LONGER, SELECTION, gamma_name
+from benchmarks.study_rows import LONGER, SELECTION, SELECTION_BASELINE, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -327,25 +327,30 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
 
 
 def open_choices(results: Results) -> str:
-  """Returns the table of what the supplement leaves open: what a change of one factor does."""
+  """Returns the table of what the supplement leaves open: what a change of one factor does.
+
+  A row "gamma=0.04,hold_epoch=6" is compared with "gamma=0.04", all others with the main one.
+  """
+  prefixes = ("weighting", "form", "masks", "generator_data")
+  pairs = [(name, results.main) for prefix in prefixes for name in results.names(prefix)]
+  pairs += [(name, name.split(",")[0]) for name in results.names("gamma=") if "," in name]
   rows = []
-  prefixes = ("weighting", "form", "masks", "generator_data", f"{results.main},bn")
-  for name in [name for prefix in prefixes for name in results.names(prefix)]:
+  for name, unchanged in pairs:
     changes = [
-      difference(results.accuracy(name, network), results.accuracy(results.main, network))
+      difference(results.accuracy(name, network), results.accuracy(unchanged, network))
       for network in ("dense", "subnetwork", "pruned")
     ]
-    rows.append([name, *map(str, changes)])
-  header = ["changed", *(f"{n}, points" for n in ("full model", "sub-network", "pruned"))]
+    rows.append([name, unchanged, *map(str, changes)])
+  header = ["changed", "compared with", *(f"{n}, points" for n in ("full model", "sub-network", "pruned"))]
   return table(header, rows) if rows else "None was run."
 
 
 def selection(results: Results) -> str:
   """Returns the table of how good the channels are that a criterion chooses; "" if none was run."""
-  names = results.names(SELECTION)
-  accuracies = [results.accuracy(name, "subnetwork") for name in names]
-  rows = [
-    [name, mean_and_deviation(found.values()), str(difference(found, accuracies[0])) if index else ""]
-    for index, (name, found) in enumerate(zip(names, accuracies, strict=True))
-  ]
-  return table(["chosen by", "sub-network, %", f"better than {names[0]} by, points"], rows) if rows else ""
+  baseline = results.accuracy(SELECTION_BASELINE, "subnetwork")
+  rows = []
+  for name in results.names(SELECTION):
+    found = results.accuracy(name, "subnetwork")
+    gain = "" if name == SELECTION_BASELINE else str(difference(found, baseline))
+    rows.append([name, mean_and_deviation(found.values()), gain])
+  return table(["chosen by", "sub-network, %", f"better than {SELECTION_BASELINE} by, points"], rows) if rows else ""

@@ -93,7 +93,8 @@ def run_selection(job: Job) -> None:
   layout.make_workdir(job.workdir, job.config)
   started = time.monotonic()
   if job.row.choice == "generator":
-    masks = generator_masks(setup, variables)
+    with Interruption() as interruption:
+      masks = generator_masks(setup, variables, interruption)
   else:
     masks = l1_masks(setup, variables["params"], within_layers=job.row.choice == "uniform")
   subnetwork = _cut_and_recalibrated(setup, variables, masks)
@@ -149,16 +150,20 @@ def l1_masks(setup: Setup, params: Any, *, within_layers: bool) -> Masks:
   return project_to_budget(setup.graph, scores, limits.p, min_width=limits.min_width, round_to=limits.round_to)
 
 
-def generator_masks(setup: Setup, variables: Any) -> Masks:
-  """Returns the masks of a generator that learns on these weights in as many epochs as it does in a run."""
-  generator_steps, generator = loop.pruning_stage(setup).generator_steps, setup.initial_generator()
-  assert generator_steps is not None
-  variables, epoch = replicate(variables, setup.mesh), setup.config.prune.start_epoch
-  while True:
-    generator, _ = epochs.train_generator(setup, generator_steps, generator, variables, epoch=epoch)
-    epoch += 1
-    if epoch == setup.hold_epoch:
-      return epochs.masks_in_force(setup, generator, epoch=epoch - 1)
+def generator_masks(setup: Setup, variables: Any, interruption: Interruption) -> Masks:
+  """Returns the masks of a generator that learns on these weights in as many epochs as it does in a run.
+
+  Raises:
+    InterruptedRunError: If SIGTERM or SIGINT asked it to stop; it starts anew the next time.
+  """
+  stage = loop.pruning_stage(setup)
+  assert stage.generator_steps is not None
+  generator, variables = stage.state["generator"], replicate(variables, setup.mesh)
+  for epoch in range(setup.config.prune.start_epoch, setup.hold_epoch):
+    if interruption.requested():
+      interruption.stop()
+    generator, _ = epochs.train_generator(setup, stage.generator_steps, generator, variables, epoch=epoch)
+  return epochs.masks_in_force(setup, generator, epoch=setup.hold_epoch - 1)
 
 
 def scratch_phase(config: Any) -> ConfigDict:

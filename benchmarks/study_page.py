@@ -39,11 +39,14 @@ _SIZES = {
   " at half of the MACs, not at a quarter. gamma = 0.04 was to be compared at first; as it took nearly all norm off the"
   " dropped channels within an epoch, before the masks had settled, 0.01 took its place before any run had ended. Why"
   " not (f)? Torch-Pruning cuts the same channels, inside the blocks, so that it is not what may be cut. 0.04 aligns as"
-  " fully as its sparse learning does, and ends where 0.01 does. That a generator which had seen too little made such"
-  " masks final was the first suspect: with half of the images in place of a tenth it got worse. Its masks go on"
-  " moving, on 6 to 9 % of the channels in every epoch in place of about 2 %, when those they had dropped have lost"
-  " their weights, and each exchange gives up a trained channel for an empty one: a likely reason, not a proved one."
-  " Masks that are held from some epoch on are the next thing to try. Some rows have fewer seeds: time was over.",
+  " fully as its sparse learning does, and ends where 0.01 does, so that it is not how far they are aligned. Three"
+  " suspects were tried at that gamma, a row each. A generator that has seen too little: with half of the images it"
+  " got worse. One that goes on exchanging trained channels for empty ones: masks that are held from epoch 6 on align"
+  " fully, and end where the others do. One that judges its sub-networks by batch statistics that are not theirs: with"
+  " their own it makes a far better choice for the weights that it sees (table below), and the networks end worse. What"
+  " remains is how the weights get there: sparse learning lets channels fade by competition over all epochs, while"
+  " these masks are decided within the first ones. That is an assumption, not a result. Some rows have fewer seeds:"
+  " time was over.",
 }
 
 _PUBLISHED = """## Published by others, for comparison
@@ -136,7 +139,7 @@ def _network(network: str, about: Mapping[str, Any], results: Results, size: str
     ]
   parts += [
     "#### What the supplement leaves open",
-    f"One factor is changed against `{results.main}`; given is the change in accuracy.",
+    "One factor is changed against the row named; given is the change in accuracy.",
     open_choices(results),
     *_selection(results),
     *_figures(network, results, size, page),

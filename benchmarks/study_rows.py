@@ -79,6 +79,11 @@ class Row:
 LONGER = "longer_schedule"
 """Name of a variant with so many epochs that an architecture has the time to settle."""
 
+SELECTION = "selection"
+"""Names of rows that only choose channels begin with this."""
+SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
+"""The one that the others are compared with."""
+
 _OF_ROWS = ("seed", "prune.gamma")
 """Fields in which all rows differ."""
 
@@ -88,8 +93,6 @@ GAMMAS = (1e-4, 1e-3, 5e-3)  # beside 0 and 5e-4: supplement C
 # the statistics that they inherit, but in the rows that ask what new ones would give.
 _COMMON = {"prune.round_to": 1, "prune.statistics_batches": 0}
 _RECALIBRATED = {"prune.gamma": 0.0, "prune.statistics_batches": default.get_config().prune.statistics_batches}
-SELECTION = "selection"
-"""Names of rows that only choose channels begin with this."""
 
 # What a dropped filter can lose over a run is the sum over steps of learning_rate / (1 - momentum) * gamma * N_k / N. A
 # short schedule has few steps, so that the same loss takes a larger gamma: 0.02 here takes the 2.6 that 1e-4 takes over

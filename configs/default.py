@@ -54,8 +54,8 @@ def get_config() -> ConfigDict:
   config.prune = ConfigDict()
   config.prune.p = 0.48  # share of the prunable MACs to keep
   config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
+  config.prune.hold_epoch = placeholder(int)  # epochs after which the masks are final; unset: renewed before every one
   config.prune.gamma = 5e-4  # strength of the partial regularization
-  config.prune.hold_epoch = placeholder(int)  # from this epoch on the masks stay as they are; unset: they never do
   config.prune.form = "proximal"  # proximal: a step after the optimizer's; penalty: a term of the loss
   config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
   config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   config.generator = ConfigDict()
   config.generator.data_share = 0.1  # of the training images
   config.generator.batch_size = 128
-  config.generator.statistics = "running"  # of batch normalization while it learns: running: the dense network's; batch
+  config.generator.statistics = "running"  # that normalize while it learns: running: the dense network's; batch
   config.generator.learning_rate = 1e-3  # of AdamW
   config.generator.weight_decay = 1e-2
   config.generator.macs_weight = 4.0  # lambda of the MACs penalty

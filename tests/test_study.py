@@ -23,14 +23,17 @@ from benchmarks.study_claims import (
   estimate,
   larger_gamma,
   mean_of_epochs,
+  open_choices,
   selection,
   stable_architecture,
 )
 from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
 from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
+from configs import digits
 from sapr_jax.artifacts.files import write_json
-from sapr_jax.training import epochs
+from sapr_jax.training import epochs, setup
 from sapr_jax.training.checks import check_config
+from sapr_jax.training.interruption import Interruption
 
 REDUCED, FULL, QUARTER = (grid(SIZES[size]) for size in ("reduced", "full", "quarter"))
 
@@ -271,17 +274,43 @@ def test_the_schedule_from_scratch_has_all_epochs():
   assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
 
 
-def test_the_choice_of_channels_is_compared_with_the_first_criterion(results):
+def test_choices_of_channels_are_compared_with_the_simplest(results):
   assert selection(results) == ""
   entries = [
     entry(f"selection={name}", seed, subnetwork=value + seed)
+    for name, value in (("generator,statistics=batch", 30.0), ("l1_uniform", 20.0))  # sorted, as in a file
     for seed in (0, 1)
-    for name, value in (("l1_uniform", 20.0), ("generator,statistics=batch", 30.0))
   ]
   assert selection(dataclasses.replace(results, entries=entries)).splitlines()[2:] == [
-    "| selection=l1_uniform | 20.50 ± 0.71 |  |",
     "| selection=generator,statistics=batch | 30.50 ± 0.71 | +10.00 [+10.00, +10.00] |",
+    "| selection=l1_uniform | 20.50 ± 0.71 |  |",
   ]
+
+
+def test_what_is_left_open_is_compared_with_the_row_that_was_changed(results):
+  entries = [
+    *results.entries,
+    *(entry("masks=sampled", seed, dense=61.0 + seed, pruned=60.0 + seed) for seed in (0, 1)),
+    *(entry("gamma=0,bn=recalibrated", seed, subnetwork=40.0 + seed) for seed in (0, 1)),
+  ]
+  assert open_choices(dataclasses.replace(results, entries=entries)).splitlines()[2:] == [
+    "| masks=sampled | gamma=0.02 | +1.00 [+1.00, +1.00] | - | -1.00 [-1.00, -1.00] |",
+    "| gamma=0,bn=recalibrated | gamma=0 | - | +10.00 [+10.00, +10.00] | - |",
+  ]
+
+
+def test_a_generator_chooses_within_the_budget_by_what_it_has_learned():
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {"model.width_multiplier": 0.25, "data.train_images": 320, "eval_batch_size": 64, "prune.start_epoch": 6}
+    | {"prune.hold_epoch": 8, "prune.round_to": 1, "generator.learning_rate": 0.1}
+  )
+  run = setup.build(config)
+  masks = study_ours.generator_masks(run, run.variables, Interruption())
+  assert 0.8 * config.prune.p < run.graph.prunable_macs(masks) / run.graph.prunable_macs() <= config.prune.p
+  untrained = epochs.masks_in_force(run, run.initial_generator(), epoch=7)
+  assert any((masks[name] != untrained[name]).any() for name in masks)
 
 
 @dataclasses.dataclass

@@ -48,7 +48,7 @@ def architecture_loss(
     generator: The architecture generator.
     variables: Its variables.
     graph: The channel graph of the network.
-    loss_fn: Masks -> the loss of the sub-network on a batch, scalar, in evaluation mode; see `masked_apply`.
+    loss_fn: Masks -> the loss of the sub-network on a batch, scalar, without a change of anything; see `masked_apply`.
     key: Randomness of the draw.
     p: Share of the prunable MACs to keep, in (0, 1].
     macs_weight: lambda.

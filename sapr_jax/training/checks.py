@@ -139,9 +139,12 @@ def _check_prune(config: ConfigDict) -> None:
       f"prune.start_epoch={start!r} leaves no epoch for pruning; expected 0 to train.epochs - 1 = {epochs - 1}."
     )
   _at_least_0(config, "prune.gamma")
-  hold = _whole(config, "prune.hold_epoch", start + 1, optional=True)
-  if hold is not None and hold >= epochs:
-    raise InputError(f"prune.hold_epoch={hold} is out of range; expected below train.epochs={epochs}.")
+  hold = _value(config, "prune.hold_epoch")
+  if hold is not None and (not _is_whole(hold) or not start < hold <= epochs):
+    raise InputError(
+      f"prune.hold_epoch={hold!r} is out of range; expected prune.start_epoch + 1 = {start + 1} to train.epochs ="
+      f" {epochs}, or None."
+    )
   _one_of(config, "prune.form", ("proximal", "penalty"))
   _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
   _one_of(config, "prune.masks", ("likely", "sampled"))

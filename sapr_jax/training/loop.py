@@ -52,7 +52,7 @@ class Stage:
 def pruning_stage(setup: Setup) -> Stage:
   """Trains the dense network with partial regularization; from E_start on, the generator renews the masks.
 
-  From `prune.hold_epoch` on it does not, and they stay as they are.
+  After `prune.hold_epoch` epochs it does not any more.
   """
   config = setup.config
   weight_step = steps.weight_step(
@@ -151,8 +151,6 @@ def train(
       position.record = _first_of_record(setup, stage, position)
       if searching and position.epoch < setup.hold_epoch:
         position.record |= _renew_masks(setup, stage, state, position.epoch)
-      elif searching:
-        position.record["hamming_distance"] = 0.0
     _train_weights(setup, stage, state, position, keep, progress)
     keep.if_interrupted(state, position)
     record = position.record | _prefixed("train", position.means())

@@ -63,6 +63,12 @@ class Setup:
     """Optimizer steps in an epoch of `config.train` or `config.finetune`; the incomplete last batch is left out."""
     return self.feed.num_train // phase.batch_size
 
+  @property
+  def hold_epoch(self) -> int:
+    """After how many epochs of training the masks are not renewed any more."""
+    epoch = self.config.prune.hold_epoch
+    return self.config.train.epochs if epoch is None else epoch
+
   def weight_schedule(self, phase: Any) -> schedules.Schedule:
     """The learning rate of `config.train` or `config.finetune` over optimizer steps."""
     return schedules.learning_rate_schedule(phase, self.steps_per_epoch(phase))
@@ -79,12 +85,6 @@ class Setup:
       self.graph, schedule, prune.gamma, momentum=phase.momentum, weighting=prune.weighting
     )
     return optax.chain(sgd, regularization)
-
-  @property
-  def hold_epoch(self) -> int:
-    """The first epoch in which the masks are not renewed any more; after the last one if they always are."""
-    epoch = self.config.prune.hold_epoch
-    return self.config.train.epochs if epoch is None else epoch
 
   @functools.cached_property
   def finetune_tx(self) -> optax.GradientTransformation:

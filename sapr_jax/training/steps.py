@@ -175,7 +175,7 @@ def generator_step(
   macs_weight: float,
   bias: float,
   temperature: float,
-  batch_statistics: bool = False,
+  batch_statistics: bool,
 ) -> Step:
   """Builds the step that trains the generator with the weights fixed; the carry is a `GeneratorState`.
 
@@ -192,18 +192,17 @@ def generator_step(
     macs_weight: Coefficient of the MACs penalty.
     bias: b of Eq. 1.
     temperature: tau of Eq. 1.
-    batch_statistics: Whether the network is in training mode and normalizes by the statistics of its batch, each
-      device's own; otherwise it is in evaluation mode, and normalizes by the running ones of the dense network.
+    batch_statistics: Whether the network is in training mode, dropout included, and normalizes by the statistics of
+      each device's part of the batch; otherwise it is in evaluation mode, with the dense network's running ones.
   """
 
   def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, dict[str, jax.Array]]:
-    mask_key, image_key = jax.random.split(jax.random.fold_in(shared.key, state.step))
+    mask_key, image_key, dropout_key = jax.random.split(jax.random.fold_in(shared.key, state.step), 3)
     images, labels = shared.read(batch)
-    image_key = device_key(image_key)
-    x = preprocessing.train(image_key, images)
+    x = preprocessing.train(device_key(image_key), images)
     mode: dict[str, Any] = {"train": False}
     if batch_statistics:  # the new running ones are thrown away
-      mode = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.fold_in(image_key, 1)}}
+      mode = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": device_key(dropout_key)}}
 
     def network_loss(masks: Masks) -> jax.Array:
       output = masked_apply(model, shared.variables, graph, masks, x, **mode)

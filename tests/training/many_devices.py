@@ -95,7 +95,7 @@ def generator(mesh, shared, calls):
   variables = initial(model)
   graph = sapr.trace_channels(model, variables, (1, *SHAPE), select="unjoined")
   architecture, tx = sapr.ArchitectureGenerator.for_graph(graph), optax.adamw(1e-2)
-  settings = {"p": 0.5, "macs_weight": 4.0, "bias": 0.0, "temperature": 0.4}
+  settings = {"p": 0.5, "macs_weight": 4.0, "bias": 0.0, "temperature": 0.4, "batch_statistics": False}
   step = steps.generator_step(model, architecture, graph, tx, PREPROCESSING, **settings)
   state = generator_state(architecture, tx, jax.random.key(2))
   found = run(mesh, step, state, dataclasses.replace(shared, variables=variables), calls)

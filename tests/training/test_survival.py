@@ -58,14 +58,15 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monk
     return saving
 
   config = small_config(checkpoint__every_steps=3)
-  for stop in ((2, 2), (0, 3)):  # in the third epoch of training, and in the first of fine-tuning
+  # In an epoch with renewed masks and in one with held ones, and in fine-tuning.
+  for stop in ((2, 2), (3, 3), (0, 3)):
     monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(stop))
     with pytest.raises(StoppedError):
       training.run(config, tmp_path / "run")
     places.append("stopped")
   monkeypatch.setattr(artifacts.Checkpointer, "save", stop_at(None))
   training.run(config, tmp_path / "run")
-  train = [(0, 3), (1, 0), (1, 1), (1, 4), (2, 0), (2, 2), "stopped", (3, 0), (3, 3), (4, 0)]
+  train = [(0, 3), (1, 0), (1, 1), (1, 4), (2, 0), (2, 2), "stopped", (3, 0), (3, 3), "stopped", (4, 0)]
   assert places == [*train, (0, 3), "stopped", (1, 0), (1, 1), (1, 4), (2, 0)]
 
   check_same_run(tmp_path / "run", whole[0])
