@@ -41,12 +41,12 @@ _SIZES = {
   " not (f)? Torch-Pruning cuts the same channels, inside the blocks, so that it is not what may be cut. 0.04 aligns as"
   " fully as its sparse learning does, and ends where 0.01 does, so that it is not how far they are aligned. Three"
   " suspects were tried at that gamma, a row each. A generator that has seen too little: with half of the images it"
-  " got worse. One that goes on exchanging trained channels for empty ones: masks that are held from epoch 6 on align"
-  " fully, and end where the others do. One that judges its sub-networks by batch statistics that are not theirs: with"
-  " their own it makes a far better choice for the weights that it sees (table below), and the networks end worse. What"
-  " remains is how the weights get there: sparse learning lets channels fade by competition over all epochs, while"
-  " these masks are decided within the first ones. That is an assumption, not a result. Some rows have fewer seeds:"
-  " time was over.",
+  " got worse. One that goes on exchanging trained channels for empty ones: masks that are final after six epochs"
+  " end where the others do. One that judges its sub-networks by batch statistics that are not theirs: with their own"
+  " it makes a far better choice for the weights that it sees (table below), and the networks end no better, on average"
+  " worse. What remains is how the weights get there: sparse learning lets channels fade by competition over all"
+  " epochs, while these masks are decided within the first ones. That is an assumption, not a result. Some rows have"
+  " fewer seeds: time was over.",
 }
 
 _PUBLISHED = """## Published by others, for comparison
