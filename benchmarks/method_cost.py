@@ -152,6 +152,7 @@ def step_pieces(made: training_pieces.Pieces, p: float) -> dict[str, tuple[train
     macs_weight=4.0,
     bias=3.0,
     temperature=0.4,
+    batch_statistics=False,
   )
   fixed = with_variables(made, made.variables)
   still = with_variables(made, {"params": jax.tree.map(jnp.zeros_like, params)})

@@ -193,7 +193,6 @@ def _rows(experiment: Experiment) -> list[Row]:
     return Row(experiment, name, "recalibrated", COMPARED, experiment.seeds, _RECALIBRATED, source=source)
 
   def selection(name: str, choice: str, **fields: Any) -> Row:
-    name = f"{SELECTION}={name}"
     return Row(experiment, name, "selection", COMPARED, experiment.seeds, _RECALIBRATED | fields, choice, none)
 
   rows = [
@@ -208,10 +207,10 @@ def _rows(experiment: Experiment) -> list[Row]:
     recalibrated(main),
     recalibrated(none),
     # Which channels are chosen, in a network that was never regularized.
-    selection("l1_uniform", "uniform"),
-    selection("l1_global", "global"),
+    selection(SELECTION_BASELINE, "uniform"),
+    selection(f"{SELECTION}=l1_global", "global"),
     *(
-      selection(f"generator,statistics={name}", "generator", **{"generator.statistics": name})
+      selection(f"{SELECTION}=generator,statistics={name}", "generator", **{"generator.statistics": name})
       for name in ("running", "batch")
     ),
   ]

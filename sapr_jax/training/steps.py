@@ -200,13 +200,11 @@ def generator_step(
     mask_key, image_key, dropout_key = jax.random.split(jax.random.fold_in(shared.key, state.step), 3)
     images, labels = shared.read(batch)
     x = preprocessing.train(device_key(image_key), images)
-    mode: dict[str, Any] = {"train": False}
-    if batch_statistics:  # the new running ones are thrown away
-      mode = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": device_key(dropout_key)}}
+    rngs = {"dropout": device_key(dropout_key)}
 
     def network_loss(masks: Masks) -> jax.Array:
-      output = masked_apply(model, shared.variables, graph, masks, x, **mode)
-      logits = output[0] if batch_statistics else output
+      mode = {"train": batch_statistics, "mutable": ["batch_stats"], "rngs": rngs}
+      logits, _ = masked_apply(model, shared.variables, graph, masks, x, **mode)  # new running ones are thrown away
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
