@@ -131,8 +131,11 @@ _LONGER = {
 # lose 3.3 with `main_gamma`, about as much as where the reduced size's pruned network was best; 13 with the other.
 _QUARTER = {**_REDUCED, "prune.p": 0.25, "data.train_images": 8000, "data.test_images": 10_000}
 # A strong regularization makes the first masks final, and later ones exchange trained channels for empty ones. What if
-# the generator learns on more images, with the statistics of its sub-networks, or not at all from an epoch on?
-_STRONG = {
+# the generator learns on more images, with the statistics of its sub-networks, or not at all from an epoch on? And does
+# the penalty, which was better than the proximal step in the reduced size, stay so?
+_OF_QUARTER = {
+  "gamma=0.01,form=penalty": {"prune.gamma": 0.01, "prune.form": "penalty"},
+  "gamma=0.04,form=penalty": {"prune.gamma": 0.04, "prune.form": "penalty"},
   "gamma=0.04,generator_data=0.5": {"prune.gamma": 0.04, "generator.data_share": 0.5},
   "gamma=0.04,generator_statistics=batch": {"prune.gamma": 0.04, "generator.statistics": "batch"},
   "gamma=0.04,hold_epoch=6": {"prune.gamma": 0.04, "prune.hold_epoch": 6},
@@ -160,7 +163,7 @@ SIZES: dict[str, tuple[Experiment, ...]] = {
     ),
   ),
   "quarter": (
-    Experiment("resnet20", resnet56_cifar10.get_config, _QUARTER, 0.01, (0.04,), FOUR, THREE, (), (0.3,), _STRONG),
+    Experiment("resnet20", resnet56_cifar10.get_config, _QUARTER, 0.01, (0.04,), FOUR, THREE, (), (0.3,), _OF_QUARTER),
   ),
 }
 """Name -> the experiments of that size."""
