@@ -160,7 +160,7 @@ def our_batches(files: list[str], order: np.ndarray, recipe: data.Recipe) -> Ite
 def peer_batches(files: list[str], order: np.ndarray, to_float: bool) -> Iterator[Any]:
   import torch.utils.data
 
-  dataset = TorchvisionDataset(files, order.ravel(), to_float)
+  dataset: Any = TorchvisionDataset(files, order.ravel(), to_float)
   # Spawned like our workers, as a fork of a process with threads may hang.
   loader: Any = torch.utils.data.DataLoader(
     dataset, batch_size=order.shape[1], num_workers=1, multiprocessing_context="spawn"

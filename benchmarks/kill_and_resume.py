@@ -112,7 +112,7 @@ def main() -> int:
     parser.error(f"--kills={args.kills} is out of range; expected at least 1.")
   whole, killed = Run(args.runs / "undisturbed"), Run(args.runs / "killed")
   print(f"undisturbed: {whole.finish():.1f} s")
-  kills = []
+  kills: list[dict[str, Any]] = []
   for target in choose_targets(args.kills):
     kills.append(killed.kill(target, random.Random(f"{args.seed} {len(kills)}")))
     print(f"{len(kills):2} {describe(kills[-1])}", flush=True)

@@ -377,8 +377,8 @@ def measure_steps(devices: int, steps: int = 6) -> list[float]:
   mapped = MappedSteps(training_steps.weight_step(model, tx, preprocessing, graph=graph), mesh)
   rng = np.random.default_rng(0)
   shared = training_steps.Shared(
-    images=rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8),
-    labels=rng.integers(0, 10, 512, dtype=np.int32),
+    images=jnp.asarray(rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)),
+    labels=jnp.asarray(rng.integers(0, 10, 512, dtype=np.int32)),
     key=jax.random.key(1),
     masks=graph.full_masks(),
   )

@@ -183,7 +183,7 @@ def step_memory(made: training_pieces.Pieces, step: Any, carry: Any) -> dict[str
     step, mesh=made.mesh, in_specs=(everywhere, everywhere, cut), out_specs=(everywhere, everywhere), check_vma=False
   )
   compiled = jax.jit(mapped, donate_argnums=0).lower(carry, made.shared, rows).compile()
-  plan = compiled.memory_analysis()
+  plan: Any = compiled.memory_analysis()
   used = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
   device = made.mesh.devices.flat[0]
   if device.memory_stats() is None:

@@ -236,15 +236,18 @@ def stable_architecture(results: Results) -> Claim:
   """(d): the architecture settles."""
   row = LONGER if results.names(LONGER) else results.main
 
-  def mean_between(entry: Mapping[str, Any], first: int, last: int) -> float | None:
-    curve = entry["curves"].get("hamming")
-    return None if curve is None else mean_of_epochs(curve, entry["start_epoch"] + first, entry["start_epoch"] + last)
+  def distances(window: Callable[[Mapping[str, Any]], tuple[int, int]]) -> dict[int, float]:
+    def mean(entry: Mapping[str, Any]) -> float | None:
+      curve = entry["curves"].get("hamming")
+      return None if curve is None else mean_of_epochs(curve, *window(entry))
 
-  windows = {"epochs 8 to 12": (8, 12), "epochs 20 to 30": (20, 30)}
-  values = {name: results.of(row, lambda entry, w=window: mean_between(entry, *w)) for name, window in windows.items()}
-  values["last ten epochs"] = results.of(
-    row, lambda entry: mean_between(entry, *(entry["train_epochs"] - entry["start_epoch"] + shift for shift in (-9, 0)))
-  )
+    return results.of(row, mean)
+
+  values = {
+    "epochs 8 to 12": distances(lambda entry: (entry["start_epoch"] + 8, entry["start_epoch"] + 12)),
+    "epochs 20 to 30": distances(lambda entry: (entry["start_epoch"] + 20, entry["start_epoch"] + 30)),
+    "last ten epochs": distances(lambda entry: (entry["train_epochs"] - 9, entry["train_epochs"])),
+  }
   early = difference(dict.fromkeys(values["epochs 8 to 12"], STABLE), values["epochs 8 to 12"]).verdict()
   falling = difference(values["epochs 20 to 30"], values["last ten epochs"]).verdict()
   epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == row}
@@ -281,12 +284,11 @@ def cheap_generator(results: Results) -> Claim:
 
   rows = []
   for name in [results.main, *results.names("generator_data")]:
-    seconds = [
-      results.of(name, lambda e, k=key: e["seconds"].get(k)).values() for key in ("weight_epoch", "generator_epoch")
-    ]
-    rows.append(
-      [name, *(mean_and_deviation(s) for s in seconds), mean_and_deviation(results.of(name, share).values(), 1)]
-    )
+    weights = results.of(name, lambda entry: entry["seconds"].get("weight_epoch"))
+    generator = results.of(name, lambda entry: entry["seconds"].get("generator_epoch"))
+    shares = results.of(name, share)
+    seconds = [mean_and_deviation(found.values()) for found in (weights, generator)]
+    rows.append([name, *seconds, mean_and_deviation(shares.values(), 1)])
   shares = results.of(results.main, share)
   return Claim(
     "(e) The generator costs about 10 % of the training time or less",

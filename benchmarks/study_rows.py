@@ -133,7 +133,7 @@ _QUARTER = {**_REDUCED, "prune.p": 0.25, "data.train_images": 8000, "data.test_i
 # A strong regularization makes the first masks final, and later ones exchange trained channels for empty ones. What if
 # the generator learns on more images, with the statistics of its sub-networks, or not at all from an epoch on? And does
 # the penalty, which was better than the proximal step in the reduced size, stay so?
-_OF_QUARTER = {
+_OF_QUARTER: dict[str, dict[str, Any]] = {
   "gamma=0.01,form=penalty": {"prune.gamma": 0.01, "prune.form": "penalty"},
   "gamma=0.04,form=penalty": {"prune.gamma": 0.04, "prune.form": "penalty"},
   "gamma=0.04,generator_data=0.5": {"prune.gamma": 0.04, "generator.data_share": 0.5},

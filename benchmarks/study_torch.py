@@ -150,7 +150,7 @@ def make_network(ours: Any, variables: Any) -> nn.Module:
     model: nn.Module = CifarResNet(ours.depth, ours.num_classes, widths)
   elif isinstance(ours, models.MobileNetV2):
     model = MobileNetV2(ours.num_classes, width, small_images=ours.small_images)
-    model.classifier[0].p = ours.dropout
+    model.classifier[0] = nn.Dropout(ours.dropout)
   else:
     raise InputError(f"a {type(ours).__name__} has no counterpart in PyTorch here; leave out the rows torch_pruning*.")
   with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +166,7 @@ def count_macs(model: nn.Module, inputs: torch.Tensor) -> int:
   """Counts the multiply-accumulates of convolutions and Dense layers for `inputs`, one image."""
   total = 0
 
-  def add(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+  def add(module: Any, _: Any, output: torch.Tensor) -> None:
     nonlocal total
     total += module.weight.numel() * output[0, 0].numel()
 
@@ -191,7 +191,7 @@ def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float) -> Any:
   """Returns Torch-Pruning's pruner as its recipe sets it up; reg 0: without sparse learning."""
   sparse = reg > 0
   importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max" if sparse else "mean")
-  ignored = [module for module in model.modules() if isinstance(module, nn.Linear)]
+  ignored: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
   if isinstance(model, CifarResNet):
     # Its shortcuts pad with a fixed number of channels, so that the residual streams cannot be cut; nor do we.
     ignored += [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and not _is_inside(name)]
@@ -324,15 +324,15 @@ class _Run:
         self.pruner.regularize(self.model)
       self.optimizer.step()
       losses.append(loss.detach())
-    loss, seconds = float(torch.stack(losses).mean()), time.monotonic() - clock
-    if not np.isfinite(loss):
-      raise InputError(f"{self.job}: train_loss is {loss} in epoch {epoch + 1} of {name}: training diverged.")
+    mean_loss, seconds = float(torch.stack(losses).mean()), time.monotonic() - clock
+    if not np.isfinite(mean_loss):
+      raise InputError(f"{self.job}: train_loss is {mean_loss} in epoch {epoch + 1} of {name}: training diverged.")
     accuracy = self._accuracy()
     record = {"stage": name, "epoch": epoch + 1, "step": len(self.records) + 1, "learning_rate": float(rates[0])}
-    record |= {"train_loss": loss, "test_accuracy": accuracy, "weight_seconds": seconds}
+    record |= {"train_loss": mean_loss, "test_accuracy": accuracy, "weight_seconds": seconds}
     self.records.append(record | {"evaluation_seconds": time.monotonic() - clock - seconds})
     self._save()
-    say(f"{name} {epoch + 1}/{phase.epochs}: loss {loss:.4f}, test {accuracy:.2%}, {seconds:.1f} s")
+    say(f"{name} {epoch + 1}/{phase.epochs}: loss {mean_loss:.4f}, test {accuracy:.2%}, {seconds:.1f} s")
 
   def _accuracy(self) -> float:
     self.model.eval()

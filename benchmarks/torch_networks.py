@@ -44,6 +44,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
+  layer1: nn.Module
+  layer2: nn.Module
+  layer3: nn.Module
+  layer4: nn.Module
+
   def __init__(self, block, layers, num_classes=1000, width=64):
     super().__init__()
     self.conv1, self.bn1 = conv(3, width, 7, 2), nn.BatchNorm2d(width)
@@ -86,6 +91,10 @@ class OptionABlock(BasicBlock):
 
 class CifarResNet(nn.Module):
   """With the names of most repositories: torchvision's, but `linear`."""
+
+  layer1: nn.Module
+  layer2: nn.Module
+  layer3: nn.Module
 
   def __init__(self, depth, num_classes=10, widths=(16, 32, 64)):
     super().__init__()
@@ -157,12 +166,13 @@ def randomize(model, seed=0):
       if isinstance(module, nn.Linear):
         module.bias.copy_(0.1 * torch.randn(module.bias.shape, generator=generator))
       if isinstance(module, nn.BatchNorm2d):
+        statistics = dict(module.named_buffers())
         for tensor, low, high in (
           (module.weight, 0.6, 1.2),
           (module.bias, -0.3, 0.3),
-          (module.running_mean, -0.3, 0.3),
-          (module.running_var, 0.5, 1.5),
+          (statistics["running_mean"], -0.3, 0.3),
+          (statistics["running_var"], 0.5, 1.5),
         ):
           tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
-        module.num_batches_tracked.fill_(7)
+        statistics["num_batches_tracked"].fill_(7)
   return model.eval()

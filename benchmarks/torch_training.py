@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ def weight_step(
   torch.set_float32_matmul_precision("high")
   torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
   layout = torch.channels_last if channels_last else torch.contiguous_format
-  model = NETWORKS[name]().to(DEVICE, memory_format=layout).train()
+  network: Any = NETWORKS[name]()
+  model = network.to(DEVICE, memory_format=layout).train()
   for module in model.modules():
     if isinstance(module, torch.nn.Dropout):
       module.p = 0.0  # as in ours

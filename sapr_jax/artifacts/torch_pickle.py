@@ -18,7 +18,7 @@ import numpy as np
 MAX_OPCODES = 4_000_000
 """A state dict has about twenty a tensor. What the longest pickle builds takes about a gigabyte."""
 
-_STORAGES = {
+_STORAGES: dict[str, Any] = {
   "torch.DoubleStorage": np.float64,
   "torch.FloatStorage": np.float32,
   "torch.HalfStorage": np.float16,

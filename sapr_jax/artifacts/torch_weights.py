@@ -26,7 +26,7 @@ from sapr_jax.models import CifarResNet
 
 FORMAT = 1
 _TORCH_SUFFIXES = (".pth", ".pt", ".th")
-_SAFETENSORS_DTYPES = {
+_SAFETENSORS_DTYPES: dict[str, Any] = {
   "F64": np.float64,
   "F32": np.float32,
   "F16": np.float16,

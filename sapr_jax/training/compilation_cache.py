@@ -8,6 +8,7 @@ import pathlib
 import platform
 import sys
 import warnings
+from typing import Any
 
 import jax
 
@@ -26,9 +27,10 @@ def use_compilation_cache() -> pathlib.Path | None:
   Returns:
     The folder; None where it did nothing.
   """
-  if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+  config: Any = jax.config  # most releases do not declare its fields
+  if config.jax_compilation_cache_dir is not None:
     return None
-  if not jax.config.jax_enable_compilation_cache or jax.distributed.is_initialized():  # type: ignore[attr-defined]
+  if not config.jax_enable_compilation_cache or jax.distributed.is_initialized():
     return None
   if jax.default_backend() == "cpu" and jax.__version_info__ < _QUIET_ON_CPU:
     return None
@@ -40,12 +42,12 @@ def use_compilation_cache() -> pathlib.Path | None:
   except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
     print(f"warning: no compilation cache, every run compiles anew: {error}", file=sys.stderr)
     return None
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  config.update("jax_compilation_cache_dir", str(folder))
   # A full disk, or a file that a killed run left half written: JAX compiles instead, and would say so for each program.
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     # A start compiles about a hundred small programs besides the steps; together they take as long as a large one.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   return folder
 
 

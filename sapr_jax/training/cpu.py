@@ -64,7 +64,8 @@ def keep_memory() -> bool:
 
 def _only_cpu() -> bool:
   """Whether JAX will use the CPU, told without starting it."""
-  if platforms := jax.config.jax_platforms:  # type: ignore[attr-defined]
+  config: Any = jax.config  # most releases do not declare its fields
+  if platforms := config.jax_platforms:
     return platforms == "cpu"
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   return not plugins and importlib.util.find_spec("libtpu") is None
