@@ -35,10 +35,10 @@ from sapr_jax.training import epochs, setup
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 
-REDUCED, FULL, QUARTER = (grid(SIZES[size]) for size in ("reduced", "full", "quarter"))
+REDUCED, FULL, QUARTER, FIFTH = (grid(SIZES[size]) for size in ("reduced", "full", "quarter", "fifth"))
 
 
-@pytest.mark.parametrize("rows", [REDUCED, FULL, QUARTER])
+@pytest.mark.parametrize("rows", [REDUCED, FULL, QUARTER, FIFTH])
 def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
   assert len({row.path for row in rows}) == len(rows)
   for row in rows:
@@ -53,6 +53,17 @@ def test_the_full_size_has_the_gammas_and_seeds_of_the_paper_and_its_schedules()
     config = config_of(row, 2, None, {})
     assert row.seeds == (0, 1, 2) and config.prune.gamma == gamma and config.seed == 2
     assert (config.train.epochs, config.finetune.epochs, config.data.source) == (200, 160, "tfds")
+
+
+def test_the_fifth_of_the_schedule_has_the_proportions_of_the_whole():
+  (row,) = (row for row in FIFTH if row.name == "gamma=0.04")
+  (whole,) = (row for row in FULL if row.path == "resnet56/gamma=0.0005")
+  ours, theirs = config_of(row, 0, None, {}), config_of(whole, 0, None, {})
+  for phase in ("train", "finetune"):
+    assert 5 * ours[phase].epochs == theirs[phase].epochs
+    assert [5 * epoch for epoch in ours[phase].decay_epochs] == list(theirs[phase].decay_epochs)
+  assert 5 * ours.prune.start_epoch == theirs.prune.start_epoch
+  assert ours.train.learning_rate == ours.finetune.learning_rate
 
 
 def test_an_ablation_changes_one_field_of_the_main_row():
