@@ -12,12 +12,14 @@ and one that was stopped or killed goes on at its last checkpoint. `--minutes N`
 lease. Several processes may work on the same `--runs` at once: each takes what no other has. On a CPU, one process a
 core (`taskset -c 0 python -m ...`, `taskset -c 1 ...`) does more than one process on all.
 
-What is finished is in `results/cifar10_study_<size>.json`; `--page` makes `docs/results.md` of it. PyTorch and
-Torch-Pruning (`pip install -e '.[bench]'`) run two of the alternatives; without them those rows are left out.
+What is finished is in `results/cifar10_study_<size>.json`; `--page` makes `docs/results.md` of it. `--results DIR`
+takes another folder for both: runs on other images are not mixed with those that are there. PyTorch and Torch-Pruning
+(`pip install -e '.[bench]'`) run two of the alternatives; without them those rows are left out.
 
-`--set name=value ...` changes fields of all configurations, to try things out; the results then go to `--runs`, and not
-into the repository. Exit status: 0, all that was asked for is done; 75, the time is over or a signal came: the same
-command goes on; 3, other processes have what is left; 2, bad input.
+`--set name=value ...` changes fields of all configurations, to try things out, save those in which a row differs from
+the others; the results then go to `--runs`, unless `--results` says where. Exit status: 0, all that was asked for is
+done; 75, the time is over or a signal came: the same command goes on; 3, other processes have what is left; 2, bad
+input, or a run that cannot be done: the others are done first.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from benchmarks import study_page
 from benchmarks.study_records import (
   check_folder,
+  check_results,
   describe_data,
   head_of,
   is_finished,
@@ -50,6 +53,7 @@ from benchmarks.study_records import (
 from benchmarks.study_rows import SIZES, Job, Row, chosen, grid, job_of, workdir_of
 from sapr_jax import training
 from sapr_jax.errors import InputError, InterruptedRunError, one_line
+from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--size", choices=SIZES, required=True, help="which networks and schedules")
   parser.add_argument("--data", help="folder of images; unset: CIFAR-10 from tensorflow-datasets")
   parser.add_argument("--runs", type=pathlib.Path, help="folder for the work directories")
+  parser.add_argument("--results", type=pathlib.Path, help="folder for the results file; unset: results/")
   parser.add_argument("--rows", nargs="+", default=[], metavar="GLOB", help="only rows of such names; see --list")
   parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
   parser.add_argument("--minutes", type=float, help="stop after so many minutes")
@@ -98,27 +103,56 @@ def _study(args: argparse.Namespace) -> int:
     raise InputError("--runs is missing; name a folder for the work directories.")
   _make_folder(args.runs)
   jobs = [job_of(row, seed, args.runs / args.size, args.data, settings) for row, seed in work]
-  results = args.runs if settings else study_page.RESULTS
+  results = args.results or (args.runs if settings else study_page.RESULTS)
   file = results / f"cifar10_study_{args.size}.json"
   head = head_of(args.size, experiments, settings, describe_data(args.data))
-  if args.skip_recorded:
-    known = {key_of(entry) for entry in recorded(file, head)}
-    jobs = [job for job in jobs if (job.row.experiment.network, job.row.name, job.seed) not in known]
+  if args.page and importlib.util.find_spec("matplotlib") is None:
+    raise InputError("--page draws figures, and matplotlib is missing; pip install -e '.[report]'.")
+  for job in jobs:
+    check_config(job.config)
+  check_results(file, head)
   check_folder(args.runs / args.size, head)
+  if args.skip_recorded:
+    jobs = without_recorded(jobs, {key_of(entry) for entry in recorded(file, head)})
   training.keep_memory()
   training.use_compilation_cache()
   try:
     with Interruption() as interruption, _time_limit(args.minutes):
-      left = run_all(jobs, interruption, lambda: update(file, head, args.runs / args.size))
+      left, failed = run_all(jobs, interruption, lambda: update(file, head, args.runs / args.size))
   finally:
     update(file, head, args.runs / args.size)
     if args.page:
-      page = args.runs / "results.md" if settings else study_page.PAGE
+      page = study_page.PAGE if results == study_page.RESULTS else results / "results.md"
       study_page.renew(results, page)
       say(f"{page} is written from {file}.")
   for job in left:
-    print(f"not done: {job}: another process has it, or what it starts from", file=sys.stderr)
-  return 3 if left else 0
+    if waits_for_nobody(job):
+      failed.append(job)
+      why = f"it starts from {job.row.source}, which is not finished and no process works on; run that row too"
+    else:
+      why = "another process has it, or what it starts from"
+    print(f"not done: {job}: {why}", file=sys.stderr)
+  return 2 if failed else 3 if left else 0
+
+
+def waits_for_nobody(job: Job) -> bool:
+  """Says whether a run starts from one that is not finished and that no process works on."""
+  if job.source is None or is_finished(job.source):
+    return False
+  with _lock(job.source) as free:
+    return free
+
+
+def without_recorded(jobs: Sequence[Job], known: Collection[tuple[str, str, int]]) -> list[Job]:
+  """Leaves out the runs that are recorded, but for those that one of the others starts from.
+
+  Args:
+    jobs: What was asked for.
+    known: What `study_records.key_of` returns of each recorded run.
+  """
+  unknown = [job for job in jobs if (job.row.experiment.network, job.row.name, job.seed) not in known]
+  needed = {job.workdir for job in unknown} | {job.source for job in unknown}
+  return [job for job in jobs if job.workdir in needed]
 
 
 def _make_folder(folder: pathlib.Path) -> None:
@@ -156,8 +190,10 @@ def _show(work: Sequence[tuple[Row, int]], folder: pathlib.Path | None) -> None:
     print(f"{'finished' if done else 'to do':9} {row.path}, seed {seed}")
 
 
-def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> list[Job]:
+def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> tuple[list[Job], list[Job]]:
   """Runs the jobs in order, passing over finished ones, and those that have to wait as long as others can be run.
+
+  One that cannot be run is reported on standard error, and the others go on, unless two cannot for the same reason.
 
   Args:
     jobs: What to run.
@@ -165,12 +201,14 @@ def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> list
     after: Called after each run.
 
   Returns:
-    The jobs that other processes have, or that start from a run which is not finished.
+    The jobs that other processes have, or that start from a run which is not finished; and those that cannot be run.
 
   Raises:
-    InputError: If a job cannot be run.
+    InputError: If two jobs cannot be run for the same reason.
     InterruptedRunError: If it was asked to stop.
   """
+  failed: list[Job] = []
+  reasons: set[str] = set()
   left = _without_missing_packages([job for job in jobs if not is_finished(job.workdir)])
   progress = True
   while left and progress:
@@ -178,13 +216,22 @@ def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> list
     for job in left:
       if interruption.requested():
         interruption.stop()
-      if _run(job):
+      try:
+        ran = _run(job)
+      except InputError as error:
+        if str(error) in reasons:
+          raise
+        print(f"error: {job}: {error}", file=sys.stderr)
+        failed.append(job)
+        reasons.add(str(error))
+        continue
+      if ran:
         progress = True
         after()
       elif not is_finished(job.workdir):
         waiting.append(job)
     left = waiting
-  return left
+  return left, failed
 
 
 def _without_missing_packages(jobs: Sequence[Job]) -> list[Job]:

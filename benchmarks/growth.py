@@ -296,9 +296,10 @@ def section(reports: Mapping[str, Any]) -> str:
 _HEAD = """## How cost grows
 
 Time of a training step of CIFAR ResNets, float32, with augmentation and the proximal step of the method, on random
-images that lie on the device; median of rounds in which all sizes take turns. Virtual devices share the same cores,
-so that they show the overhead of dividing a step, not a speed-up. Compilation is the first call less a later one,
-without a cache."""
+images that lie on the device; median of rounds in which all sizes take turns. Virtual devices share the same cores:
+they show the overhead of dividing a step, not a speed-up, and less than 1.00 says that one of them leaves cores idle.
+Their steps are those without `fast_cpu`, slower than in the other tables. Compilation is the first call less a later
+one, without a cache."""
 
 
 def _tables(report: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from benchmarks.measuring import table
@@ -31,20 +31,21 @@ _SIZES = {
   " short schedules make all accuracies far lower than published ones; what it can show is the order of the methods"
   " under equal conditions. gamma is larger for the same effect: what a dropped filter can lose over a run is the sum"
   " over its steps of learning_rate / (1 - momentum) * gamma * N_k / N, and a short run has few steps. Three seeds"
-  " left much of (f) undecided, so that three more were run of all rows with that gamma, of gamma = 0, and of the"
-  " alternatives. The longer schedule is there for (d); its fine-tuning is as short as the others'.",
+  " left much of (f) undecided, so that three more were run of the main row, of gamma = 0, and of the alternatives at"
+  " their own strength. The longer schedule is there for (d); its fine-tuning is as short as the others'.",
   "quarter": "**No reproduction either**: the reduced size's network and schedule, with 2.5 times as many images and"
-  " all test images, where only a quarter of the MACs may stay. At half of them all methods end within a point or two"
-  " of one another, which is what the seeds differ by; here it matters more what is kept. (a) is what the paper claims"
+  " all test images, where only a quarter of the MACs may stay. At half of them most methods end within two points of"
+  " one another, which is what the seeds differ by; here it matters more what is kept. (a) is what the paper claims"
   " at half of the MACs, not at a quarter. gamma = 0.04 was to be compared at first; as it took nearly all norm off the"
   " dropped channels within an epoch, before the masks had settled, 0.01 took its place before any run had ended. Why"
   " not (f)? Torch-Pruning cuts the same channels, inside the blocks, so that it is not what may be cut. 0.04 aligns as"
-  " fully as its sparse learning does, and ends where 0.01 does, so that it is not how far they are aligned. Three"
-  " suspects were tried at that gamma, a row each. A generator that has seen too little: with half of the images it"
-  " got worse. One that goes on exchanging trained channels for empty ones: masks that are final after six epochs"
-  " end where the others do. One that judges its sub-networks by batch statistics that are not theirs: with their own"
-  " it makes a far better choice for the weights that it sees (table below), and the networks end no better, on average"
-  " worse. What remains is how the weights get there: sparse learning lets channels fade by competition over all"
+  " fully as its sparse learning does, and ends where 0.01 does, so that it is not how far they are aligned. Four"
+  " suspects were tried at that gamma, a row each. A generator that has seen too little: with half of the images two"
+  " seeds out of two got worse. One that goes on exchanging trained channels for empty ones: masks that are final after"
+  " six epochs end where the others do. One that judges its sub-networks by batch statistics that are not theirs: with"
+  " their own it makes a far better choice for the weights that it sees (table below), and the networks end no better,"
+  " on average worse. The penalty in place of the proximal step, which was better at half of the MACs, is not so here."
+  " What remains is how the weights get there: sparse learning lets channels fade by competition over all"
   " epochs, while these masks are decided within the first ones. That is an assumption, not a result. Some rows have"
   " fewer seeds: time was over.",
 }
@@ -174,9 +175,12 @@ def _all_rows(results: Results) -> str:
 
 
 def _figures(network: str, results: Results, size: str, page: pathlib.Path) -> list[str]:
-  """Draws the figures over all gammas; returns the Markdown that shows them."""
+  """Draws the figures over all gammas, each a mean over the same seeds; returns the Markdown that shows them."""
   labels = {gamma_name(gamma): f"gamma {gamma:g}" for gamma in results.gammas} | {LONGER: "longer schedule"}
-  found = {row: mean_history(results, row, label) for row, label in labels.items()}
+  seeds_of = {row: {entry["seed"] for entry in results.entries if entry["row"] == row} for row in labels}
+  seeds = set.intersection(*(found for found in seeds_of.values() if found)) if any(seeds_of.values()) else set()
+  found = {row: mean_history(results, row, label, seeds) for row, label in labels.items()}
+  over = f"mean over the seeds {', '.join(map(str, sorted(seeds)))}, which all of them have"
   shown = []
   for curve, (draw, caption) in _FIGURES.items():
     asked = [history for row, history in found.items() if row != LONGER or curve == "hamming"]
@@ -186,13 +190,13 @@ def _figures(network: str, results: Results, size: str, page: pathlib.Path) -> l
     file = page.parent / "images" / f"study_{size}_{network}_{curve}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     draw(histories).savefig(file, dpi=110)
-    shown.append(f"![{caption}; mean over the seeds](images/{file.name})")
+    shown.append(f"![{caption}; {over}](images/{file.name})")
   return shown
 
 
-def mean_history(results: Results, row: str, label: str) -> RunHistory | None:
-  """Returns the mean over the seeds of a row's runs, as the figures take it; None if there are none."""
-  entries: Sequence[Mapping[str, Any]] = [entry for entry in results.entries if entry["row"] == row]
+def mean_history(results: Results, row: str, label: str, seeds: Collection[int]) -> RunHistory | None:
+  """Returns the mean over some seeds of a row's runs, as the figures take it; None if there are none."""
+  entries = [entry for entry in results.entries if entry["row"] == row and entry["seed"] in seeds]
   if not entries:
     return None
   records: dict[int, dict[str, Any]] = {}

@@ -106,11 +106,17 @@ def _machine(device: str) -> str:
 
 
 def describe_data(folder: str | None) -> str:
-  """Says which images were used."""
+  """Says which images were used.
+
+  Raises:
+    InputError: If there are none.
+  """
   if folder is None:
     return "CIFAR-10 from tensorflow-datasets"
   files = (file for file in (pathlib.Path(folder) / "train").glob("*/*") if not file.name.startswith("."))
-  kind = next((file.suffix.lower() for file in files), "")
+  kind = next((file.suffix.lower() for file in files), None)
+  if kind is None:
+    raise InputError(f"--data {folder} holds no train/<class>/* files; give the folder above train and test.")
   return "JPEG copy of CIFAR-10" if kind in (".jpg", ".jpeg") else f"{kind.lstrip('.').upper()} copy of CIFAR-10"
 
 
@@ -128,19 +134,29 @@ def check_folder(folder: pathlib.Path, head: Mapping[str, Any]) -> None:
   """Keeps runs of other settings or other images apart: a folder belongs to the head that it was first used with.
 
   Raises:
-    InputError: If it was used with another one; the message names what differs.
+    InputError: If it holds runs with another one; the message names what differs.
   """
-  file = folder / _HEAD
-  earlier = read_json(file)
-  if earlier is None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, dict(head))
-  elif differing := [name for name in head if head[name] != earlier.get(name)]:
-    name = differing[0]
-    raise InputError(
-      f"{folder} holds runs with another {name!r}: {_shown(earlier.get(name))}, now {_shown(head[name])}; name another"
-      " folder by --runs."
-    )
+  if any(folder.glob("*/*/seed_*/config.json")):
+    _check_head(read_json(folder / _HEAD) or {}, head, f"{folder} holds runs", "name another folder by --runs")
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / _HEAD, dict(head))
+
+
+def check_results(file: pathlib.Path, head: Mapping[str, Any]) -> None:
+  """Keeps a results file from being overwritten by runs of other settings or other images.
+
+  Raises:
+    InputError: If it has entries under another head; the message names what differs.
+  """
+  earlier = read_json(file) or {}
+  if count := len(earlier.get("rows", ())):
+    _check_head(earlier, head, f"{file} has {count} runs", "name another folder by --results")
+
+
+def _check_head(earlier: Mapping[str, Any], head: Mapping[str, Any], holder: str, remedy: str) -> None:
+  for name, value in head.items():
+    if value != earlier.get(name):
+      raise InputError(f"{holder} with another {name!r}: {_shown(earlier.get(name))}, now {_shown(value)}; {remedy}.")
 
 
 def _shown(value: Any) -> str:

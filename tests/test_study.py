@@ -27,7 +27,7 @@ from benchmarks.study_claims import (
   selection,
   stable_architecture,
 )
-from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
+from benchmarks.study_records import check_folder, check_results, entry_of, head_of, is_finished, recorded, update
 from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
 from configs import digits
 from sapr_jax.artifacts.files import write_json
@@ -122,7 +122,8 @@ def test_a_verdict_over_parts():
 def test_mean_of_epochs():
   curve = {"first": 5, "values": [0.4, 0.2, 0.1]}
   assert mean_of_epochs(curve, 6, 7) == pytest.approx(0.15)
-  assert mean_of_epochs(curve, 1, 5) == pytest.approx(0.4)
+  assert mean_of_epochs(curve, 5, 7) == pytest.approx(0.7 / 3)
+  assert mean_of_epochs(curve, 4, 6) is None
   assert mean_of_epochs(curve, 6, 8) is None
 
 
@@ -179,6 +180,13 @@ def test_gammas_are_compared_on_the_seeds_that_all_of_them_have(results):
   assert "Seeds 0, 1, which all of these have" in claim.rule and "clearly worse from gamma = 0.02 on" in claim.remark
 
 
+def test_a_gamma_that_was_not_run_leaves_the_others_comparable(results):
+  # The name of another row begins with its own.
+  entries = [*results.entries, entry("gamma=0.06,form=penalty", 0, dense=50.0)]
+  claim = larger_gamma(dataclasses.replace(results, entries=entries, gammas=[0.0, 0.02, 0.06]))
+  assert "Seeds 0, 1, 2, which all of these have" in claim.rule and "| 0.06 |" not in claim.table
+
+
 @pytest.mark.parametrize(
   ("early", "late", "verdict"), [(0.04, 0.01, "holds"), (0.06, 0.01, "fails"), (0.04, 0.05, "fails")]
 )
@@ -192,14 +200,21 @@ def test_whether_the_architecture_settles_is_told_by_the_longer_schedule(results
   claim = stable_architecture(dataclasses.replace(results, entries=[*results.entries, *entries]))
   assert claim.verdict == verdict
   assert f"| epochs 8 to 12 | {early * 1.01:.4f} ± {early / 100:.4f} |" in claim.table
+  short = [entry | {"train_epochs": 33} for entry in entries]
+  assert stable_architecture(dataclasses.replace(results, entries=short)).verdict == "undecided"
 
 
 def test_a_folder_of_runs_belongs_to_one_study(tmp_path):
   head = head_of("reduced", SIZES["reduced"], {}, "JPEG copy of CIFAR-10")
   check_folder(tmp_path / "reduced", head)
   check_folder(tmp_path / "reduced", head)
+  other = head | {"set": {"train.epochs": 2}}
+  check_folder(tmp_path / "reduced", other)  # no run has begun
+  check_folder(tmp_path / "reduced", head)
+  write_json(tmp_path / "reduced" / "resnet20" / "gamma=0" / "seed_0" / "config.json", {})
   with pytest.raises(sapr.InputError, match=r"holds runs with another 'set': {}, now {\"train.epochs\": 2}; name"):
-    check_folder(tmp_path / "reduced", head | {"set": {"train.epochs": 2}})
+    check_folder(tmp_path / "reduced", other)
+  check_folder(tmp_path / "reduced", head)
 
 
 def test_a_damaged_entry_is_no_finished_run(tmp_path):
@@ -217,7 +232,54 @@ def test_results_files_keep_what_other_machines_ran(tmp_path):
     update(file, head, folder)
     (folder / "resnet20" / "gamma=0" / f"seed_{seed}" / "study.json").unlink()
   assert [row["seed"] for row in recorded(file, head)] == [0, 1]
-  assert recorded(file, head | {"data": "another"}) == []
+  check_results(file, head)
+  check_results(tmp_path / "none.json", head)
+  with pytest.raises(sapr.InputError, match=r"has 2 runs with another 'data': \"JPEG.*, now \"another\"; name another"):
+    check_results(file, head | {"data": "another"})
+
+
+def jobs_of(names, folder):
+  return [job_of(row, seed, folder, None, {}) for row, seed in chosen(REDUCED, names, [0])]
+
+
+def finish(job):
+  write_json(job.workdir / "study.json", entry(job.row.name, job.seed))
+
+
+def test_a_run_that_cannot_be_done_does_not_keep_the_others_from_it(tmp_path, monkeypatch, capsys):
+  def run(job):
+    if job.row.name == "gamma=0":
+      raise sapr.InputError("training diverged.")
+    finish(job)
+
+  monkeypatch.setattr(study_ours, "KINDS", dict.fromkeys(study_ours.KINDS, run))
+  monkeypatch.setattr(cifar10_study, "write_entry", lambda job: None)
+  jobs = jobs_of(["gamma=0", "uniform_width", "one_shot_l1=global"], tmp_path)
+  left, failed = cifar10_study.run_all(jobs, Interruption(), lambda: None)
+  assert [job.row.name for job in left] == ["one_shot_l1=global"] and [job.row.name for job in failed] == ["gamma=0"]
+  assert {job.row.name for job in jobs if is_finished(job.workdir)} == {"uniform_width"}
+  assert "error: resnet20/gamma=0, seed 0: training diverged.\n" in capsys.readouterr().err
+  assert cifar10_study.waits_for_nobody(left[0])
+  with cifar10_study._lock(left[0].source):
+    assert not cifar10_study.waits_for_nobody(left[0])
+  finish(failed[0])
+  assert not cifar10_study.waits_for_nobody(left[0])
+
+
+def test_what_stops_two_runs_alike_stops_all(tmp_path, monkeypatch):
+  def run(job):
+    raise sapr.InputError("no images.")
+
+  monkeypatch.setattr(study_ours, "KINDS", dict.fromkeys(study_ours.KINDS, run))
+  with pytest.raises(sapr.InputError, match="no images"):
+    cifar10_study.run_all(jobs_of(["gamma=0", "gamma=0.02", "uniform_width"], tmp_path), Interruption(), None)
+
+
+def test_a_recorded_run_is_done_again_where_another_starts_from_it(tmp_path):
+  jobs = jobs_of(["gamma=0", "gamma=0.02", "one_shot_l1=*"], tmp_path)
+  known = {("resnet20", name, 0) for name in ("gamma=0", "gamma=0.02", "one_shot_l1=uniform")}
+  left = cifar10_study.without_recorded(jobs, known)
+  assert [job.row.name for job in left] == ["gamma=0", "one_shot_l1=global"]
 
 
 def test_the_entry_of_a_run(tmp_path):
@@ -254,9 +316,12 @@ def test_the_page_says_which_size_it_is_and_shows_every_claim(tmp_path, results)
 
 def test_the_mean_history_over_seeds(results):
   changed = [dataclasses.replace(results, entries=[]), results]
-  assert study_page.mean_history(changed[0], "gamma=0.02", "") is None
-  history = study_page.mean_history(changed[1], "gamma=0.02", "")
+  assert study_page.mean_history(changed[0], "gamma=0.02", "", {0, 1, 2}) is None
+  history = study_page.mean_history(changed[1], "gamma=0.02", "", {0, 1, 2})
   assert history.series("test_accuracy") == ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])
+  results.entries[0]["curves"]["full_model"]["values"] = [40.0, 50.0, 60.0, 70.0]  # seed 0
+  history = study_page.mean_history(results, "gamma=0.02", "", {1, 0})
+  assert history.series("test_accuracy") == ([1, 2, 3, 4], pytest.approx([0.25, 0.35, 0.45, 0.55]))
 
 
 def test_l1_scores_by_hand(tiny):
@@ -373,11 +438,16 @@ def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
     rtol=1e-4,
     atol=1e-5,
   )
-  assert study_torch.count_macs(model, image) == sapr.trace_channels(ours, variables, (1, 32, 32, 3)).macs()
+  macs = sapr.trace_channels(ours, variables, (1, 32, 32, 3)).macs()
+  assert study_torch.count_macs(model, image) == macs
   pruner = study_torch.make_pruner(model, image, reg=0.0)
-  pruner.current_step = 199
-  pruner.step()
-  assert {tuple(m.weight.shape[:1]) for n, m in model.named_modules() if n.endswith("conv2")} == {(8,), (16,), (32,)}
+  pruner.current_step = 100
+  while study_torch.count_macs(model, image) > 0.5 * macs:
+    pruner.step()
+  assert study_torch.count_macs(model, image) > 0.4 * macs
+  widths = {n: m.weight.shape[0] for n, m in model.named_modules() if n.endswith(("conv1", "conv2"))}
+  assert [widths[f"layer{stage}.0.conv2"] for stage in (1, 2, 3)] == [8, 16, 32]
+  assert widths["conv1"] == 8 and sum(widths[f"layer{stage}.0.conv1"] for stage in (1, 2, 3)) < 8 + 16 + 32
   assert model(image).shape == (1, 10)
 
 
@@ -409,12 +479,18 @@ def test_a_torch_crop_is_a_window_of_the_padded_image():
     ([], "--runs is missing; name a folder for the work directories."),
     (["--runs", __file__], f"--runs {__file__}: .*File exists.*; name a folder that can be written."),
     (["--runs", "{folder}", "--minutes", "inf"], "--minutes inf is out of range; expected a number above 0, .*"),
+    (
+      ["--runs", "{folder}", "--data", "{folder}"],
+      r"--data \S+ holds no train/<class>/\* files; give the folder above.*",
+    ),
+    (["--runs", "{folder}", "--set", "train.batch_size=0"], "train.batch_size=0 is .*"),
     (["--runs", "{folder}", "--set", "eval={[]: 1}"], r"--set eval={\[\]: 1}: configs/default.py has no such field.*"),
   ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
   given = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
   monkeypatch.setattr(cifar10_study, "run_all", lambda *_: pytest.fail("it ran"))
-  monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced", "--rows", "gamma=0", *given])
+  results = ["--results", str(tmp_path / "results")]
+  monkeypatch.setattr("sys.argv", ["cifar10_study", "--size", "reduced", "--rows", "gamma=0", *results, *given])
   assert cifar10_study.main() == 2
   assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)

@@ -68,20 +68,23 @@ def alignment(runs: Sequence[RunHistory]) -> Figure:
 
 def kept_channels(runs: Sequence[RunHistory]) -> Figure:
   """Channels that each group keeps, beside those of the dense network."""
-  kept = [run.last("widths") or {} for run in runs]
-  groups = list(next((widths for widths in kept if widths), {}))
-  figure, axes = _figure("Kept channels", "", "channels", width=max(7.0, 0.24 * len(groups) + 2.5))
-  dense: dict[str, int] = next((run.network["groups"] for run in runs if run.network), {})
+  # The colours are those of the other figures.
+  kept = [(run, _colour(i), widths) for i, run in enumerate(runs) if (widths := run.last("widths"))]
+  groups = list(kept[0][2]) if kept else []
+  drawn = [entry for entry in kept if list(entry[2]) == groups]
+  title = "Kept channels" if len(drawn) == len(kept) else "Kept channels (without runs of other networks)"
+  figure, axes = _figure(title, "", "channels", width=max(7.0, 0.24 * len(groups) + 2.5))
+  dense: dict[str, int] = next((run.network["groups"] for run, *_ in drawn if run.network), {})
   if all(name in dense for name in groups):
     axes.bar(range(len(groups)), [dense[name] for name in groups], 0.9, color="#DDDDDD", label="dense")
-  width = 0.8 / len(runs)
-  for i, (run, widths) in enumerate(zip(runs, kept, strict=True)):
+  width = 0.8 / max(1, len(drawn))
+  for i, (run, colour, widths) in enumerate(drawn):
     places = [x - 0.4 + (i + 0.5) * width for x in range(len(groups))]
-    axes.bar(places, [widths.get(name, 0) for name in groups], width, color=_colour(i), label=run.label)
+    axes.bar(places, list(widths.values()), width, color=colour, label=run.label)
   axes.set_xticks(range(len(groups)), groups, rotation=90, fontsize=7)
   axes.margins(x=0.01)
   axes.grid(axis="x", visible=False)
-  return _finished(figure, axes, runs, always=True)
+  return _finished(figure, axes, [run for run, *_ in drawn], always=True)
 
 
 FIGURES: Mapping[str, tuple[str, Callable[[Sequence[RunHistory]], Figure]]] = {

@@ -82,7 +82,7 @@ def _results(runs: Sequence[RunHistory]) -> str:
   finished = [(run, run.summary) for run in runs if run.summary is not None]
   if not finished:
     return ""
-  batches = list(finished[0][1]["dense"]["latency_ms"])
+  batches = list(dict.fromkeys(batch for _, summary in finished for batch in summary["dense"].get("latency_ms", ())))
   header = ["run", *summary_header(batches)]
   rows = [[run.label, *row] for run, summary in finished for row in summary_rows(summary, batches)]
   caption = "<p>Last epoch, all test images; the compact model where the network was cut.</p>"

@@ -43,11 +43,6 @@ class RunHistory:
     return next((record[name] for record in reversed(self.records) if name in record), None)
 
   @property
-  def searching_from(self) -> int:
-    """The epoch before which nothing is searched (E_start)."""
-    return int(self.config["prune.start_epoch"])
-
-  @property
   def train_epochs(self) -> int:
     """Epochs of the dense network; fine-tuning comes after them."""
     return int(self.config["train.epochs"])
@@ -78,13 +73,16 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _labels(paths: Sequence[pathlib.Path], configs: Sequence[dict[str, Any]]) -> list[str]:
-  """Names each run by the fields in which the runs differ, gamma first; by its directory if that is not enough."""
+  """Names each run by the fields in which the runs differ, gamma first; else by the last parts of its path."""
   names = sorted(set().union(*configs), key=lambda name: (name != "prune.gamma", name == "seed", name))
   differing = [n for n in names if n != "data.path" and len({json.dumps(c.get(n)) for c in configs}) > 1]
   labels = [", ".join(f"{n.rsplit('.', 1)[-1]} {_short(c.get(n))}" for n in differing[:3]) for c in configs]
-  if len(configs) == 1 or len(set(labels)) < len(labels):
-    return [path.resolve().name for path in paths]
-  return labels
+  if len(configs) > 1 and len(set(labels)) == len(labels):
+    return labels
+  parts = [path.resolve().parts for path in paths]
+  enough = (n for n in range(1, max(map(len, parts))) if len({part[-n:] for part in parts}) == len(set(parts)))
+  depth = next(enough, 1)
+  return ["/".join(part[-depth:]) for part in parts]
 
 
 def _short(value: Any) -> str:

@@ -34,7 +34,7 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
 
 def format_summary(summary: Mapping[str, Any]) -> str:
   """Returns the table of a finished run: accuracy, MACs, parameters, latency."""
-  batch_sizes = list(summary["dense"]["latency_ms"])
+  batch_sizes = list(summary["dense"].get("latency_ms", ()))
   rows = [summary_header(batch_sizes), *summary_rows(summary, batch_sizes)]
   widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
   lines = [
@@ -51,18 +51,20 @@ def summary_header(batch_sizes: Sequence[str]) -> list[str]:
 
 
 def summary_rows(summary: Mapping[str, Any], batch_sizes: Sequence[str]) -> list[list[str]]:
-  """Returns a row for each network of a finished run; the latency is empty at batch sizes that were not measured."""
+  """Returns a row for each network that a finished run measured; what it did not measure of one is left empty."""
   rows = []
   for name, title in _NETWORKS.items():
-    entry = summary[name]
-    latency = [entry["latency_ms"].get(batch) for batch in batch_sizes]
+    entry = summary.get(name, {})
+    if "accuracy" not in entry:
+      continue
+    latency = [entry.get("latency_ms", {}).get(batch) for batch in batch_sizes]
     rows.append(
       [
         title,
         f"{entry['accuracy']:.2%}",
         f"{entry['macs'] / 1e6:,.3f} M",
         f"{entry['macs'] / summary['dense']['macs']:.1%}",
-        f"{entry['params']:,}",
+        f"{entry['params']:,}" if "params" in entry else "",
         *("" if ms is None else f"{ms:.2f}" for ms in latency),
       ]
     )

@@ -79,6 +79,28 @@ def test_what_the_figures_show(tmp_path):
   assert [label.get_text() for label in axes.get_xticklabels()] == ["a/conv", "b/conv"]
 
 
+def test_channels_of_another_network_are_no_channels_of_the_first(tmp_path):
+  first, second = make_run(tmp_path / "first", seed=0), make_run(tmp_path / "second", seed=1)
+  records = (second / "records.jsonl").read_text()
+  (second / "records.jsonl").write_text(records.replace("b/conv", "c/conv"))
+  (axes,) = FIGURES["kept_channels"][1](read_histories([first, second])).axes
+  assert [bar.get_height() for bar in axes.patches] == [4, 8, 2, 3]
+  assert axes.get_title() == "Kept channels (without runs of other networks)"
+
+
+def test_a_run_that_measured_less_is_reported_with_what_it_has(tmp_path):
+  # A network that was trained from scratch, and one of an alternative.
+  run, other = make_run(tmp_path / "narrow", seed=0, searched=False), make_run(tmp_path / "other", seed=1)
+  summary = json.loads((run / "summary.json").read_text())
+  del summary["subnetwork"], summary["pruned"]["latency_ms"], summary["pruned"]["params"]
+  summary["dense"] = {"macs": 1_000_000}
+  (run / "summary.json").write_text(json.dumps(summary))
+  page = write_page(read_histories([run, other]), tmp_path / "out").read_text()
+  (row,) = re.findall("<tr><td>seed 0</td>.*</tr>", page)
+  assert re.findall("<td>(.*?)</td>", row)[2:] == ["81.25%", "0.481 M", "48.1%", "", ""]
+  assert page.count("<td>seed 1</td>") == 3 and "ms, batch 1" in page
+
+
 def test_a_run_under_way_is_reported_as_far_as_it_is(tmp_path):
   runs = read_histories([make_run(tmp_path / "run", epochs=1, finished=False, searched=False)])
   page = write_page(runs, tmp_path / "out").read_text()
@@ -91,6 +113,9 @@ def test_seeds_are_told_apart_and_text_is_escaped(tmp_path):
   assert [run.label for run in runs] == ["seed 0", "seed 1"]
   same = [make_run(tmp_path / "<b>x"), make_run(tmp_path / "y")]
   assert "&lt;b&gt;x" in write_page(read_histories(same), tmp_path / "out").read_text()
+  alike = [make_run(tmp_path / "y" / "seed_0"), make_run(tmp_path / "<b>x" / "seed_0")]
+  assert [run.label for run in read_histories(alike)] == ["y/seed_0", "<b>x/seed_0"]
+  assert [run.label for run in read_histories([same[1], same[1]])] == ["y", "y"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
