@@ -38,6 +38,10 @@ from sapr_jax.training.interruption import Interruption
 REDUCED, FULL, QUARTER, FIFTH = (grid(SIZES[size]) for size in ("reduced", "full", "quarter", "fifth"))
 
 
+def test_every_size_has_its_part_of_the_page():
+  assert list(study_page.ABOUT_SIZES) == list(SIZES)
+
+
 @pytest.mark.parametrize("rows", [REDUCED, FULL, QUARTER, FIFTH])
 def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
   assert len({row.path for row in rows}) == len(rows)
