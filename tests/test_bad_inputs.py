@@ -538,7 +538,7 @@ ROWS = [
   Row(
     "workdir: null byte",
     lambda f: training.run(small_config(), f"{f.workdir}\0"),
-    r"cannot be used \(.*null (byte|character)\)",
+    r"cannot be used \(.*null (byte|character in path)\)",
   ),
   Row("workdir: name too long", lambda f: training.run(small_config(), f.here / ("x" * 300)), r"File name too long"),
   Row("workdir: other files", run(), r"holds other files and no run", foreign),
