@@ -92,16 +92,21 @@ def _check_place(path: pathlib.Path) -> None:
     raise InputError(f"The work directory {path} is a file; name another --workdir.")
 
 
+_MEASURED = {"accuracy", "macs", "params", "latency_ms"}
+"""What the summary of a finished run says of each network."""
+
+
 def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the summary of a finished run; None if there is none, or what it speaks of is not there."""
   if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
     return None
-  summary = read_json(path / SUMMARY)
+  summary: Any = read_json(path / SUMMARY)
   try:
-    report.format_summary(summary or {})
+    whole = all(summary[name].keys() >= _MEASURED for name in ("dense", "subnetwork", "pruned"))
+    report.format_summary(summary)
   except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # damaged: it is made anew
     return None
-  return summary
+  return summary if whole else None
 
 
 def make_workdir(path: pathlib.Path, config: Any) -> None:

@@ -33,7 +33,24 @@ def test_a_field_that_an_earlier_version_did_not_have_is_named(tmp_path):
     workdir.check_workdir(tmp_path / "run", config)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"dense": 1, "subnetwork": 2, "pruned": 3}', b"\xff"])
+ENTRY = {"accuracy": 0.5, "macs": 1, "params": 1, "latency_ms": {}}
+WITHOUT_PRUNED = json.dumps({"dense": ENTRY, "subnetwork": ENTRY}).encode()
+WITHOUT_PARAMS = json.dumps({key: ENTRY | {"params": None} for key in ("dense", "subnetwork", "pruned")}).encode()
+WITHOUT_LATENCY = WITHOUT_PARAMS.replace(b'"params": null, "latency_ms": {}', b'"params": 1')
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"{",
+    b"[]",
+    b'{"dense": 1, "subnetwork": 2, "pruned": 3}',
+    b"\xff",
+    WITHOUT_PRUNED,
+    WITHOUT_PARAMS,
+    WITHOUT_LATENCY,
+  ],
+)
 def test_a_damaged_summary_is_none(tmp_path, content):
   for name in ("dense", "pruned"):
     (tmp_path / name).mkdir()
