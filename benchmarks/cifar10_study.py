@@ -41,7 +41,6 @@ from typing import Any
 from benchmarks import study_page
 from benchmarks.study_records import (
   check_folder,
-  check_results,
   describe_data,
   head_of,
   is_finished,
@@ -110,10 +109,10 @@ def _study(args: argparse.Namespace) -> int:
     raise InputError("--page draws figures, and matplotlib is missing; pip install -e '.[report]'.")
   for job in jobs:
     check_config(job.config)
-  check_results(file, head)
+  known = {key_of(entry) for entry in recorded(file, head)}
   check_folder(args.runs / args.size, head)
   if args.skip_recorded:
-    jobs = without_recorded(jobs, {key_of(entry) for entry in recorded(file, head)})
+    jobs = without_recorded(jobs, known)
   training.keep_memory()
   training.use_compilation_cache()
   try:
@@ -207,8 +206,7 @@ def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> tupl
     InputError: If two jobs cannot be run for the same reason.
     InterruptedRunError: If it was asked to stop.
   """
-  failed: list[Job] = []
-  reasons: set[str] = set()
+  failed: dict[str, Job] = {}  # by the reason
   left = _without_missing_packages([job for job in jobs if not is_finished(job.workdir)])
   progress = True
   while left and progress:
@@ -219,11 +217,10 @@ def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> tupl
       try:
         ran = _run(job)
       except InputError as error:
-        if str(error) in reasons:
+        if str(error) in failed:
           raise
         print(f"error: {job}: {error}", file=sys.stderr)
-        failed.append(job)
-        reasons.add(str(error))
+        failed[str(error)] = job
         continue
       if ran:
         progress = True
@@ -231,7 +228,7 @@ def run_all(jobs: Sequence[Job], interruption: Interruption, after: Any) -> tupl
       elif not is_finished(job.workdir):
         waiting.append(job)
     left = waiting
-  return left, failed
+  return left, list(failed.values())
 
 
 def _without_missing_packages(jobs: Sequence[Job]) -> list[Job]:

@@ -142,17 +142,6 @@ def check_folder(folder: pathlib.Path, head: Mapping[str, Any]) -> None:
   write_json(folder / _HEAD, dict(head))
 
 
-def check_results(file: pathlib.Path, head: Mapping[str, Any]) -> None:
-  """Keeps a results file from being overwritten by runs of other settings or other images.
-
-  Raises:
-    InputError: If it has entries under another head; the message names what differs.
-  """
-  earlier = read_json(file) or {}
-  if count := len(earlier.get("rows", ())):
-    _check_head(earlier, head, f"{file} has {count} runs", "name another folder by --results")
-
-
 def _check_head(earlier: Mapping[str, Any], head: Mapping[str, Any], holder: str, remedy: str) -> None:
   for name, value in head.items():
     if value != earlier.get(name):
@@ -169,11 +158,14 @@ def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) ->
 
   Args:
     file: The results file.
-    head: What `head_of` returns; a file with another one is begun anew.
+    head: What `head_of` returns.
     folder: Of the size; holds the work directories.
 
   Returns:
     What is in the file now.
+
+  Raises:
+    InputError: If it has the entries of another head.
   """
   entries = {key_of(entry): entry for entry in recorded(file, head)}
   for path in sorted(folder.glob(f"*/*/seed_*/{ENTRY}")):
@@ -190,10 +182,16 @@ def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) ->
 
 
 def recorded(file: pathlib.Path, head: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns the entries of a results file, none if it has another head."""
+  """Returns the entries of a results file, none if there is no file.
+
+  Raises:
+    InputError: If they are those of other settings or other images; the message names what differs.
+  """
   earlier = read_json(file) or {}
-  same = {name: value for name, value in earlier.items() if name != "rows"} == head
-  return list(earlier["rows"]) if same else []
+  rows = list(earlier.get("rows", ()))
+  if rows:
+    _check_head(earlier, head, f"{file} has {len(rows)} runs", "name another folder by --results")
+  return rows
 
 
 def key_of(entry: Mapping[str, Any]) -> tuple[str, str, int]:
