@@ -129,6 +129,12 @@ class Results:
     """Returns seed -> accuracy in % of "dense", "subnetwork" or "pruned"."""
     return self.of(row, lambda entry: entry["accuracy"].get(network))
 
+  def common_seeds(self, rows: Iterable[str]) -> set[int]:
+    """Returns the seeds that all of these rows have, save those rows that were not run."""
+    seeds = ({entry["seed"] for entry in self.entries if entry["row"] == row} for row in rows)
+    found = [of_row for of_row in seeds if of_row]
+    return set.intersection(*found) if found else set()
+
   def macs(self, row: str) -> str:
     """Formats the share of MACs that a row keeps."""
     return mean_and_deviation((100 * share for share in self.of(row, lambda entry: entry["macs_share"]).values()), 1)
@@ -194,7 +200,7 @@ def larger_gamma(results: Results) -> Claim:
   """(c): larger gamma, better sub-network and worse full model."""
   gammas = [gamma for gamma in results.gammas if results.accuracy(gamma_name(gamma), "dense")]
   # A mean over other seeds could not be compared.
-  seeds = set.intersection(*({*results.accuracy(gamma_name(gamma), "dense")} for gamma in gammas)) if gammas else set()
+  seeds = results.common_seeds(map(gamma_name, gammas))
 
   def of(gamma: float, network: str) -> dict[int, float]:
     values = results.accuracy(gamma_name(gamma), network)
@@ -284,9 +290,8 @@ def cheap_generator(results: Results) -> Claim:
   for name in [results.main, *results.names("generator_data")]:
     weights = results.of(name, lambda entry: entry["seconds"].get("weight_epoch"))
     generator = results.of(name, lambda entry: entry["seconds"].get("generator_epoch"))
-    shares = results.of(name, share)
     seconds = [mean_and_deviation(found.values()) for found in (weights, generator)]
-    rows.append([name, *seconds, mean_and_deviation(shares.values(), 1)])
+    rows.append([name, *seconds, mean_and_deviation(results.of(name, share).values(), 1)])
   shares = results.of(results.main, share)
   return Claim(
     "(e) The generator costs about 10 % of the training time or less",

@@ -184,8 +184,7 @@ def _all_rows(results: Results) -> str:
 def _figures(network: str, results: Results, size: str, page: pathlib.Path) -> list[str]:
   """Draws the figures over all gammas, each a mean over the same seeds; returns the Markdown that shows them."""
   labels = {gamma_name(gamma): f"gamma {gamma:g}" for gamma in results.gammas} | {LONGER: "longer schedule"}
-  seeds_of = {row: {entry["seed"] for entry in results.entries if entry["row"] == row} for row in labels}
-  seeds = set.intersection(*(found for found in seeds_of.values() if found)) if any(seeds_of.values()) else set()
+  seeds = results.common_seeds(labels)
   found = {row: mean_history(results, row, label, seeds) for row, label in labels.items()}
   over = f"mean over the seeds {', '.join(map(str, sorted(seeds)))}, which all of them have"
   shown = []
