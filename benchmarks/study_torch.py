@@ -43,7 +43,7 @@ from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
-from sapr_jax.training.schedules import learning_rate_schedule
+from sapr_jax.training.schedules import DECAYED, learning_rate_schedule
 from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
 
 _CHECKPOINT = "torch.pt"
@@ -212,6 +212,15 @@ def _is_inside(name: str) -> bool:
   return name.startswith("layer") and name.endswith(".conv1")
 
 
+def decay_groups(model: nn.Module, phase: Any) -> list[dict[str, Any]]:
+  """Returns the parameters that weight decay shrinks, and those that it does not, as our own optimizer has them."""
+  axes = DECAYED[phase.weight_decay_of]
+  decayed = [w for w in model.parameters() if w.ndim >= axes]
+  rest = [w for w in model.parameters() if w.ndim < axes]
+  groups = [{"params": decayed, "weight_decay": phase.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+  return [group for group in groups if group["params"]]
+
+
 @dataclasses.dataclass
 class _Run:
   """A run in progress."""
@@ -242,11 +251,7 @@ class _Run:
 
   def _make_optimizer(self, phase: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-      self.model.parameters(),
-      phase.learning_rate,
-      phase.momentum,
-      weight_decay=phase.weight_decay,
-      nesterov=phase.nesterov,
+      decay_groups(self.model, phase), phase.learning_rate, phase.momentum, nesterov=phase.nesterov
     )
 
   def restore(self) -> None:
@@ -315,8 +320,10 @@ class _Run:
     rates = self.rates[name].reshape(phase.epochs, -1)[epoch]
     self.model.train()
     for rate, (inputs, labels) in zip(rates, self.images.training(phase, epoch, stream), strict=True):
-      # The recipe's sparse learning stands in for weight decay.
-      self.optimizer.param_groups[0].update(lr=float(rate), weight_decay=0.0 if sparse else phase.weight_decay)
+      for group in self.optimizer.param_groups:
+        group["lr"] = float(rate)
+        if sparse:
+          group["weight_decay"] = 0.0  # for which the recipe's sparse learning stands in
       self.optimizer.zero_grad()
       loss = F.cross_entropy(self.model(inputs), labels)
       loss.backward()

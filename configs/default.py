@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
   config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
   config.prune.hold_epoch = placeholder(int)  # epochs after which the masks are final; unset: renewed before every one
   config.prune.gamma = 5e-4  # strength of the partial regularization
-  config.prune.form = "proximal"  # proximal: a step after the optimizer's; penalty: a term of the loss
+  config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
   config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
   config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
@@ -99,4 +99,5 @@ def phase() -> ConfigDict:
   config.momentum = 0.9
   config.nesterov = False
   config.weight_decay = 1e-4
+  config.weight_decay_of = "all"  # all parameters; kernels: those with two axes or more; convolutions: three or more
   return config

@@ -11,7 +11,7 @@ from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
 from sapr_jax.method import check_share
 from sapr_jax.models import MODELS
-from sapr_jax.training.schedules import SCHEDULES
+from sapr_jax.training.schedules import DECAYED, SCHEDULES
 
 _MOST = 2**31 - 1  # of what is counted: steps and images are int32 on the devices
 
@@ -117,6 +117,7 @@ def _check_phase(config: ConfigDict, name: str) -> None:
   _number(config, f"{name}.momentum", 0.0, 1.0, high_included=False)
   _truth(config, f"{name}.nesterov")
   _at_least_0(config, f"{name}.weight_decay")
+  _one_of(config, f"{name}.weight_decay_of", DECAYED)
   decay = _tuple(config, f"{name}.decay_epochs", "(100, 150)")
   if not all(_is_whole(epoch) for epoch in decay):
     raise InputError(f"{name}.decay_epochs={decay} must be whole epochs, such as '(100, 150)'.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -46,8 +47,19 @@ def learning_rate_schedule(phase: Any, steps_per_epoch: int) -> Schedule:
   return lambda step: schedule(step) * scale * (jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
+DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions": 3}
+"""Choice of the parameters that weight decay shrinks -> how many axes the least of them have."""
+
+
 def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
-  """SGD with momentum and weight decay on every parameter, as in PyTorch's training examples (supplement A)."""
-  return optax.chain(
-    optax.add_decayed_weights(phase.weight_decay), optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov)
+  """SGD with momentum and weight decay, by default on every parameter, as in PyTorch's training examples (supplement A).
+
+  Args:
+    phase: `config.train` or `config.finetune`; its `weight_decay_of` is a key of `DECAYED`.
+    schedule: The learning rate as a function of the step.
+  """
+  axes = DECAYED[phase.weight_decay_of]
+  decay = optax.add_decayed_weights(
+    phase.weight_decay, mask=(lambda params: jax.tree.map(lambda w: w.ndim >= axes, params)) if axes else None
   )
+  return optax.chain(decay, optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov))

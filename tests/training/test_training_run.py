@@ -181,7 +181,7 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
 
 def test_the_other_choices_run_too(quick_compilation, tmp_path):
   config = small_config(
-    prune__form="penalty", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
+    prune__form="proximal", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
     prune__statistics_batches=0, generator__statistics="batch", train__epochs=2, train__decay_epochs=(),
     finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
