@@ -374,7 +374,7 @@ def measure_steps(devices: int, steps: int = 6) -> list[float]:
   graph = trace_channels(model, variables, shape)
   tx = optax.chain(optax.sgd(0.1, momentum=0.9), partial_regularization(graph, 0.1, 1e-3, momentum=0.9))
   preprocessing = training_steps.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=4, flip=True)
-  mapped = MappedSteps(training_steps.weight_step(model, tx, preprocessing, graph=graph), mesh)
+  mapped = MappedSteps(training_steps.weight_step(model, tx, preprocessing), mesh)
   rng = np.random.default_rng(0)
   shared = training_steps.Shared(
     images=jnp.asarray(rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)),

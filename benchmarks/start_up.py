@@ -170,7 +170,7 @@ def measure_network(network: str, batch: int, image_size: int) -> dict[str, Any]
   return {
     "batch": batch,
     "image_size": image_size,
-    "device_bytes": step_memory(made, steps.weight_step(made.model, tx, made.preprocessing, graph=made.graph), carry),
+    "device_bytes": step_memory(made, steps.weight_step(made.model, tx, made.preprocessing), carry),
     "checkpoint_bytes": checkpoint_bytes(made, carry),
   }
 

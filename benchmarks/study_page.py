@@ -48,6 +48,7 @@ ABOUT_SIZES = {
   " What remains is how the weights get there: sparse learning lets channels fade by competition over all"
   " epochs, while these masks are decided within the first ones. That is an assumption, not a result. Some rows have"
   " fewer seeds: time was over.",
+  "decayed": "TODO",
   "fifth": "All proportions of the paper's schedule, in a fifth of its epochs: E_start after a fifth of the training,"
   " smaller learning rates after a half and three quarters, and a fine-tuning that begins with the rate of training and"
   " takes four fifths of its epochs. In the sizes above it is short and gentle, and masks have nine epochs to settle"

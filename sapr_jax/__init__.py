@@ -27,6 +27,7 @@ from sapr_jax.channels import (
 from sapr_jax.errors import InputError, InterruptedRunError
 from sapr_jax.method import (
   ArchitectureGenerator,
+  add_partial_group_lasso,
   architecture_loss,
   macs_penalty,
   partial_group_lasso,
@@ -46,6 +47,7 @@ __all__ = [
   "InterruptedRunError",
   "NarrowModule",
   "__version__",
+  "add_partial_group_lasso",
   "architecture_loss",
   "count_macs",
   "export_torch",

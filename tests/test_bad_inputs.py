@@ -354,6 +354,7 @@ ROWS = [
   field("train.momentum", 1.0, r"train\.momentum=1\.0 is out of range; expected a number in \[0\.0, 1\.0\)"),
   field("train.nesterov", 1, r"train\.nesterov=1 is no truth value"),
   field("train.weight_decay", -1.0, r"train\.weight_decay=-1\.0 is out of range; expected a number of at least 0"),
+  field("train.weight_decay_of", "bias", r"weight_decay_of='bias' is unknown; expected one of all, kernels, convol"),
   field("finetune.epochs", -1, r"finetune\.epochs=-1 is out of range; expected at least 0"),
   field("prune.p", 0.0, r"p=0\.0 is not a share of the MACs to keep; expected 0 < p <= 1"),
   field("prune.p", 1.01, r"p=1\.01 is not a share"),

@@ -29,20 +29,20 @@ from benchmarks.study_claims import (
 )
 from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
 from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
-from configs import digits
+from configs import default, digits
 from sapr_jax.artifacts.files import write_json
-from sapr_jax.training import epochs, setup
+from sapr_jax.training import epochs, schedules, setup
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 
-REDUCED, FULL, QUARTER, FIFTH = (grid(SIZES[size]) for size in ("reduced", "full", "quarter", "fifth"))
+FULL, REDUCED, QUARTER, DECAYED, FIFTH = (grid(experiments) for experiments in SIZES.values())
 
 
 def test_every_size_has_its_part_of_the_page():
   assert list(study_page.ABOUT_SIZES) == list(SIZES)
 
 
-@pytest.mark.parametrize("rows", [REDUCED, FULL, QUARTER, FIFTH])
+@pytest.mark.parametrize("rows", [FULL, REDUCED, QUARTER, DECAYED, FIFTH])
 def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
   assert len({row.path for row in rows}) == len(rows)
   for row in rows:
@@ -85,8 +85,8 @@ def test_the_most_informative_runs_come_first():
 
 def test_rows_are_chosen_by_patterns_and_seeds():
   assert [(row.name, seed) for row, seed in chosen(REDUCED, ["uniform*", "*/form=*"], [1])] == [
-    ("uniform_width", 1),
     ("form=penalty", 1),
+    ("uniform_width", 1),
   ]
   with pytest.raises(sapr.InputError, match="'nothing' matches no row"):
     chosen(REDUCED, ["nothing"], None)
@@ -461,6 +461,26 @@ def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
   recipe = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)
   assert scaled_reg(1.0, recipe) == pytest.approx(5e-4)
   assert scaled_reg(2.0, recipe / 10) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("of", ["all", "kernels", "convolutions"])
+def test_weight_decay_shrinks_in_pytorch_what_it_shrinks_here(of):
+  pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
+  from benchmarks import study_torch
+
+  ours = sapr.models.create("resnet8", width_multiplier=0.5)
+  variables = ours.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  phase = default.phase()
+  phase.weight_decay, phase.weight_decay_of = 1.0, of
+  groups = study_torch.decay_groups(study_torch.make_network(ours, variables), phase)
+  # Without a gradient, a step of rate 1 and decay 1 takes away all that is decayed.
+  phase.momentum = 0.0
+  tx = schedules.sgd(phase, lambda step: 1.0)
+  params = variables["params"]
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  decayed = sum(float((w.detach() ** 2).sum()) for group in groups if group["weight_decay"] for w in group["params"])
+  assert decayed == pytest.approx(sum(float((u**2).sum()) for u in jax.tree.leaves(updates)), rel=1e-4)
+  assert sum(w.numel() for group in groups for w in group["params"]) == sum(w.size for w in jax.tree.leaves(params))
 
 
 def test_a_torch_crop_is_a_window_of_the_padded_image():

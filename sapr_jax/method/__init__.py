@@ -10,6 +10,7 @@ from sapr_jax.method.generator import (
 )
 from sapr_jax.method.regularization import (
   PartialRegularizationState,
+  add_partial_group_lasso,
   channel_norms,
   group_weights,
   partial_group_lasso,
@@ -22,6 +23,7 @@ __all__ = [
   "ArchitectureGenerator",
   "PartialRegularizationState",
   "SearchMetrics",
+  "add_partial_group_lasso",
   "architecture_loss",
   "channel_norms",
   "check_budget",

@@ -134,6 +134,52 @@ class PartialRegularizationState(NamedTuple):
   step: jax.Array
 
 
+def add_partial_group_lasso(
+  graph: ChannelGraph, gamma: float, *, weighting: Weighting = "relative"
+) -> optax.GradientTransformationExtraArgs:
+  """An optax transform that adds the gradient of `gamma * partial_group_lasso` to the gradients.
+
+  As if the penalty were a term of the loss: put it first in a chain, as `optax.add_decayed_weights`, and pass the masks
+  to `update`; without masks it does nothing. Dropped channels end close to zero and tremble about it, by as much as a
+  step is long. `partial_regularization` is the proximal form, which makes them exactly zero; from there, a channel that
+  later masks keep has almost no gradient to come back with. docs/method.md compares the two. An optimizer that rescales
+  gradients, such as Adam, rescales this one too: there the proximal form keeps the meaning of gamma.
+
+  Args:
+    graph: The channel graph of the network.
+    gamma: Strength of the regularization.
+    weighting: The factor of each group, see `group_weights`.
+
+  Returns:
+    A transform, called as `update(grads, state, params, masks=masks)`.
+
+  Raises:
+    InputError: If gamma is negative.
+
+  Example:
+    >>> tx = optax.chain(add_partial_group_lasso(graph, gamma=5e-4), optax.sgd(0.1, momentum=0.9))
+    >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
+  """
+  _check_gamma(gamma)
+
+  def init(params: Any) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+  def update(
+    updates: Any, state: optax.EmptyState, params: Any = None, *, masks: Masks | None = None, **extra: Any
+  ) -> tuple[Any, optax.EmptyState]:
+    del extra
+    if masks is None:
+      return updates, state
+    if params is None:
+      raise InputError("add_partial_group_lasso needs the parameters: tx.update(grads, state, params, masks=masks).")
+    gradient = jax.grad(lambda p: gamma * partial_group_lasso(p, graph, masks, weighting=weighting))(params)
+    return jax.tree.map(jnp.add, updates, gradient), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def partial_regularization(
   graph: ChannelGraph,
   learning_rate: float | Callable[[Any], Any],
@@ -167,9 +213,7 @@ def partial_regularization(
     ... )
     >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
   """
-
-  if not gamma >= 0:
-    raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
+  _check_gamma(gamma)
   if not 0 <= momentum < 1:
     raise InputError(f"momentum={momentum} is out of range; expected a number in [0, 1).")
 
@@ -195,6 +239,11 @@ def partial_regularization(
     return updates, new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_gamma(gamma: float) -> None:
+  if not gamma >= 0:
+    raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
 
 
 def channel_norms(params: Any, graph: ChannelGraph) -> dict[str, list[jax.Array]]:

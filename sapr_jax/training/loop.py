@@ -59,9 +59,6 @@ def pruning_stage(setup: Setup) -> Stage:
     setup.model,
     setup.train_tx,
     setup.feed.preprocessing,
-    graph=setup.graph,
-    penalty=config.prune.gamma if config.prune.form == "penalty" else 0.0,
-    weighting=config.prune.weighting,
     accumulate=config.train.accumulate,
     unroll=loops_are_slow(setup.mesh),
   )

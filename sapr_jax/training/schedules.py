@@ -48,14 +48,14 @@ def learning_rate_schedule(phase: Any, steps_per_epoch: int) -> Schedule:
 
 
 DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions": 3}
-"""Choice of the parameters that weight decay shrinks -> how many axes the least of them have."""
+"""Value of `weight_decay_of` -> how many axes a parameter has at least that weight decay shrinks."""
 
 
 def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
-  """SGD with momentum and weight decay, by default on every parameter, as in PyTorch's training examples (supplement A).
+  """SGD with momentum and weight decay, by default on all parameters, as in PyTorch's training examples (supplement A).
 
   Args:
-    phase: `config.train` or `config.finetune`; its `weight_decay_of` is a key of `DECAYED`.
+    phase: `config.train` or `config.finetune`.
     schedule: The learning rate as a function of the step.
   """
   axes = DECAYED[phase.weight_decay_of]

@@ -17,7 +17,13 @@ from jax.sharding import Mesh
 from sapr_jax import artifacts, data, models
 from sapr_jax.channels import ChannelGraph, mask_params, trace_channels
 from sapr_jax.errors import InputError
-from sapr_jax.method import ArchitectureGenerator, channel_norms, check_budget, partial_regularization
+from sapr_jax.method import (
+  ArchitectureGenerator,
+  add_partial_group_lasso,
+  channel_norms,
+  check_budget,
+  partial_regularization,
+)
 from sapr_jax.training import cpu, processes, schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 from sapr_jax.training.feed import Feed, make_feed
@@ -75,16 +81,16 @@ class Setup:
 
   @functools.cached_property
   def train_tx(self) -> optax.GradientTransformationExtraArgs:
-    """SGD, and after it the proximal step of the partial regularization."""
+    """SGD with the partial regularization: a penalty before it or a proximal step after it."""
     phase, prune = self.config.train, self.config.prune
     schedule = self.weight_schedule(phase)
     sgd = schedules.sgd(phase, schedule)
     if prune.form == "penalty":
-      return optax.with_extra_args_support(sgd)
-    regularization = partial_regularization(
+      return optax.chain(add_partial_group_lasso(self.graph, prune.gamma, weighting=prune.weighting), sgd)
+    proximal = partial_regularization(
       self.graph, schedule, prune.gamma, momentum=phase.momentum, weighting=prune.weighting
     )
-    return optax.chain(sgd, regularization)
+    return optax.chain(sgd, proximal)
 
   @functools.cached_property
   def finetune_tx(self) -> optax.GradientTransformation:

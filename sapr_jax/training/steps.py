@@ -18,7 +18,7 @@ import optax
 
 from sapr_jax import data
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
-from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss, partial_group_lasso
+from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss
 from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.state import GeneratorState, NetworkState
 
@@ -79,12 +79,9 @@ class Shared:
 
 def weight_step(
   model: nn.Module,
-  tx: optax.GradientTransformationExtraArgs,
+  tx: optax.GradientTransformation,
   preprocessing: Preprocessing,
   *,
-  graph: ChannelGraph | None = None,
-  penalty: float = 0.0,
-  weighting: Any = "relative",
   accumulate: int = 1,
   unroll: bool = True,
 ) -> Step:
@@ -92,19 +89,18 @@ def weight_step(
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
   piece's activations are in memory (in a loop; of unrolled pieces XLA for CPUs keeps all). Gradients and metrics are
-  means over the pieces, and batch statistics follow them. The optimizer, the proximal step and the exchange between
+  means over the pieces, and batch statistics follow them. The optimizer, the regularization and the exchange between
   devices come once.
 
   Args:
     model: The network; called as `model(x, train=True)` with a key named "dropout".
-    tx: Its optimizer. With `graph`, the masks in force are passed to its `update`.
+    tx: Its optimizer; a partial regularization in it gets the masks in force.
     preprocessing: Augmentation and normalization.
-    graph: The channel graph while pruning, None in fine-tuning.
-    penalty: Coefficient of the partial group lasso in the loss; 0 if `tx` applies it as a proximal step.
-    weighting: See `method.group_weights`.
     accumulate: Number of pieces; divides the device's part of the batch.
     unroll: Whether the pieces are a program each in place of a loop, see `devices.loops_are_slow`.
   """
+
+  optimizer = optax.with_extra_args_support(tx)
 
   def gradient(state: NetworkState, piece: Any) -> Any:
     images, labels, key = piece
@@ -130,11 +126,7 @@ def weight_step(
       pieces = (*pieces, jax.random.split(dropout_key, accumulate))
       grads, batch_stats, metrics = _mean_over_pieces(gradient, state, pieces, unroll)
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
-    if graph is not None and penalty:
-      lasso = lambda params: penalty * partial_group_lasso(params, graph, shared.masks, weighting=weighting)  # noqa: E731
-      grads = jax.tree.map(jnp.add, grads, jax.grad(lasso)(state.params))
-    extra = {} if graph is None else {"masks": shared.masks}
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=shared.masks)
     new_state = NetworkState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),

@@ -227,10 +227,34 @@ def test_the_threshold_follows_schedule_and_momentum(tiny, two):
   np.testing.assert_allclose(-np.diff(norms), [0.3, 0.03, 0.03], rtol=1e-4)
 
 
-def test_without_masks_the_transform_does_nothing(tiny, grads):
-  tx = sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0)
-  updates, state = tx.update(grads, tx.init(tiny.params), tiny.params)
+def test_the_penalty_is_a_term_of_the_loss(tiny, two, grads):
+  tx = optax.chain(sapr.add_partial_group_lasso(tiny.graph, gamma=20.0, weighting="share"), optax.sgd(0.01))
+  updates, _ = tx.update(grads, tx.init(tiny.params), tiny.params, masks=two)
+
+  def loss(params):
+    linear = sum(jnp.vdot(w, g) for w, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True))
+    return linear + 20.0 * sapr.partial_group_lasso(params, tiny.graph, two, weighting="share")
+
+  want = jax.tree.map(lambda g: -0.01 * g, jax.grad(loss)(tiny.params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), updates, want)
+
+
+@pytest.fixture(params=["penalty", "proximal"])
+def either(request, tiny):
+  """The transform of one of the two forms."""
+  if request.param == "penalty":
+    return sapr.add_partial_group_lasso(tiny.graph, gamma=1.0)
+  return sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0)
+
+
+def test_without_masks_the_transform_does_nothing(tiny, grads, either):
+  updates, _ = either.update(grads, either.init(tiny.params), tiny.params)
   jax.tree.map(np.testing.assert_array_equal, updates, grads)
+
+
+def test_steps_are_counted_without_masks_too(tiny, grads):
+  tx = sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0)
+  _, state = tx.update(grads, tx.init(tiny.params), tiny.params)
   assert int(state.step) == 1
 
 
@@ -241,6 +265,8 @@ def test_without_masks_the_transform_does_nothing(tiny, grads):
 def test_the_transform_checks_its_numbers(tiny, arguments, message):
   with pytest.raises(sapr.InputError, match=message):
     sapr.partial_regularization(tiny.graph, 0.1, **arguments)
+  with pytest.raises(sapr.InputError, match="gamma=nan is out of range"):
+    sapr.add_partial_group_lasso(tiny.graph, float("nan"))
 
 
 def test_parameters_that_do_not_fit_are_refused(tiny, two):
@@ -252,23 +278,20 @@ def test_parameters_that_do_not_fit_are_refused(tiny, two):
       function(other, tiny.graph, two)
 
 
-def test_frozen_parameters_stay_frozen(tiny, two):
+def test_frozen_parameters_stay_frozen(tiny, two, either):
   frozen = flax.core.freeze(tiny.params)
-  tx = optax.chain(optax.sgd(0.1), sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0))
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, frozen), tx.init(frozen), frozen, masks=two)
+  updates, _ = either.update(jax.tree.map(jnp.zeros_like, frozen), either.init(frozen), frozen, masks=two)
   assert jax.tree.structure(optax.apply_updates(frozen, updates)) == jax.tree.structure(frozen)
 
 
-def test_the_transform_needs_the_parameters(tiny, two, grads):
-  tx = sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0)
-  with pytest.raises(sapr.InputError, match=r"needs the parameters: tx\.update\(updates, state, params"):
-    tx.update(grads, tx.init(tiny.params), masks=two)
+def test_the_transform_needs_the_parameters(tiny, two, grads, either):
+  with pytest.raises(sapr.InputError, match=r"needs the parameters: tx\.update\(\w+, state, params, masks=masks\)"):
+    either.update(grads, either.init(tiny.params), masks=two)
 
 
-def test_new_masks_do_not_recompile(tiny, two, grads):
-  tx = optax.chain(optax.sgd(0.1), sapr.partial_regularization(tiny.graph, 0.1, gamma=1.0))
-  update = jax.jit(lambda g, s, p, m: tx.update(g, s, p, masks=m))
-  state = tx.init(tiny.params)
+def test_new_masks_do_not_recompile(tiny, two, grads, either):
+  update = jax.jit(lambda g, s, p, m: either.update(g, s, p, masks=m))
+  state = either.init(tiny.params)
   for masks in (tiny.graph.full_masks(), two):
     update(grads, state, tiny.params, masks)
   assert update._cache_size() == 1

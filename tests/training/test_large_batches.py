@@ -71,15 +71,11 @@ def test_the_regularization_comes_once_however_many_pieces(variables):
   lost = []
   for accumulate in (1, 2):
     changes = []
-    for penalty in (0.0, 10.0):
-      tx = optax.sgd(0.1)
-      step = steps.weight_step(Tiny(), tx, PREPROCESSING, graph=graph, penalty=penalty, accumulate=accumulate)
+    for gamma in (0.0, 10.0):
+      tx = optax.chain(sapr.add_partial_group_lasso(graph, gamma), optax.sgd(0.1))
+      step = steps.weight_step(Tiny(), tx, PREPROCESSING, accumulate=accumulate)
       mapped = devices.MappedSteps(step, devices.data_mesh())
-      ((after, _),) = mapped.run(
-        jax.tree.map(jnp.copy, network_state(variables, optax.with_extra_args_support(tx))),
-        shared,
-        [np.arange(12)[None]],
-      )
+      ((after, _),) = mapped.run(jax.tree.map(jnp.copy, network_state(variables, tx)), shared, [np.arange(12)[None]])
       changes.append(after.params["conv0"]["kernel"])
     lost.append(changes[1] - changes[0])
   want = jax.grad(lambda p: -1.0 * sapr.partial_group_lasso(p, graph, masks))(variables["params"])["conv0"]["kernel"]

@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import sapr_jax as sapr
+from configs import default
 from sapr_jax.method import split_by_group
-from sapr_jax.training import devices, steps
+from sapr_jax.training import devices, schedules, steps
 from sapr_jax.training.state import generator_state, network_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -86,6 +87,19 @@ def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   assert int(after.step) == 1
 
 
+@pytest.mark.parametrize(
+  ("of", "shrunk"), [("all", {"bias", "dense", "conv"}), ("kernels", {"dense", "conv"}), ("convolutions", {"conv"})]
+)
+def test_weight_decay_may_leave_out_what_has_few_axes(of, shrunk):
+  phase = default.phase()
+  phase.weight_decay, phase.weight_decay_of = 0.5, of
+  tx = schedules.sgd(phase, lambda step: 0.1)
+  params = {"bias": jnp.ones(2), "dense": jnp.ones((2, 2)), "conv": jnp.ones((1, 1, 2, 2))}
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  for name, update in updates.items():
+    np.testing.assert_allclose(update, -0.1 * 0.5 if name in shrunk else 0.0)
+
+
 def test_evaluation_counts_every_image_once(tiny, mesh, shared):
   step = devices.MappedSteps(steps.evaluation_step(tiny.model, PREPROCESSING), mesh)
   x = (np.asarray(shared.images, np.float32) / 255 - 0.5) / 0.25
@@ -108,7 +122,7 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   kernel = lambda params: np.asarray(params["stage1_block1"]["conv1"]["kernel"])  # noqa: E731
 
   tx = optax.chain(optax.sgd(1e-3), sapr.partial_regularization(tiny.graph, 1e-3, gamma=50.0, weighting="share"))
-  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING, graph=tiny.graph), mesh)
+  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
 
   def stepped(masks):
     state = jax.tree.map(jnp.copy, network_state(tiny.variables, tx))
