@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import LONGER, PENALTY, SELECTION, SELECTION_BASELINE, gamma_name
+from benchmarks.study_rows import LONGER, PENALTY, SCALED_DECAY, SELECTION, SELECTION_BASELINE, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -118,8 +118,8 @@ class Results:
 
   @property
   def ours(self) -> list[str]:
-    """Names of the rows of the method that are compared with the alternatives: the paper's form and, if run, ours."""
-    return [self.main, *self.names(PENALTY)]
+    """Names of the rows of the method that the claims are about; the first is the main one."""
+    return [self.main, *self.names(PENALTY), *(name for name in self.names() if name.endswith(SCALED_DECAY))]
 
   def names(self, prefix: str = "") -> list[str]:
     """Returns the names of the rows there are that begin with `prefix`."""
@@ -347,11 +347,11 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
 def open_choices(results: Results) -> str:
   """Returns the table of what the supplement leaves open: what a change of one factor does.
 
-  A row "gamma=0.04,hold_epoch=6" is compared with "gamma=0.04", all others with the main one.
+  A row "gamma=0.04,hold_epoch=6" is compared with "gamma=0.04", without its last factor; all others with the main one.
   """
   prefixes = ("weighting", "form", "masks", "generator_data")
   pairs = [(name, results.main) for prefix in prefixes for name in results.names(prefix)]
-  pairs += [(name, name.split(",")[0]) for name in results.names("gamma=") if "," in name]
+  pairs += [(name, name.rsplit(",", 1)[0]) for name in results.names("gamma=") if "," in name]
   rows = []
   for name, unchanged in pairs:
     changes = [
