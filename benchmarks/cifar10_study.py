@@ -3,8 +3,8 @@
     python -m benchmarks.cifar10_study --size full --data DIR --runs DIR --page      the paper's schedules, for a GPU
     python -m benchmarks.cifar10_study --size reduced --data DIR --runs DIR --page   ResNet-20, few images: for a CPU
     python -m benchmarks.cifar10_study --size quarter --data DIR --runs DIR --page   that, down to a quarter of the MACs
-    python -m benchmarks.cifar10_study --size decayed --data DIR --runs DIR --page   that, with more weight decay
-    python -m benchmarks.cifar10_study --size fifth --data DIR --runs DIR --page     that, over a fifth of all epochs
+    python -m benchmarks.cifar10_study --size decayed --data DIR --runs DIR --page   quarter, with more weight decay
+    python -m benchmarks.cifar10_study --size fifth --data DIR --runs DIR --page     a quarter, a fifth of all epochs
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes
 from tensorflow-datasets. Every row of the grid (`--list`) and every seed is a run with a work directory of its own

@@ -148,7 +148,7 @@ def _network(network: str, about: Mapping[str, Any], results: Results, size: str
     ]
   parts += [
     "#### What the supplement leaves open",
-    "One factor is changed against the row named; given is the change in accuracy.",
+    "One choice is changed against the row named; given is the change in accuracy.",
     open_choices(results),
     *_selection(results),
     *_figures(network, results, size, page),

@@ -77,7 +77,7 @@ class Row:
 
 
 PENALTY = "form=penalty"
-"""Name of the row with the package's default form of the regularization; all others have the paper's proximal step."""
+"""Name of the row with the main gamma in the package's default form; rows that do not name a form have the proximal."""
 
 SCALED_DECAY = "weight_decay=scaled"
 """Names of rows in which weight decay is scaled to the schedule, while training, end with this."""
@@ -90,13 +90,14 @@ SELECTION = "selection"
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The one that the others are compared with."""
 
-_OF_ROWS = ("seed", "prune.gamma")
-"""Fields in which all rows differ."""
+_OF_ROWS = ("seed", "prune.gamma", "prune.form")
+"""Fields that rows differ in, in every size."""
 
 THREE, FOUR, SIX = (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5)
 GAMMAS = (1e-4, 1e-3, 5e-3)  # beside 0 and 5e-4: supplement C
-# As in the paper: the regularization is a proximal step; single channels are cut on every backend, as the alternatives
-# do; and sub-networks are measured with the statistics that they inherit, but in the rows that ask what new ones give.
+# The regularization is a proximal step, which was the default when the study began. As in the paper, single channels
+# are cut on every backend, as the alternatives do; and sub-networks are measured with the statistics that they inherit,
+# but in the rows that ask what new ones give.
 _COMMON = {"prune.form": "proximal", "prune.round_to": 1, "prune.statistics_batches": 0}
 _RECALIBRATED = {"prune.gamma": 0.0, "prune.statistics_batches": default.get_config().prune.statistics_batches}
 
@@ -139,19 +140,19 @@ _QUARTER = {**_REDUCED, "prune.p": 0.25, "data.train_images": 8000, "data.test_i
 
 
 def _scaled_decay(phase: str) -> dict[str, Any]:
-  """Returns the weight decay that does in a short schedule what 1e-4 does in the paper's.
+  """Returns a weight decay that does to convolutions in a short training what 1e-4 does in the paper's.
 
-  What it takes off a weight is its sum over steps of learning_rate * weight_decay: 0.41 in the paper's schedule, 0.005
-  in `_QUARTER` with 1e-4, and 0.41 with this. A normalization undoes the scale of the convolution before it, so that
-  nothing but the decay limits how long its weights grow, and so how little they turn in a step. The loss does feel the
-  scale of the other parameters, for which so much would be too much.
+  By itself it shrinks a weight by the factor exp(-s / (1 - momentum)), where s is the sum over steps of learning_rate *
+  weight_decay: 0.41 when the paper trains, 0.005 in `_QUARTER` with 1e-4, and 0.41 with this. A normalization undoes
+  the scale of the convolution before it, so that nothing but the decay limits how long its weights grow, and so how
+  little they turn in a step. The loss does feel the scale of other parameters, for which it would be too much.
   """
   return {f"{phase}.weight_decay": 0.008, f"{phase}.weight_decay_of": "convolutions"}
 
 
 # A strong regularization makes the first masks final, and later ones exchange trained channels for empty ones. What if
 # the generator learns on more images, with the statistics of its sub-networks, or not at all from an epoch on? What if
-# the regularization is a penalty, and the weight decay of the training so strong as sparse learning's in its place?
+# the regularization is a penalty, and if weight decay is felt, as is what sparse learning has in its place?
 _OF_QUARTER: dict[str, dict[str, Any]] = {
   "gamma=0.04,form=penalty": {"prune.gamma": 0.04, "prune.form": "penalty"},
   f"gamma=0.04,form=penalty,{SCALED_DECAY}": {"prune.gamma": 0.04, "prune.form": "penalty", **_scaled_decay("train")},
@@ -174,6 +175,7 @@ _FIFTH = {
   "finetune.decay_epochs": (16, 24),
 }
 
+# All methods with that weight decay, which fine-tuning and what is trained from scratch have too.
 _DECAYED = {**_QUARTER, **_scaled_decay("train"), **_scaled_decay("finetune")}
 
 SIZES: dict[str, tuple[Experiment, ...]] = {

@@ -43,7 +43,7 @@ from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
-from sapr_jax.training.schedules import DECAYED, learning_rate_schedule
+from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, learning_rate_schedule
 from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
 
 _CHECKPOINT = "torch.pt"
@@ -214,9 +214,9 @@ def _is_inside(name: str) -> bool:
 
 def decay_groups(model: nn.Module, phase: Any) -> list[dict[str, Any]]:
   """Returns the parameters that weight decay shrinks, and those that it does not, as our own optimizer has them."""
-  axes = DECAYED[phase.weight_decay_of]
-  decayed = [w for w in model.parameters() if w.ndim >= axes]
-  rest = [w for w in model.parameters() if w.ndim < axes]
+  ndim = MIN_NDIM_OF_DECAYED[phase.weight_decay_of]
+  decayed = [w for w in model.parameters() if w.ndim >= ndim]
+  rest = [w for w in model.parameters() if w.ndim < ndim]
   groups = [{"params": decayed, "weight_decay": phase.weight_decay}, {"params": rest, "weight_decay": 0.0}]
   return [group for group in groups if group["params"]]
 

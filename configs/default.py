@@ -99,5 +99,5 @@ def phase() -> ConfigDict:
   config.momentum = 0.9
   config.nesterov = False
   config.weight_decay = 1e-4
-  config.weight_decay_of = "all"  # all parameters; kernels: those with two axes or more; convolutions: three or more
+  config.weight_decay_of = "all"  # all: every parameter; kernels: of two axes or more; convolutions: three or more
   return config

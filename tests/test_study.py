@@ -23,6 +23,7 @@ from benchmarks.study_claims import (
   estimate,
   larger_gamma,
   mean_of_epochs,
+  nothing_lost,
   open_choices,
   selection,
   stable_architecture,
@@ -35,15 +36,17 @@ from sapr_jax.training import epochs, schedules, setup
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 
-FULL, REDUCED, QUARTER, DECAYED, FIFTH = (grid(experiments) for experiments in SIZES.values())
+FULL, REDUCED, QUARTER, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "quarter", "fifth"))
 
 
 def test_every_size_has_its_part_of_the_page():
   assert list(study_page.ABOUT_SIZES) == list(SIZES)
+  assert all(text.endswith(".") for text in study_page.ABOUT_SIZES.values())
 
 
-@pytest.mark.parametrize("rows", [FULL, REDUCED, QUARTER, DECAYED, FIFTH])
-def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(rows):
+@pytest.mark.parametrize("size", SIZES)
+def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(size):
+  rows = grid(SIZES[size])
   assert len({row.path for row in rows}) == len(rows)
   for row in rows:
     check_config(config_of(row, 0, "DIR", {}))
@@ -376,6 +379,32 @@ def test_what_is_left_open_is_compared_with_the_row_that_was_changed(results):
     "| masks=sampled | gamma=0.02 | +1.00 [+1.00, +1.00] | - | -1.00 [-1.00, -1.00] |",
     "| gamma=0,bn=recalibrated | gamma=0 | - | +10.00 [+10.00, +10.00] | - |",
   ]
+
+
+def test_of_several_changed_choices_the_last_is_the_one_that_is_compared(results):
+  entries = [
+    *(entry("gamma=0.06,form=penalty", seed, pruned=60.0 + seed) for seed in (0, 1)),
+    *(entry("gamma=0.06,form=penalty,weight_decay=scaled", seed, pruned=63.0 + seed) for seed in (0, 1)),
+  ]
+  last = open_choices(dataclasses.replace(results, entries=entries)).splitlines()[-1]
+  assert last.startswith("| gamma=0.06,form=penalty,weight_decay=scaled | gamma=0.06,form=penalty | - | - | +3.00 ")
+
+
+def test_the_default_form_stands_beside_the_main_row(results):
+  entries = [*results.entries, *(entry("form=penalty", seed, dense=60.0, pruned=62.0 + seed) for seed in (0, 1))]
+  both = dataclasses.replace(results, entries=entries)
+  lost, beaten = nothing_lost(both), beats_alternatives(both)
+  # Over seeds 0 and 1, which both have.
+  assert "| form=penalty | with gamma = 0 | 61.50 ± 0.71 | 62.50 ± 0.71 | +1.00 [+1.00, +1.00] | holds |" in lost.table
+  assert "| 60.00 ± 1.00 | +2.00 [+2.00, +2.00] | holds | +3.00 [+3.00, +3.00] | holds |" in beaten.table
+  assert (lost.verdict, beaten.verdict) == (nothing_lost(results).verdict, beats_alternatives(results).verdict)
+  assert beaten.remark == "Of form=penalty the same rule says: undecided."  # one-shot pruning: +2.0 and +1.0
+  assert nothing_lost(results).table.count("form=penalty") == 0
+
+
+def test_a_gamma_of_0_that_was_not_run_gives_no_turn(results):
+  entries = [e for e in results.entries if e["row"] != "gamma=0"]
+  assert "The turn: gamma = 0 was not run" in larger_gamma(dataclasses.replace(results, entries=entries)).remark
 
 
 def test_a_generator_chooses_within_the_budget_by_what_it_has_learned():

@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -140,10 +141,11 @@ def add_partial_group_lasso(
   """An optax transform that adds the gradient of `gamma * partial_group_lasso` to the gradients.
 
   As if the penalty were a term of the loss: put it first in a chain, as `optax.add_decayed_weights`, and pass the masks
-  to `update`; without masks it does nothing. Dropped channels end close to zero and tremble about it, by as much as a
-  step is long. `partial_regularization` is the proximal form, which makes them exactly zero; from there, a channel that
-  later masks keep has almost no gradient to come back with. docs/method.md compares the two. An optimizer that rescales
-  gradients, such as Adam, rescales this one too: there the proximal form keeps the meaning of gamma.
+  to `update`; without masks it does nothing. The weights of dropped channels end oscillating about zero, with an
+  amplitude of about learning_rate / (1 - momentum) * gamma. `partial_regularization` is the proximal form, which makes
+  them exactly zero; from there, a channel that later masks keep has almost no gradient to come back with.
+  docs/method.md compares the two. An optimizer that rescales gradients, such as Adam, rescales this one too: there the
+  proximal form keeps the meaning of gamma.
 
   Args:
     graph: The channel graph of the network.
@@ -151,10 +153,11 @@ def add_partial_group_lasso(
     weighting: The factor of each group, see `group_weights`.
 
   Returns:
-    A transform, called as `update(grads, state, params, masks=masks)`.
+    A transform whose `update(grads, state, params, masks=masks)` returns the gradients of loss and penalty; `params` is
+    the whole tree that the graph was traced with.
 
   Raises:
-    InputError: If gamma is negative.
+    InputError: If gamma is negative or not a number.
 
   Example:
     >>> tx = optax.chain(add_partial_group_lasso(graph, gamma=5e-4), optax.sgd(0.1, momentum=0.9))
@@ -174,8 +177,14 @@ def add_partial_group_lasso(
       return updates, state
     if params is None:
       raise InputError("add_partial_group_lasso needs the parameters: tx.update(grads, state, params, masks=masks).")
-    gradient = jax.grad(lambda p: gamma * partial_group_lasso(p, graph, masks, weighting=weighting))(params)
-    return jax.tree.map(jnp.add, updates, gradient), state
+    penalty = lambda p: gamma * partial_group_lasso(p, graph, masks, weighting=weighting)  # noqa: E731
+    gradient = jax.grad(penalty, allow_int=True)(params)
+
+    def add(update: Any, slope: Any) -> Any:
+      # As in optax: a parameter may have no gradient, and one of integers has none of its own.
+      return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
+
+    return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -188,11 +197,12 @@ def partial_regularization(
   momentum: float = 0.0,
   weighting: Weighting = "relative",
 ) -> optax.GradientTransformationExtraArgs:
-  """An optax transform that applies the proximal step after the optimizer's own.
+  """The proximal form: an optax transform that applies the proximal step after the optimizer's own.
 
   Put it last in a chain and pass the masks to `update`; without masks it does nothing. The threshold follows the
   effective learning rate, `learning_rate / (1 - momentum)`: a penalty in the loss would go through the momentum buffer,
-  and gamma shall mean the same in both forms.
+  and gamma shall mean the same in both forms. After an optimizer whose momentum is a mean of gradients,
+  such as Adam, leave `momentum` at 0.
 
   Args:
     graph: The channel graph of the network.
@@ -205,7 +215,7 @@ def partial_regularization(
     A transform whose `update(updates, state, params, masks=masks)` returns the updates that lead to the shrunk weights.
 
   Raises:
-    InputError: If gamma is negative or momentum is not in [0, 1).
+    InputError: If gamma is negative or not a number, or momentum is not in [0, 1).
 
   Example:
     >>> tx = optax.chain(
@@ -241,8 +251,8 @@ def partial_regularization(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_gamma(gamma: float) -> None:
-  if not gamma >= 0:
+def _check_gamma(gamma: Any) -> None:
+  if isinstance(gamma, numbers.Real) and not gamma >= 0:  # a traced one cannot be checked
     raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
 
 

@@ -11,7 +11,7 @@ from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
 from sapr_jax.method import check_share
 from sapr_jax.models import MODELS
-from sapr_jax.training.schedules import DECAYED, SCHEDULES
+from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, SCHEDULES
 
 _MOST = 2**31 - 1  # of what is counted: steps and images are int32 on the devices
 
@@ -117,7 +117,7 @@ def _check_phase(config: ConfigDict, name: str) -> None:
   _number(config, f"{name}.momentum", 0.0, 1.0, high_included=False)
   _truth(config, f"{name}.nesterov")
   _at_least_0(config, f"{name}.weight_decay")
-  _one_of(config, f"{name}.weight_decay_of", DECAYED)
+  _one_of(config, f"{name}.weight_decay_of", MIN_NDIM_OF_DECAYED)
   decay = _tuple(config, f"{name}.decay_epochs", "(100, 150)")
   if not all(_is_whole(epoch) for epoch in decay):
     raise InputError(f"{name}.decay_epochs={decay} must be whole epochs, such as '(100, 150)'.")
@@ -146,7 +146,7 @@ def _check_prune(config: ConfigDict) -> None:
       f"prune.hold_epoch={hold!r} is out of range; expected prune.start_epoch + 1 = {start + 1} to train.epochs ="
       f" {epochs}, or None."
     )
-  _one_of(config, "prune.form", ("proximal", "penalty"))
+  _one_of(config, "prune.form", ("penalty", "proximal"))
   _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
   _one_of(config, "prune.masks", ("likely", "sampled"))
   _one_of(config, "prune.select", ("blocks", "unjoined", "exact"))

@@ -47,8 +47,8 @@ def learning_rate_schedule(phase: Any, steps_per_epoch: int) -> Schedule:
   return lambda step: schedule(step) * scale * (jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
-DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions": 3}
-"""Value of `weight_decay_of` -> how many axes a parameter has at least that weight decay shrinks."""
+MIN_NDIM_OF_DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions": 3}
+"""Value of `weight_decay_of` -> the least `ndim` of a parameter that weight decay shrinks."""
 
 
 def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
@@ -57,9 +57,12 @@ def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
   Args:
     phase: `config.train` or `config.finetune`.
     schedule: The learning rate as a function of the step.
+
+  Returns:
+    The optimizer; `phase.weight_decay_of` says which parameters are decayed, see `MIN_NDIM_OF_DECAYED`.
   """
-  axes = DECAYED[phase.weight_decay_of]
+  ndim = MIN_NDIM_OF_DECAYED[phase.weight_decay_of]
   decay = optax.add_decayed_weights(
-    phase.weight_decay, mask=(lambda params: jax.tree.map(lambda w: w.ndim >= axes, params)) if axes else None
+    phase.weight_decay, mask=lambda params: jax.tree.map(lambda w: w.ndim >= ndim, params)
   )
   return optax.chain(decay, optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov))

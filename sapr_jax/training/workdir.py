@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -60,18 +60,18 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   fields = flat_fields(config)
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
+  if unknown := [n for n in differing if n not in earlier or n not in fields]:
+    raise InputError(
+      f"{path} belongs to a run of another version of this package: {', '.join(unknown[:5])} is only in one of the two"
+      " configurations; name a new --workdir to start anew."
+    )
   if differing:
-    shown = ", ".join(f"{n} was {_shown(earlier, n)} and is now {_shown(fields, n)}" for n in differing[:5])
+    shown = ", ".join(f"{n} was {earlier[n]!r} and is now {fields[n]!r}" for n in differing[:5])
     more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise InputError(
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
       " --workdir to start anew."
     )
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-  """Returns a value as the message has it; a field that only another version of this package has is not there."""
-  return repr(fields[name]) if name in fields else "not there"
 
 
 def _check_place(path: pathlib.Path) -> None:

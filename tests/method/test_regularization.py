@@ -265,8 +265,33 @@ def test_steps_are_counted_without_masks_too(tiny, grads):
 def test_the_transform_checks_its_numbers(tiny, arguments, message):
   with pytest.raises(sapr.InputError, match=message):
     sapr.partial_regularization(tiny.graph, 0.1, **arguments)
-  with pytest.raises(sapr.InputError, match="gamma=nan is out of range"):
-    sapr.add_partial_group_lasso(tiny.graph, float("nan"))
+
+
+@pytest.mark.parametrize("gamma", [-1, float("nan")])
+def test_the_penalty_checks_gamma(tiny, gamma):
+  with pytest.raises(sapr.InputError, match=f"gamma={gamma} is out of range"):
+    sapr.add_partial_group_lasso(tiny.graph, gamma)
+
+
+def test_the_penalty_leaves_alone_what_has_no_gradient(tiny, two, grads):
+  tx = sapr.add_partial_group_lasso(tiny.graph, gamma=20.0)
+  params = {**tiny.params, "steps": jnp.arange(3)}
+  want, _ = tx.update(grads, tx.init(tiny.params), tiny.params, masks=two)
+  got, _ = tx.update({**grads, "steps": None, "fc": None}, tx.init(params), params, masks=two)
+  assert got["steps"] is None and got["fc"] is None
+  got, _ = tx.update({**grads, "steps": jnp.ones(3)}, tx.init(params), params, masks=two)
+  np.testing.assert_array_equal(got["steps"], np.ones(3))
+  np.testing.assert_array_equal(got["stage1_block1"]["conv1"]["kernel"], want["stage1_block1"]["conv1"]["kernel"])
+
+
+def test_gamma_may_be_a_hyperparameter_of_the_state(tiny, two, grads):
+  tx = optax.inject_hyperparams(sapr.add_partial_group_lasso, static_args=("graph", "weighting"))(tiny.graph, gamma=0.0)
+  state = tx.init(tiny.params)
+  state.hyperparams["gamma"] = jnp.asarray(20.0)
+  got, _ = jax.jit(lambda g, s: tx.update(g, s, tiny.params, masks=two))(grads, state)
+  plain = sapr.add_partial_group_lasso(tiny.graph, gamma=20.0)
+  want, _ = plain.update(grads, plain.init(tiny.params), tiny.params, masks=two)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
 def test_parameters_that_do_not_fit_are_refused(tiny, two):

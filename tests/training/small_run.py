@@ -17,6 +17,7 @@ SMALL = {
   "train.decay_epochs": (3,),
   "prune.start_epoch": 1,
   "prune.hold_epoch": 3,
+  "prune.form": "proximal",  # which has a state of its own that a resumed run must have too
   "prune.gamma": 0.1,  # strong, as there are only five steps in an epoch
   "prune.statistics_batches": 7,  # of two epochs
   "finetune.epochs": 2,

@@ -8,7 +8,9 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_run import small_config
 
@@ -179,9 +181,28 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
     setup.initial_network(config, 10, (1, 8, 8, 1))
 
 
+@pytest.mark.parametrize("form", ["penalty", "proximal"])
+def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(quick_compilation, form):
+  made = setup.build(small_config(prune__form=form, model__width_multiplier=0.25, train__weight_decay=0.0))
+  params, graph, phase = made.variables["params"], made.graph, made.config.train
+  masks = {name: np.arange(len(mask)) % 2 for name, mask in graph.full_masks().items()}
+  still = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = made.train_tx.update(still, made.train_tx.init(params), params, masks=masks)
+  gamma = made.config.prune.gamma
+  if form == "penalty":  # whose momentum has no past yet
+    slope = jax.grad(sapr.partial_group_lasso)(params, graph, masks)
+    want = jax.tree.map(lambda w, g: w - phase.learning_rate * gamma * g, params, slope)
+  else:
+    threshold = phase.learning_rate / (1 - phase.momentum) * gamma
+    want = sapr.prox_partial_group_lasso(params, graph, masks, threshold)
+  got = optax.apply_updates(params, updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True))
+
+
 def test_the_other_choices_run_too(quick_compilation, tmp_path):
   config = small_config(
-    prune__form="proximal", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
+    prune__form="penalty", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
     prune__statistics_batches=0, generator__statistics="batch", train__epochs=2, train__decay_epochs=(),
     finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip

@@ -22,14 +22,16 @@ def test_what_does_not_change_the_result_may_differ(tmp_path):
     workdir.check_workdir(tmp_path / "run", config)
 
 
-def test_a_field_that_an_earlier_version_did_not_have_is_named(tmp_path):
+def test_a_field_that_another_version_did_not_have_is_named(tmp_path):
   config = digits.get_config()
   workdir.make_workdir(tmp_path / "run", config)
   file = tmp_path / "run" / "config.json"
   fields = json.loads(file.read_text())
   del fields["prune.statistics_batches"]
   file.write_text(json.dumps(fields))
-  with pytest.raises(sapr.InputError, match=r"statistics_batches was not there and is now 100; .*a new --workdir"):
+  with pytest.raises(
+    sapr.InputError, match=r"another version .* prune\.statistics_batches is only in .*a new --workdir"
+  ):
     workdir.check_workdir(tmp_path / "run", config)
 
 
