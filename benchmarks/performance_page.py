@@ -27,12 +27,17 @@ ratios within a round, so that what slows a whole round down cancels.
 
 def renew() -> None:
   """Writes the page."""
+  PAGE.write_text(text())
+
+
+def text() -> str:
+  """Returns the page."""
   parts = [_HEAD]
   for name in SECTIONS:
     reports = {platform: report for platform in PLATFORMS if (report := recorded(name, platform)) is not None}
     if reports:
       parts.append(importlib.import_module(f"benchmarks.{name}").section(reports))
-  PAGE.write_text("\n".join(part.strip() + "\n" for part in parts))
+  return "\n".join(part.strip() + "\n" for part in parts)
 
 
 def provenance(report: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import LONGER, PENALTY, SELECTION, SELECTION_BASELINE, gamma_name
+from benchmarks.study_rows import FORM, LONGER, SELECTION, SELECTION_BASELINE, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -119,7 +119,7 @@ class Results:
   @property
   def ours(self) -> list[str]:
     """Names of the rows of the method that the claims are about; the first is the main one."""
-    return [self.main, *self.names(PENALTY)]
+    return [self.main, *self.names(FORM)]
 
   def names(self, prefix: str = "") -> list[str]:
     """Returns the names of the rows there are that begin with `prefix`."""

@@ -76,8 +76,8 @@ class Row:
     return f"{self.experiment.network}/{self.name}"
 
 
-PENALTY = "form=penalty"
-"""Name of the row with the main gamma in the package's default form; rows that do not name a form have the proximal."""
+FORM = "form="
+"""Name of the row with the main gamma in the other form of the regularization begins with this."""
 
 SCALED_DECAY = "weight_decay=scaled"
 """Names of rows in which weight decay is scaled to the schedule, while training, end with this."""
@@ -95,10 +95,9 @@ _OF_ROWS = ("seed", "prune.gamma", "prune.form")
 
 THREE, FOUR, SIX = (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5)
 GAMMAS = (1e-4, 1e-3, 5e-3)  # beside 0 and 5e-4: supplement C
-# The regularization is a proximal step, which was the default when the study began. As in the paper, single channels
-# are cut on every backend, as the alternatives do; and sub-networks are measured with the statistics that they inherit,
-# but in the rows that ask what new ones give.
-_COMMON = {"prune.form": "proximal", "prune.round_to": 1, "prune.statistics_batches": 0}
+# As in the paper: single channels are cut on every backend, as the alternatives do; and sub-networks are measured with
+# the statistics that they inherit, but in the rows that ask what new ones would give.
+_COMMON = {"prune.round_to": 1, "prune.statistics_batches": 0}
 _RECALIBRATED = {"prune.gamma": 0.0, "prune.statistics_batches": default.get_config().prune.statistics_batches}
 
 # What a dropped filter can lose over a run is the sum over steps of learning_rate / (1 - momentum) * gamma * N_k / N. A
@@ -107,6 +106,7 @@ _RECALIBRATED = {"prune.gamma": 0.0, "prune.statistics_batches": default.get_con
 # `main_gamma`, which was fixed before this study.
 _REDUCED = {
   **_COMMON,
+  "prune.form": "proximal",  # the default when this study began
   "model.name": "resnet20",
   "model.width_multiplier": 0.5,
   "data.train_images": 3200,
@@ -176,7 +176,12 @@ _FIFTH = {
 }
 
 # All methods with that weight decay, which fine-tuning and what is trained from scratch have too.
-_DECAYED = {**_QUARTER, **_scaled_decay("train"), **_scaled_decay("finetune")}
+_DECAYED = {
+  **_QUARTER,
+  "prune.form": default.get_config().prune.form,
+  **_scaled_decay("train"),
+  **_scaled_decay("finetune"),
+}
 
 SIZES: dict[str, tuple[Experiment, ...]] = {
   "full": (
@@ -221,6 +226,8 @@ def grid(experiments: Sequence[Experiment]) -> list[Row]:
 
 def _rows(experiment: Experiment) -> list[Row]:
   main, none = gamma_name(experiment.main_gamma), gamma_name(0)
+  form = experiment.overrides.get("prune.form", experiment.get_config().prune.form)
+  other_form = {"penalty": "proximal", "proximal": "penalty"}[form]
 
   def ours(name: str, part: int, seeds: tuple[int, ...], **overrides: Any) -> Row:
     fields = {"prune.gamma": experiment.main_gamma}
@@ -240,7 +247,7 @@ def _rows(experiment: Experiment) -> list[Row]:
   rows = [
     ours(main, MAIN, experiment.seeds),
     ours(none, MAIN, experiment.seeds, prune__gamma=0.0),
-    ours(PENALTY, COMPARED, experiment.seeds, prune__form="penalty"),
+    ours(f"{FORM}{other_form}", COMPARED, experiment.seeds, prune__form=other_form),
     other("one_shot_l1=uniform", "one_shot", "uniform", none),
     other("one_shot_l1=global", "one_shot", "global", none),
     other("uniform_width", "width"),
