@@ -252,7 +252,7 @@ def partial_regularization(
 
 
 def _check_gamma(gamma: Any) -> None:
-  if isinstance(gamma, numbers.Real) and not gamma >= 0:  # a traced one cannot be checked
+  if isinstance(gamma, numbers.Real) and not float(gamma) >= 0:  # a traced one cannot be checked
     raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
 
 
