@@ -79,9 +79,6 @@ class Row:
 FORM = "form="
 """Name of the row with the main gamma in the other form of the regularization begins with this."""
 
-SCALED_DECAY = "weight_decay=scaled"
-"""Names of rows in which weight decay is scaled to the schedule, while training, end with this."""
-
 LONGER = "longer_schedule"
 """Name of a variant with so many epochs that an architecture has the time to settle."""
 
@@ -155,7 +152,11 @@ def _scaled_decay(phase: str) -> dict[str, Any]:
 # the regularization is a penalty, and if weight decay is felt, as is what sparse learning has in its place?
 _OF_QUARTER: dict[str, dict[str, Any]] = {
   "gamma=0.04,form=penalty": {"prune.gamma": 0.04, "prune.form": "penalty"},
-  f"gamma=0.04,form=penalty,{SCALED_DECAY}": {"prune.gamma": 0.04, "prune.form": "penalty", **_scaled_decay("train")},
+  "gamma=0.04,form=penalty,weight_decay=scaled": {
+    "prune.gamma": 0.04,
+    "prune.form": "penalty",
+    **_scaled_decay("train"),
+  },
   "gamma=0.04,generator_data=0.5": {"prune.gamma": 0.04, "generator.data_share": 0.5},
   "gamma=0.04,generator_statistics=batch": {"prune.gamma": 0.04, "generator.statistics": "batch"},
   "gamma=0.04,hold_epoch=6": {"prune.gamma": 0.04, "prune.hold_epoch": 6},
@@ -178,7 +179,7 @@ _FIFTH = {
 # All methods with that weight decay, which fine-tuning and what is trained from scratch have too.
 _DECAYED = {
   **_QUARTER,
-  "prune.form": default.get_config().prune.form,
+  "prune.form": "penalty",
   **_scaled_decay("train"),
   **_scaled_decay("finetune"),
 }

@@ -177,13 +177,15 @@ def add_partial_group_lasso(
       return updates, state
     if params is None:
       raise InputError("add_partial_group_lasso needs the parameters: tx.update(grads, state, params, masks=masks).")
-    penalty = lambda p: gamma * partial_group_lasso(p, graph, masks, weighting=weighting)  # noqa: E731
-    gradient = jax.grad(penalty, allow_int=True)(params)
+
+    def penalty(params: Any) -> jax.Array:
+      return gamma * partial_group_lasso(params, graph, masks, weighting=weighting)
 
     def add(update: Any, slope: Any) -> Any:
       # As in optax: a parameter may have no gradient, and one of integers has none of its own.
       return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
 
+    gradient = jax.grad(penalty, allow_int=True)(params)
     return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
 
   return optax.GradientTransformationExtraArgs(init, update)
