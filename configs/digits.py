@@ -2,8 +2,8 @@
 
     python -m sapr_jax.main --config configs/digits.py --workdir runs/digits
 
-The images are real (8x8 pixels, 1,197 for training and 600 for testing) and come with scikit-learn. Expect 99 %
-or more for the dense network and for the one with half the MACs.
+The images are real (8x8 pixels, 1,197 for training and 600 for testing) and come with scikit-learn. Expect about
+99 % for the dense network and for the one with half the MACs.
 """
 
 from ml_collections import ConfigDict
