@@ -40,6 +40,12 @@ class Member:
   ndim: int
   channels: np.ndarray
 
+  def get(self, tree: Any) -> Any:
+    """Returns the variable of this member from a tree of its collection: `member.get(variables[member.collection])`."""
+    for name in self.path:
+      tree = tree[name]
+    return tree
+
   @functools.cached_property
   def is_whole_axis(self) -> bool:
     """Whether the axis consists of the group's channels, each once and in order."""
@@ -134,8 +140,8 @@ class ChannelGraph:
     fixed: (variable, axis, reason) for each output axis of a kernel that is not offered.
     layers: Module path -> the layer whose `features` follow from the masks.
     shapes: Variable -> its shape in the dense network.
-    total: MACs of all convolutions and matrix products, for one image.
-    prunable: The part of `total` in layers that touch a group.
+    costs: What a sub-network costs, by name: "macs" of all convolutions and matrix products for one image,
+      "prunable_macs" of those that touch a group, and the number of "params".
     results: Place of an equation of the program -> for each result its shape in the sub-network, for all equations
       where a mask changes it.
     jaxpr: The traced program of the dense network.
@@ -147,8 +153,7 @@ class ChannelGraph:
   fixed: tuple[tuple[ParamKey, int, str], ...]
   layers: Mapping[tuple[str, ...], Layer]
   shapes: Mapping[ParamKey, tuple[int, ...]]
-  total: ChannelPolynomial
-  prunable: ChannelPolynomial
+  costs: Mapping[str, ChannelPolynomial]
   results: Mapping[Place, Sequence[Sequence[int | ChannelPolynomial]]]
   jaxpr: Any
   inputs: jax.ShapeDtypeStruct
@@ -179,11 +184,15 @@ class ChannelGraph:
     Returns:
       An exact int for concrete 0/1 masks; under `jax.grad` or `jax.jit` a scalar that is differentiable in the masks.
     """
-    return self.total(self.kept(masks))
+    return self.costs["macs"](self.kept(masks))
 
   def prunable_macs(self, masks: Masks | None = None) -> Any:
     """Counts like `macs`, but only the layers that touch a group."""
-    return self.prunable(self.kept(masks))
+    return self.costs["prunable_macs"](self.kept(masks))
+
+  def num_params(self, masks: Masks | None = None) -> Any:
+    """Counts the parameters likewise; running statistics are not among them."""
+    return self.costs["params"](self.kept(masks))
 
   def members_by_variable(self, collection: str) -> dict[tuple[str, ...], list[tuple[str, Member]]]:
     """Returns for each variable of `collection` that is cut: [(group name, member), ...]."""

@@ -174,26 +174,31 @@ def _common_prefix(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
   return prefix
 
 
-def macs_terms(contraction: Contraction, order: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
-  """Expands the MACs of a contraction into (coefficient, indices of groups) monomials."""
-  terms: list[tuple[int, tuple[int, ...]]] = [(contraction.constant, ())]
-  for factor in contraction.factors:
-    terms = [(c * d, f + g) for c, f in terms for d, g in size_terms(factor, order)]
+Terms = list[tuple[int, tuple[int, ...]]]
+"""A polynomial: (coefficient, indices of groups) monomials."""
+
+
+def macs_terms(contraction: Contraction, order: Mapping[int, int]) -> Terms:
+  """Expands the MACs of a contraction. `order` is the index of the group of an atom, by the atom's id."""
+  return [(contraction.constant * c, f) for c, f in product_terms(contraction.factors, order)]
+
+
+def product_terms(axes: Sequence[Axis], order: Mapping[int, int]) -> Terms:
+  """Expands the product of the sizes of `axes`."""
+  terms: Terms = [(1, ())]
+  for axis in axes:
+    terms = [(c * d, f + g) for c, f in terms for d, g in size_terms(axis, order)]
   return terms
 
 
-def size_terms(axis: Axis, order: Mapping[int, int]) -> list[tuple[int, tuple[int, ...]]]:
-  """Expands the size of an axis likewise. `order` is the index of the group of an atom, by the atom's id."""
+def size_terms(axis: Axis, order: Mapping[int, int]) -> Terms:
+  """Expands the size of an axis."""
   axis = find(axis)
   if axis.kind is None:
     return [(1, (order[id(axis)],))] if id(axis) in order else [(axis.size, ())]
-  parts = [size_terms(part, order) for part in axis.parts]
   if axis.kind == "concatenation":
-    return list(itertools.chain(*parts))
-  terms: list[tuple[int, tuple[int, ...]]] = [(1, ())]
-  for part in parts:
-    terms = [(c * d, f + g) for c, f in terms for d, g in part]
-  return terms
+    return list(itertools.chain(*(size_terms(part, order) for part in axis.parts)))
+  return product_terms(axis.parts, order)
 
 
 def reasons_left_out(

@@ -21,6 +21,7 @@ from sapr_jax.channels.groups import (
   judge,
   macs_terms,
   no_group_message,
+  product_terms,
   reasons_left_out,
   size_terms,
 )
@@ -83,14 +84,12 @@ def trace_channels(
     if not offered:
       possible = [group for atom, group in judgement.groups if not atom.fixed]
       raise InputError(no_group_message(select, possible, axes, judgement.roles))
-    total, prunable = _macs(walk, order)
     return ChannelGraph(
       groups=tuple(group for _, group in offered),
       fixed=reasons_left_out(axes, judgement.roles, order, select),
       layers=judgement.layers,
       shapes={key: tuple(axis.size for axis in variable) for key, variable in axes.items()},
-      total=total,
-      prunable=prunable,
+      costs=_costs(walk, axes, order),
       results=_results(walk, order),
       jaxpr=closed,
       inputs=inputs,
@@ -159,12 +158,13 @@ def _walk(closed: Any, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruc
   return axes, walk
 
 
-def _macs(walk: Walk, order: Mapping[int, int]) -> tuple[ChannelPolynomial, ChannelPolynomial]:
-  """Returns the MACs of all contractions, and of those that touch a group."""
-  terms = [macs_terms(contraction, order) for contraction in walk.contractions]
-  touching = [t for t in terms if any(factors for _, factors in t)]
-  total, prunable = (polynomial(list(itertools.chain(*some)), len(order)) for some in (terms, touching))
-  return total, prunable
+def _costs(walk: Walk, axes: Axes, order: Mapping[int, int]) -> dict[str, ChannelPolynomial]:
+  """Returns the costs of `ChannelGraph.costs`."""
+  macs = [macs_terms(contraction, order) for contraction in walk.contractions]
+  touching = [terms for terms in macs if any(factors for _, factors in terms)]
+  params = [product_terms(variable, order) for key, variable in axes.items() if key[0] == "params"]
+  found = {"macs": macs, "prunable_macs": touching, "params": params}
+  return {name: polynomial(list(itertools.chain(*terms)), len(order)) for name, terms in found.items()}
 
 
 def _results(walk: Walk, order: Mapping[int, int]) -> dict[Place, list[list[int | ChannelPolynomial]]]:

@@ -69,7 +69,7 @@ def project_to_budget(
   budget = p * graph.prunable_macs()
 
   def macs(steps: np.ndarray) -> int:
-    return graph.prunable(np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)]))
+    return graph.costs["prunable_macs"](np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)]))
 
   steps = np.zeros(len(ladders), np.int64)
   # A step is taken at the score of the last channel that it adds.
@@ -108,7 +108,9 @@ def check_budget(graph: ChannelGraph, p: float, *, min_width: int = 1, round_to:
   for name, value in (("min_width", min_width), ("round_to", round_to)):
     if not isinstance(value, int | np.integer) or value < 1:
       raise InputError(f"{name}={value!r} is out of range; expected a whole number of at least 1.")
-  least = graph.prunable(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups]))
+  least = graph.costs["prunable_macs"](
+    np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups])
+  )
   if least > p * graph.prunable_macs():
     raise InputError(
       f"p={p} cannot be met: the smallest widths (min_width={min_width}, round_to={round_to}) already take"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sapr_jax import models
-from sapr_jax.channels import register_rule, trace_channels
+from sapr_jax.channels import prune_tree, register_rule, trace_channels
 from sapr_jax.channels.graph import check_masks, polynomial
 from sapr_jax.channels.rules import RULES
 from sapr_jax.errors import InputError
@@ -274,3 +274,10 @@ def test_an_axis_that_no_variable_has_is_no_group():
   model = WithUnusedProduct()
   graph = trace_channels(model, laws.abstract_variables(model), laws.SHAPE, select="exact")
   assert [group.name for group in graph.groups] == ["first"]
+
+
+def test_parameters_of_a_sub_network_are_those_of_the_cut_tree(bottleneck):
+  masks = {group.name: np.arange(group.size) % 3 > 0 for group in bottleneck.graph.groups}
+  cut = prune_tree(bottleneck.params, bottleneck.graph, masks)
+  assert bottleneck.graph.num_params(masks) == sum(leaf.size for leaf in jax.tree.leaves(cut))
+  assert bottleneck.graph.num_params() == sum(leaf.size for leaf in jax.tree.leaves(bottleneck.params))
