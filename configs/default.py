@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps
-  config.prune.statistics_batches = 100  # on which running statistics are measured again after the cut; 0: they are kept
+  config.prune.statistics_batches = (
+    100  # on which running statistics are measured again after the cut; 0: they are kept
+  )
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.generator = ConfigDict()

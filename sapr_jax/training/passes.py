@@ -52,6 +52,7 @@ class Passes:
   seed: int
   params: Any
   fast_cpu: bool
+  _evaluations: dict[nn.Module, MappedStep] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   def key(self, purpose: Purpose) -> jax.Array:
     """Returns the randomness of the run for one purpose."""
@@ -79,16 +80,19 @@ class Passes:
     """
     return step.run(state, self.shared(purpose, variables), calls)
 
-  def evaluate(self, step: MappedStep, variables: Any) -> dict[str, float]:
-    """Evaluates a network on all test images.
+  def evaluate(self, model: nn.Module, variables: Any) -> dict[str, float]:
+    """Evaluates a network on all test images; the step is compiled once for a model.
 
     Args:
-      step: A mapped `steps.evaluation_step` of the network.
+      model: The network.
       variables: Its variables, on the devices.
 
     Returns:
       Accuracy in [0, 1] and mean cross-entropy ("loss").
     """
+    if model not in self._evaluations:
+      self._evaluations[model] = self.map(steps.evaluation_step(model, self.feed.preprocessing))
+    step = self._evaluations[model]
     zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
     shared = self.feed.test.replace(variables=variables)
     sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from sapr_jax.channels import ChannelGraph, Masks, mask_params
+from sapr_jax.channels import Masks, mask_params
 from sapr_jax.method import Weighting, channel_norms, relative_weights
 from sapr_jax.runtime.devices import loops_are_slow, replicate
 from sapr_jax.training import optimizers, steps
@@ -29,7 +29,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
   tx = optimizers.regularized_sgd(config.train, schedule, graph, config.prune, weighting)
   # Until E_start all channels are kept, and the regularization does nothing.
   state = TrainState.create(experiment.variables, tx, masks=graph.full_masks(), proposer=proposer.init())
-  evaluation = passes.map(steps.evaluation_step(experiment.model, passes.feed.preprocessing))
+  model = experiment.model
   masked = jax.jit(lambda params, masks: mask_params(params, graph, masks))
   norms = jax.jit(lambda params: channel_norms(params, graph))
   start = config.prune.start_epoch
@@ -40,7 +40,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
     if scores is None:
-      return state.replace(proposer=proposed), {}
+      return state.replace(proposer=proposed), record
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
     if epoch > start:  # the first masks have no predecessor
@@ -48,14 +48,14 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     return state.replace(proposer=proposed, masks=replicate(masks, passes.mesh)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
-    record = _prefixed("test", passes.evaluate(evaluation, state.variables))
+    record = _prefixed("test", passes.evaluate(model, state.variables))
     if epoch < start:
       return record
     variables = {**state.variables, "params": masked(state.params, state.masks)}
     masks = jax.device_get(state.masks)
     return {
       **record,
-      **_prefixed("subnetwork", passes.evaluate(evaluation, variables)),
+      **_prefixed("subnetwork", passes.evaluate(model, variables)),
       "cost": experiment.budget.cost.name,
       "cost_share": experiment.budget.cost(graph.kept(masks)) / experiment.budget.full,
       "macs_share_of_network": graph.macs(masks) / graph.macs(),
@@ -63,9 +63,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
     }
 
-  return _stage(
-    "train", config.train, 0, passes, Purpose.TRAIN, experiment.model, tx, schedule, state, evaluate, renew_masks
-  )
+  return _stage("train", config.train, 0, passes, Purpose.TRAIN, model, tx, schedule, state, evaluate, renew_masks)
 
 
 def finetuning_stage(
@@ -84,10 +82,9 @@ def finetuning_stage(
   phase = config.finetune if phase is None else phase
   schedule = _schedule(phase, passes)
   tx = optimizers.sgd(phase, schedule)
-  evaluation = passes.map(steps.evaluation_step(model, passes.feed.preprocessing))
 
   def evaluate(state: TrainState, epoch: int) -> Record:
-    return _prefixed("test", passes.evaluate(evaluation, state.variables))
+    return _prefixed("test", passes.evaluate(model, state.variables))
 
   before = config.train.epochs if epochs_before is None else epochs_before
   state = TrainState.create(variables, tx)

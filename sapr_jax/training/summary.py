@@ -11,7 +11,6 @@ import numpy as np
 from sapr_jax import artifacts, report
 from sapr_jax.channels import Masks, count_macs
 from sapr_jax.runtime import processes, replicate
-from sapr_jax.training import steps
 from sapr_jax.training.experiment import Experiment
 from sapr_jax.training.optimizers import learning_rate_schedule
 
@@ -48,8 +47,7 @@ def summarize(
   )
 
   def accuracy(model: nn.Module, variables: Any) -> dict[str, float]:
-    step = passes.map(steps.evaluation_step(model, passes.feed.preprocessing))
-    return passes.evaluate(step, replicate(variables, passes.mesh))
+    return passes.evaluate(model, replicate(variables, passes.mesh))
 
   compact = {
     "macs": macs,

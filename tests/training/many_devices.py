@@ -15,10 +15,12 @@ import optax
 from jax.sharding import Mesh
 
 import sapr_jax as sapr
-from sapr_jax.training import devices, steps
-from sapr_jax.training.state import generator_state, network_state
+from sapr_jax.runtime import devices
+from sapr_jax.training import steps
+from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.state import GeneratorState, TrainState
 
-PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,))
+PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
 SHAPE = (4, 4, 1)
 COUNTS = (1, 2, 4, 8)
 
@@ -41,7 +43,7 @@ class Plain(nn.Module):
 def main(file: str) -> None:
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (21, *SHAPE)).astype(np.uint8)
-  shared = steps.Shared(images=images, labels=rng.integers(0, 10, 21).astype(np.int32), key=jax.random.key(0))
+  shared = Shared(images=images, labels=rng.integers(0, 10, 21).astype(np.int32), key=jax.random.key(0))
   distinct = np.arange(16)[None]
   # Each device gets the same two images over and over: its batch statistics are those of the whole batch.
   tiled = np.tile([3, 7], 8)[None]
@@ -69,13 +71,10 @@ def initial(model):
 
 def run(mesh, step, carry, shared, calls):
   """Runs a step with implicit transfers forbidden; returns the last carry, metrics, number of programs."""
-  mapped = devices.MappedSteps(step, mesh)
+  mapped = devices.MappedStep(step, mesh)
   carry, shared = devices.replicate((carry, shared), mesh)
-  metrics = []
   with jax.transfer_guard("disallow"):
-    for state, measured in mapped.run(carry, shared, calls):
-      carry = state
-      metrics.append(jax.device_get(measured))
+    carry, metrics = mapped.run(carry, shared, calls)
   for leaf in jax.tree.leaves(carry):
     copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
     assert len(copies) == mesh.devices.size
@@ -87,7 +86,7 @@ def run(mesh, step, carry, shared, calls):
 def weights(mesh, model, shared, calls):
   tx = optax.sgd(0.1, 0.9)
   step = steps.weight_step(model, tx, PREPROCESSING)
-  return run(mesh, step, network_state(initial(model), tx), shared, calls)
+  return run(mesh, step, TrainState.create(initial(model), tx), shared, calls)
 
 
 def generator(mesh, shared, calls):
@@ -95,17 +94,17 @@ def generator(mesh, shared, calls):
   variables = initial(model)
   graph = sapr.trace_channels(model, variables, (1, *SHAPE), select="unjoined")
   architecture, tx = sapr.ArchitectureGenerator.for_graph(graph), optax.adamw(1e-2)
-  settings = {"p": 0.5, "macs_weight": 4.0, "bias": 0.0, "temperature": 0.4, "batch_statistics": False}
-  step = steps.generator_step(model, architecture, graph, tx, PREPROCESSING, **settings)
-  state = generator_state(architecture, tx, jax.random.key(2))
+  options = sapr.SearchOptions(sapr.macs_budget(graph, 0.5), bias=0.0)
+  step = steps.generator_step(model, architecture, graph, tx, PREPROCESSING, options)
+  state = GeneratorState.create(architecture.init(jax.random.key(2)), tx)
   found = run(mesh, step, state, dataclasses.replace(shared, variables=variables), calls)
 
   def sample(carry, shared, batch):
     key, _ = jax.random.split(jax.random.fold_in(shared.key, carry))
     return carry + 1, {"masks": sapr.sample_masks(key, jnp.zeros((2, 6)), bias=0.0)}
 
-  mapped = devices.MappedSteps(sample, mesh)
-  ((_, metrics),) = mapped.run(*devices.replicate((jnp.int32(5), shared), mesh), [calls[0]])
+  mapped = devices.MappedStep(sample, mesh)
+  _, metrics = mapped(*devices.replicate((jnp.int32(5), shared), mesh), mapped.place(calls[0]))
   found["masks"] = np.stack([np.asarray(shard.data) for shard in metrics["masks"].addressable_shards])
   return found
 

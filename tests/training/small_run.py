@@ -4,19 +4,21 @@ import contextlib
 
 import jax
 import numpy as np
+import tiny_main  # noqa: F401  (registers the network)
 
 import sapr_jax as sapr
 from configs import digits
 from sapr_jax import artifacts
 
 SMALL = {
+  "model.name": "tiny",
   "data.train_images": 320,
   "data.test_images": 100,
   "eval_batch_size": 64,
   "train.epochs": 4,
   "train.decay_epochs": (3,),
   "prune.start_epoch": 1,
-  "prune.hold_epoch": 3,
+  "prune.select": "unjoined",
   "prune.form": "proximal",  # which has a state of its own that a resumed run must have too
   "prune.gamma": 0.1,  # strong, as there are only five steps in an epoch
   "prune.statistics_batches": 7,  # of two epochs

@@ -10,13 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_main  # noqa: F401  (its network compiles fast)
 from many_devices import COUNTS
 from small_run import FAST_COMPILATION, small_config
 
 import sapr_jax as sapr
 from sapr_jax import training
-from sapr_jax.training import devices
+from sapr_jax.runtime import devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -77,24 +76,23 @@ def test_the_steady_state_compiles_nothing(results):
 
 
 def test_a_run_compiles_each_step_once_and_transfers_nothing_by_the_way(tmp_path, monkeypatch):
-  run, used = devices.MappedSteps.run, set()
+  place, call, used = devices.MappedStep.place, devices.MappedStep.__call__, set()
 
-  def guarded(steps, *arguments):
-    used.add(steps)
-    calls = run(steps, *arguments)
-    while True:
+  def guarded(action):
+    def guarded_action(step, *arguments):
+      used.add(step)
       with jax.transfer_guard("disallow"):
-        result = next(calls, None)
-      if result is None:
-        return
-      yield result
+        return action(step, *arguments)
 
-  monkeypatch.setattr(devices.MappedSteps, "run", guarded)
-  config = small_config(model__name="tiny", prune__select="unjoined", checkpoint__every_steps=3)
+    return guarded_action
+
+  monkeypatch.setattr(devices.MappedStep, "place", guarded(place))
+  monkeypatch.setattr(devices.MappedStep, "__call__", guarded(call))
+  config = small_config(checkpoint__every_steps=3)
   training.run(config, tmp_path / "run")
-  # Weights, generator, evaluation; of the pruned network statistics, weights, and evaluation in two places.
-  assert len(used) == 7
-  assert all(steps._many._cache_size() == 1 for steps in used)
+  # Weights, generator, evaluation; of the pruned network statistics, weights, evaluation.
+  assert len(used) == 6
+  assert all(step._many._cache_size() == 1 for step in used)
 
 
 def test_processes_with_unequal_numbers_of_devices_are_refused(monkeypatch):

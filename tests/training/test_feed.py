@@ -12,8 +12,10 @@ from PIL import Image
 
 import sapr_jax as sapr
 from configs import default_imagenet, digits
-from sapr_jax import artifacts, training
-from sapr_jax.training import devices, feed
+from sapr_jax import artifacts, data, training
+from sapr_jax.runtime import devices
+from sapr_jax.training import feed
+from sapr_jax.training.proposers import GeneratorProposer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,17 +69,20 @@ def resident_feed(**overrides):
   config.update_from_flattened_dict(
     {"data.train_images": 100, "data.test_images": 20, "eval_batch_size": 8} | overrides
   )
-  return feed.make_feed(config, devices.data_mesh())
+  return feed.open_feed(config, devices.data_mesh())
 
 
 def test_resident_calls_are_of_one_length_where_that_is_near():
-  order = np.arange(96, dtype=np.int32).reshape(12, 8)
-  calls = list(resident_feed(steps_per_call=5).training(order, stream=0, epoch=0))
+  order = data.epoch_batches(100, 8, seed=0, epoch=1, purpose=2)
+  calls = list(resident_feed(steps_per_call=5).training(8, purpose=2, epoch=1))
   assert [len(call) for call in calls] == [4, 4, 4]
   np.testing.assert_array_equal(np.concatenate(calls), order)
-  calls = list(resident_feed(steps_per_call=4).training(order[:7], stream=0, epoch=0, first=4))
-  assert [len(call) for call in calls] == [3]
-  np.testing.assert_array_equal(calls[0], order[4:7])
+  calls = list(resident_feed(steps_per_call=4).training(8, purpose=2, epoch=1, first=8))
+  assert [len(call) for call in calls] == [4]
+  np.testing.assert_array_equal(calls[0], order[8:])
+  chosen = np.arange(10, 40, dtype=np.int32)
+  (call,) = resident_feed(steps_per_call=5).training(10, purpose=2, epoch=0, images=chosen)
+  assert sorted(call.ravel()) == chosen.tolist()
 
 
 def test_resident_evaluation_counts_every_image_once():
@@ -96,16 +101,15 @@ def test_the_statistics_are_those_of_the_training_images_unless_given():
 
 
 def test_streamed_batches_bring_their_images(photos):
-  images = feed.make_feed(streamed_config(photos), devices.data_mesh())
+  images = feed.open_feed(streamed_config(photos), devices.data_mesh())
   assert (images.num_train, images.num_test, images.num_classes, images.image_shape) == (24, 11, 2, (16, 16, 3))
-  order = np.arange(24, dtype=np.int32).reshape(3, 8)
-  calls = list(images.training(order, stream=1, epoch=0))
+  calls = list(images.training(8, purpose=1, epoch=0))
   assert [call["images"].shape for call in calls] == [(1, 8, 16, 16, 3)] * 3
   labels = np.concatenate([call["labels"].ravel() for call in calls])
-  assert labels.tolist() == [0] * 12 + [1] * 12
+  assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
   brightness = np.concatenate([call["images"].mean((2, 3, 4)).ravel() for call in calls])
   assert (brightness[labels == 0] < 100).all() and (brightness[labels == 1] > 120).all()
-  (rest,) = images.training(order, stream=1, epoch=0, first=2)
+  (rest,) = images.training(8, purpose=1, epoch=0, first=2)
   np.testing.assert_array_equal(rest["images"], calls[2]["images"])
 
   counts = [weights.sum() for _, weights in images.evaluation()]
@@ -132,6 +136,7 @@ def test_a_run_on_streamed_images(streamed_run):
   assert model.apply(variables, np.zeros((1, 16, 16, 3))).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_streamed_run_killed_within_an_epoch_goes_on_at_the_step(photos, streamed_run, tmp_path, monkeypatch):
   class KilledError(Exception):
     pass
@@ -147,16 +152,16 @@ def test_a_streamed_run_killed_within_an_epoch_goes_on_at_the_step(photos, strea
   with pytest.raises(KilledError):
     training.run(streamed_config(photos), tmp_path / "run")
   monkeypatch.setattr(artifacts.Checkpointer, "save", save)
-  generator_epochs = []
-  train_generator = training.epochs.train_generator
-  monkeypatch.setattr(
-    training.epochs,
-    "train_generator",
-    lambda *a, epoch: generator_epochs.append(epoch) or train_generator(*a, epoch=epoch),
-  )
+  proposed, propose = [], GeneratorProposer.propose
+
+  def proposing(proposer, state, variables, epoch):
+    proposed.append(epoch)
+    return propose(proposer, state, variables, epoch)
+
+  monkeypatch.setattr(GeneratorProposer, "propose", proposing)
   # With a worker process in place of threads: it changes nothing.
   training.run(streamed_config(photos, **{"data.workers": 1}), tmp_path / "run")
-  assert generator_epochs == []  # the masks of the epoch were found before
+  assert proposed == []  # the masks of the epoch were found before
   for name in ("dense", "pruned"):
     got, want = (sapr.load(workdir / name)[1] for workdir in (tmp_path / "run", streamed_run[0]))
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -169,14 +174,15 @@ def test_what_cannot_be_streamed_is_refused(photos, tmp_path):
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
 
-  refused(r"data\.eval_resize=15 is less than data\.image_size=16", **{"data.eval_resize": 15})
-  refused("streamed images need mean and deviation", **{"data.mean": None, "data.std": None})
-  refused(r"data\.mean=.* do not fit; give both or neither", **{"data.std": None})
-  refused(r"data\.std=.* has a zero", **{"data.std": (0.2, 0.0, 0.2)})
+  refused(r"data\.eval_resize must be at least data\.image_size = 16, got 15", **{"data.eval_resize": 15})
+  refused(r"data\.mean must have red, green and blue", **{"data.mean": None, "data.std": None})
+  refused(r"data\.mean and data\.std must be of one length", **{"data.std": None})
+  refused(r"data\.std must have no zero", **{"data.std": (0.2, 0.0, 0.2)})
   refused("digits", **{"data.source": "digits"})
-  refused(r"data\.workers=-1", **{"data.workers": -1})
+  refused(r"data\.workers must be an integer of at least 0, or unset, got -1", **{"data.workers": -1})
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
   shutil.copytree(photos, tmp_path / "photos")
   file = tmp_path / "photos" / "train" / "dark" / "1.JPEG"

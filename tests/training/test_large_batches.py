@@ -12,16 +12,18 @@ from tiny_main import Tiny
 
 import sapr_jax as sapr
 from configs import default
-from sapr_jax.training import devices, schedules, setup, steps
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.state import network_state
+from sapr_jax.runtime import devices
+from sapr_jax.training import check_config, optimizers, steps
+from sapr_jax.training.experiment import check_batches
+from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=1, flip=True)
+PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=1, flip=True)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)
-SHARED = steps.Shared(images=IMAGES, labels=RNG.integers(0, 10, 12).astype(np.int32), key=jax.random.key(0))
+SHARED = Shared(images=IMAGES, labels=RNG.integers(0, 10, 12).astype(np.int32), key=jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,9 @@ def variables():
 def stepped(variables, **options):
   """Returns the state after a step on all images, and its metrics."""
   tx = optax.sgd(0.1)
-  step = devices.MappedSteps(steps.weight_step(Tiny(), tx, PREPROCESSING, **options), devices.data_mesh())
-  state = jax.tree.map(jnp.copy, network_state(variables, tx))
-  ((after, metrics),) = step.run(state, SHARED, [np.arange(12)[None]])
-  return after, metrics
+  step = devices.MappedStep(steps.weight_step(Tiny(), tx, PREPROCESSING, **options), devices.data_mesh())
+  state = jax.tree.map(jnp.copy, TrainState.create(variables, tx))
+  return step.run(state, SHARED, [np.arange(12)[None]])
 
 
 @pytest.mark.parametrize("unroll", [True, False])
@@ -44,7 +45,7 @@ def test_pieces_are_averaged_and_the_statistics_follow_them(variables, unroll):
 
   # The same images as in one piece: they are augmented before they are divided.
   image_key, _ = jax.random.split(jax.random.fold_in(jax.random.fold_in(SHARED.key, 0), 0))
-  x = PREPROCESSING.train(image_key, jnp.asarray(IMAGES))
+  x = PREPROCESSING.normalize(PREPROCESSING.augment(image_key, jnp.asarray(IMAGES)))
   batch_stats, grads, losses = variables["batch_stats"], [], []
   for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
 
@@ -67,15 +68,15 @@ def test_pieces_are_averaged_and_the_statistics_follow_them(variables, unroll):
 def test_the_regularization_comes_once_however_many_pieces(variables):
   graph = sapr.trace_channels(Tiny(), variables, (1, 8, 8, 1), select="unjoined")
   masks = {name: np.zeros_like(mask) for name, mask in graph.full_masks().items()}
-  shared = SHARED.replace(masks=masks)
   lost = []
   for accumulate in (1, 2):
     changes = []
     for gamma in (0.0, 10.0):
-      tx = optax.chain(sapr.add_partial_group_lasso(graph, gamma), optax.sgd(0.1))
+      tx = optax.chain(sapr.regularize_by_penalty(graph, gamma), optax.sgd(0.1))
       step = steps.weight_step(Tiny(), tx, PREPROCESSING, accumulate=accumulate)
-      mapped = devices.MappedSteps(step, devices.data_mesh())
-      ((after, _),) = mapped.run(jax.tree.map(jnp.copy, network_state(variables, tx)), shared, [np.arange(12)[None]])
+      mapped = devices.MappedStep(step, devices.data_mesh())
+      state = jax.tree.map(jnp.copy, TrainState.create(variables, tx, masks=masks))
+      after, _ = mapped.run(state, SHARED, [np.arange(12)[None]])
       changes.append(after.params["conv0"]["kernel"])
     lost.append(changes[1] - changes[0])
   want = jax.grad(lambda p: -1.0 * sapr.partial_group_lasso(p, graph, masks))(variables["params"])["conv0"]["kernel"]
@@ -87,12 +88,12 @@ def test_accumulation_in_a_loop_needs_less_memory():
   model = Tiny()
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
   tx, needed = optax.sgd(0.1), []
-  state = jax.eval_shape(lambda v: network_state(v, tx), shapes)
+  state = jax.eval_shape(lambda v: TrainState.create(v, tx), shapes)
   images = jax.ShapeDtypeStruct((1024, 8, 8, 1), np.uint8)
-  shared = steps.Shared(images=images, labels=jax.ShapeDtypeStruct((1024,), np.int32), key=jax.random.key(0))
+  shared = Shared(images=images, labels=jax.ShapeDtypeStruct((1024,), np.int32), key=jax.random.key(0))
   for accumulate in (1, 8):
     step = steps.weight_step(model, tx, PREPROCESSING, accumulate=accumulate, unroll=False)
-    mapped = devices.MappedSteps(step, devices.data_mesh())
+    mapped = devices.MappedStep(step, devices.data_mesh())
     compiled = mapped._many.lower(state, shared, jax.ShapeDtypeStruct((1, 1024), np.int32)).compile()
     needed.append(compiled.memory_analysis().temp_size_in_bytes)
   assert needed[1] < 0.3 * needed[0]
@@ -106,26 +107,26 @@ def phase(**fields):
 
 def test_the_learning_rate_scales_with_the_batch_and_rises_from_zero():
   config = phase(batch_size=1024, base_batch_size=256, warmup_epochs=0.5)
-  rate = schedules.learning_rate_schedule(config, steps_per_epoch=8)
+  rate = optimizers.learning_rate_schedule(config, steps_per_epoch=8)
   got = [float(rate(step)) for step in range(32)]
   assert got == pytest.approx([0.1, 0.2, 0.3, 0.4] + [0.4] * 12 + [0.04] * 16)
 
 
 def test_without_these_options_the_learning_rate_is_as_it_was():
   for fields in ({}, {"base_batch_size": 128}):
-    rate = schedules.learning_rate_schedule(phase(**fields), steps_per_epoch=8)
+    rate = optimizers.learning_rate_schedule(phase(**fields), steps_per_epoch=8)
     assert [float(rate(step)) for step in (0, 15, 16)] == pytest.approx([0.1, 0.1, 0.01])
-  warmed = schedules.learning_rate_schedule(phase(schedule="cosine", warmup_epochs=1), steps_per_epoch=2)
+  warmed = optimizers.learning_rate_schedule(phase(schedule="cosine", warmup_epochs=1), steps_per_epoch=2)
   assert float(warmed(0)) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(
   ("field", "value", "text"),
   [
-    ("train.accumulate", 0, "train.accumulate=0 is out of range; expected at least 1"),
-    ("finetune.base_batch_size", 0, "finetune.base_batch_size=0"),
-    ("train.warmup_epochs", -1.0, r"train\.warmup_epochs=-1\.0 is out of range; expected a number in \[0, 4\]"),
-    ("finetune.warmup_epochs", 3.0, r"finetune\.warmup_epochs=3\.0"),
+    ("train.accumulate", 0, r"train\.accumulate must be an integer of at least 1, got 0"),
+    ("finetune.base_batch_size", 0, r"finetune\.base_batch_size must be .*, got 0"),
+    ("train.warmup_epochs", -1.0, r"train\.warmup_epochs must be a number of at least 0, got -1\.0"),
+    ("finetune.warmup_epochs", 3.0, r"finetune\.warmup_epochs must be at most finetune\.epochs = 2, got 3\.0"),
   ],
 )
 def test_options_out_of_range_are_refused(field, value, text):
@@ -136,15 +137,15 @@ def test_options_out_of_range_are_refused(field, value, text):
 @pytest.mark.parametrize(
   ("batch", "accumulate", "count", "text"),
   [
-    (60, 1, 8, r"train\.batch_size=60 does not divide by the 8 devices; 56 or 64 would\."),
-    (4, 1, 8, r"train\.batch_size=4 does not divide by the 8 devices; 8 would\."),
-    (64, 3, 8, r"train\.batch_size=64 does not divide by the 8 devices times train\.accumulate=3; 48 or 72 would\."),
+    (60, 1, 8, r"train\.batch_size=60 must be a multiple of the 8 devices; use 56 or 64\."),
+    (4, 1, 8, r"train\.batch_size=4 must be a multiple of the 8 devices; use 8\."),
+    (64, 3, 8, r"train\.batch_size=64 must be a multiple of the 8 devices times train\.accumulate=3; use 48 or 72\."),
   ],
 )
 def test_batches_that_do_not_divide_are_refused_with_those_that_would(batch, accumulate, count, text):
   config = small_config(train__batch_size=batch, train__accumulate=accumulate)
   with pytest.raises(sapr.InputError, match=text):
-    setup._check_batches(config, 320, count)
+    check_batches(config, 320, count)
 
 
 @pytest.mark.parametrize(

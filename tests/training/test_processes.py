@@ -7,14 +7,12 @@ import pathlib
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
-import tiny_main  # noqa: F401  (so that its network can be loaded here)
 from small_run import FAST_COMPILATION, check_same_run
 
 import sapr_jax as sapr
-from sapr_jax.training import processes, rendezvous
+from sapr_jax.runtime import processes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -111,6 +109,7 @@ def own_lines(output):
   return [line for line in output.splitlines() if not line.startswith("[Gloo]")]
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_and_killed_end_like_one_that_is_not(launcher, alone, tmp_path):
   workdir = tmp_path / "run"
   # SIGTERM to one of them: both save at the same step and stop.
@@ -137,6 +136,7 @@ def test_two_processes_that_are_stopped_and_killed_end_like_one_that_is_not(laun
   check_same_run(workdir, alone)
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_refused(launcher, tmp_path):
   ends = launcher.run(2, tmp_path / "run", last=["--config.train.learning_rate=0.3"])
   assert [status for status, _, _ in ends] == [2, 2]
@@ -144,54 +144,27 @@ def test_processes_that_differ_are_refused(launcher, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def meet_all(counts_and_numbers, timeout=10.0):
-  """Lets processes (threads here) meet; returns the message of each, "" if all is well."""
-  address, messages = f"127.0.0.1:{free_port()}", {}
-
-  def one(place, count, number):
-    try:
-      rendezvous.meet(address, count, number, timeout)
-      messages[place] = ""
-    except sapr.InputError as error:
-      messages[place] = str(error)
-
-  threads = [threading.Thread(target=one, args=(i, *pair)) for i, pair in enumerate(counts_and_numbers)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  return [messages[place] for place in range(len(threads))]
-
-
-def test_processes_that_are_complete_meet():
-  assert meet_all([(4, 2), (4, 0), (4, 3), (4, 1)]) == ["", "", "", ""]
-
-
-def test_a_process_that_counts_otherwise_stops_all():
-  messages = meet_all([(3, 0), (4, 1)])
-  assert messages == ["process 0 was started with --num_processes=3 and process 1 with 4."] * 2
-
-
-def test_two_processes_of_one_number_stop_all():
-  messages = meet_all([(3, 0), (3, 1), (3, 1)])
-  assert messages == ["two processes were started with --process_id=1; each of the 3 needs its own."] * 3
-
-
-def test_a_process_that_does_not_come_is_named():
-  messages = meet_all([(4, 0), (4, 2)], timeout=1.0)
-  assert messages[0] == messages[1]
-  assert messages[0].startswith("after 1 s, processes 1, 3 of 4 had not come to 127.0.0.1:")
-
-
-def test_a_process_that_cannot_reach_the_first_says_so():
-  (message,) = meet_all([(2, 1)], timeout=0.5)
-  assert message.startswith("process 1 could not reach process 0 at 127.0.0.1:")
-  assert "Connection refused" in message
+@pytest.mark.parametrize(("number", "missing"), [(0, 1), (1, 0)])
+def test_a_process_that_waits_in_vain_ends_with_one_line(number, missing):
+  program = "from sapr_jax.runtime import processes; processes.initialize(*{!r}, timeout=1)"
+  address = f"127.0.0.1:{free_port()}"
+  command = [sys.executable, "-c", program.format((address, 2, number))]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2
+  (line,) = own_lines(done.stderr)
+  assert line.startswith(f"error: process {number} of 2 at {address} could not connect to the others within 1 s; start")
 
 
 def test_a_port_in_use_is_named():
-  with socket.create_server(("", 0)) as server, pytest.raises(sapr.InputError, match="cannot listen at port"):
-    rendezvous.meet(f"127.0.0.1:{server.getsockname()[1]}", 2, 0, 1.0)
+  program = "from sapr_jax.runtime import processes; processes.initialize(*{!r}, timeout=5)"
+  with socket.create_server(("", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, "-c", program.format((address, 2, 0))]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+  assert f"InputError: process 0 cannot connect at --coordinator={address}" in done.stderr
+  assert "a port that no other program has" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -199,11 +172,11 @@ def test_a_port_in_use_is_named():
   [
     (("10.0.0.1:1234", 2, None), "--process_id is missing"),
     ((None, 2, 0), "--coordinator is missing"),
-    (("10.0.0.1", 2, 0), "--coordinator='10.0.0.1' is no address"),
-    (("10.0.0.1:port", 2, 0), "is no address"),
-    (("10.0.0.1:1234", 0, 0), "--num_processes=0 is out of range"),
-    (("10.0.0.1:1234", 2, 2), "--process_id=2 is out of range"),
-    (("10.0.0.1:1234", 2, -1), "--process_id=-1 is out of range"),
+    (("10.0.0.1", 2, 0), "--coordinator must be HOST:PORT, such as .*, got '10.0.0.1'"),
+    (("10.0.0.1:port", 2, 0), "--coordinator must be HOST:PORT"),
+    (("10.0.0.1:1234", 0, 0), "--num_processes must be at least 1, got 0"),
+    (("10.0.0.1:1234", 2, 2), "--process_id must be in 0 .. --num_processes - 1 = 1, got 2"),
+    (("10.0.0.1:1234", 2, -1), "--process_id must be in 0 .*, got -1"),
   ],
 )
 def test_wrong_arguments_are_refused(arguments, text):

@@ -11,7 +11,7 @@ from configs import default
 from sapr_jax import models
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import trace_channels
-from sapr_jax.method import check_budget
+from sapr_jax.method import check_budget, macs_budget
 from sapr_jax.training import workdir
 from sapr_jax.training.rounding import DEFAULT_ROUND_TO, default_round_to, resolve_round_to
 from sapr_jax.training.run import _with_first_rounding
@@ -35,8 +35,10 @@ def test_an_unknown_platform_does_not_round():
 
 
 def test_what_the_configuration_says_goes_first(tiny):
-  assert resolve_round_to(prune_fields(round_to=4), tiny.graph, "gpu") == 4
-  assert resolve_round_to(prune_fields(), tiny.graph, "gpu") == 1  # 4 channels in the narrowest group
+  assert resolve_round_to(prune_fields(round_to=4), tiny.graph, macs_budget(tiny.graph, 0.48), "gpu") == 4
+  assert (
+    resolve_round_to(prune_fields(), tiny.graph, macs_budget(tiny.graph, 0.48), "gpu") == 1
+  )  # 4 channels in the narrowest group
 
 
 @pytest.mark.parametrize(
@@ -46,15 +48,16 @@ def test_the_experiments_meet_their_budget_on_a_gpu(name, rounded):
   config = importlib.import_module(f"configs.{name}").get_config()
   model, shape = models.create(config.model.name), (1, 32, 32, 3)
   graph = trace_channels(model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), shape)
-  assert resolve_round_to(config.prune, graph, "gpu") == rounded
-  check_budget(graph, config.prune.p, round_to=rounded)
+  budget = macs_budget(graph, config.prune.p)
+  assert resolve_round_to(config.prune, graph, budget, "gpu") == rounded
+  check_budget(graph, budget, round_to=rounded)
 
 
 def test_a_budget_that_multiples_cannot_meet_is_met_without():
   model, shape = models.create("resnet18", width_multiplier=1.0), (1, 32, 32, 3)
   graph = trace_channels(model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), shape)
-  assert resolve_round_to(prune_fields(p=0.5), graph, "gpu") == 8
-  assert resolve_round_to(prune_fields(p=0.03), graph, "gpu") == 1
+  assert resolve_round_to(prune_fields(), graph, macs_budget(graph, 0.5), "gpu") == 8
+  assert resolve_round_to(prune_fields(), graph, macs_budget(graph, 0.03), "gpu") == 1
 
 
 @dataclasses.dataclass(frozen=True)

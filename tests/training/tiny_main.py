@@ -1,4 +1,4 @@
-"""`sapr_jax.main` with one network more, called "tiny", that compiles fast, for `test_processes.py`.
+"""`sapr_jax.main` with one network more, called "tiny", that compiles fast, for `small_run.py` and `test_processes.py`.
 
 With STOP="SIGNAL PROCESS EPOCH STEP" in the environment that process sends itself the signal as it makes that
 checkpoint.

@@ -12,13 +12,15 @@ import pytest
 
 import sapr_jax as sapr
 from configs import default
-from sapr_jax.method import split_by_group
-from sapr_jax.training import devices, schedules, steps
-from sapr_jax.training.state import generator_state, network_state
+from sapr_jax.method import share_weights, split_by_group
+from sapr_jax.runtime import devices
+from sapr_jax.training import optimizers, steps
+from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.state import GeneratorState, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PREPROCESSING = steps.Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
+PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,46 +33,57 @@ def shared(mesh):
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.integers(0, 256, (20, 8, 8, 1)), jnp.uint8)
   return devices.replicate(
-    steps.Shared(images=images, labels=jnp.asarray(rng.integers(0, 10, 20), jnp.int32), key=jax.random.key(0)), mesh
+    Shared(images=images, labels=jnp.asarray(rng.integers(0, 10, 20), jnp.int32), key=jax.random.key(0)), mesh
   )
 
 
 def test_many_steps_in_one_call_equal_one_after_the_other(mesh):
-  def step(carry, shared, batch):
-    carry = carry * shared + jnp.sum(batch)
-    return carry, {"sum": jnp.sum(batch)}
+  def step(state, shared, batch):
+    state = state * shared + jnp.sum(batch)
+    return state, {"sum": jnp.sum(batch)}
 
-  batches = np.arange(14.0).reshape(7, 2)
-  mapped = devices.MappedSteps(step, mesh)
+  batches = np.arange(14.0, dtype=np.float32).reshape(7, 2)
+  mapped = devices.MappedStep(step, mesh)
   results = []
   for size in (1, 3, 7):
     calls = [batches[start : start + size] for start in range(0, 7, size)]
-    done = list(mapped.run(jnp.ones(()), jnp.asarray(0.5), calls))
-    assert len(done) == len(calls)
-    np.testing.assert_array_equal(np.concatenate([metrics["sum"] for _, metrics in done]), batches.sum(axis=1))
-    results.append(float(done[-1][0]))
+    state, metrics = mapped.run(jnp.ones(()), jnp.asarray(0.5), calls)
+    np.testing.assert_array_equal(metrics["sum"], batches.sum(axis=1))
+    results.append(float(state))
   assert results == pytest.approx([results[0]] * 3)
 
 
-def test_the_next_batch_is_read_while_the_devices_work(mesh):
-  read = []
+def test_metrics_are_fetched_some_calls_at_a_time_in_order():
+  queue = devices.MetricsQueue(every=3)
+  fetched = [queue.add({"loss": np.asarray([i])}) for i in range(8)]
+  assert [[int(m["loss"][0]) for m in calls] for calls in fetched] == [[]] * 5 + [[0, 1, 2]] + [[]] * 2
+  assert [int(m["loss"][0]) for m in queue.fetch()] == [3, 4, 5, 6, 7]
+  assert queue.fetch() == []
+
+
+def test_the_host_runs_a_bounded_number_of_calls_ahead(mesh, monkeypatch):
+  read, seen = [], []
 
   def calls():
-    for i in range(3):
+    for i in range(9):
       read.append(i)
-      yield np.full((1, 2), float(i))
+      yield np.full((1, 2), float(i), np.float32)
 
-  mapped = devices.MappedSteps(lambda carry, shared, batch: (carry + jnp.sum(batch), {}), mesh)
-  seen = [(list(read), float(carry)) for carry, _ in mapped.run(jnp.zeros(()), jnp.zeros(()), calls())]
-  assert seen == [([0, 1], 0.0), ([0, 1, 2], 2.0), ([0, 1, 2], 6.0)]
+  mapped = devices.MappedStep(lambda state, shared, batch: (state + jnp.sum(batch), {"sum": jnp.sum(batch)}), mesh)
+  fetch = devices.MetricsQueue.fetch
+  monkeypatch.setattr(
+    devices.MetricsQueue, "fetch", lambda queue, count=None: seen.append(read[-1]) or fetch(queue, count)
+  )
+  state, metrics = mapped.run(jnp.zeros(()), jnp.zeros(()), calls())
+  assert float(state) == 2 * sum(range(9)) and metrics["sum"].tolist() == [2.0 * i for i in range(9)]
+  assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 8]  # on a CPU, one call is under way while the next is read
 
 
 def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
-  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
-  before = network_state(tiny.variables, tx)
-  calls = [np.arange(8)[None]]
-  ((after, metrics),) = step.run(jax.tree.map(jnp.copy, before), shared, calls)
+  step = devices.MappedStep(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
+  before = TrainState.create(tiny.variables, tx)
+  after, metrics = step.run(jax.tree.map(jnp.copy, before), shared, [np.arange(8)[None]])
 
   x = (np.asarray(shared.images[:8], np.float32) / 255 - 0.5) / 0.25
 
@@ -93,7 +106,7 @@ def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
 def test_weight_decay_may_leave_out_what_has_few_axes(of, shrunk):
   phase = default.phase()
   phase.weight_decay, phase.weight_decay_of = 0.5, of
-  tx = schedules.sgd(phase, lambda step: 0.1)
+  tx = optimizers.sgd(phase, lambda step: 0.1)
   params = {"bias": jnp.ones(2), "dense": jnp.ones((2, 2)), "conv": jnp.ones((1, 1, 2, 2))}
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   for name, update in updates.items():
@@ -101,14 +114,14 @@ def test_weight_decay_may_leave_out_what_has_few_axes(of, shrunk):
 
 
 def test_evaluation_counts_every_image_once(tiny, mesh, shared):
-  step = devices.MappedSteps(steps.evaluation_step(tiny.model, PREPROCESSING), mesh)
+  step = devices.MappedStep(steps.evaluation_step(tiny.model, PREPROCESSING), mesh)
   x = (np.asarray(shared.images, np.float32) / 255 - 0.5) / 0.25
   logits = tiny.model.apply(tiny.variables, x)
   right = int(jnp.sum(jnp.argmax(logits, axis=-1) == shared.labels))
   indices = np.concatenate([np.arange(20), np.zeros(4, int)]).reshape(3, 8)
   weights = np.concatenate([np.ones(20), np.zeros(4)]).astype(np.float32).reshape(3, 8)
   zero = {name: jnp.zeros(()) for name in ("correct", "loss", "count")}
-  *_, (sums, _) = step.run(zero, dataclasses.replace(shared, variables=tiny.variables), [(indices, weights)])
+  sums, _ = step.run(zero, dataclasses.replace(shared, variables=tiny.variables), [(indices, weights)])
   assert float(sums["count"]) == 20
   assert float(sums["correct"]) == right
   want = optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels).sum()
@@ -121,12 +134,12 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   masks[name][1] = 0
   kernel = lambda params: np.asarray(params["stage1_block1"]["conv1"]["kernel"])  # noqa: E731
 
-  tx = optax.chain(optax.sgd(1e-3), sapr.partial_regularization(tiny.graph, 1e-3, gamma=50.0, weighting="share"))
-  step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
+  tx = optax.chain(optax.sgd(1e-3), sapr.regularize_by_prox(tiny.graph, 1e-3, gamma=50.0, weighting=share_weights))
+  step = devices.MappedStep(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
 
   def stepped(masks):
-    state = jax.tree.map(jnp.copy, network_state(tiny.variables, tx))
-    ((after, _),) = step.run(state, dataclasses.replace(shared, masks=masks), [np.arange(8)[None]])
+    state = jax.tree.map(jnp.copy, TrainState.create(tiny.variables, tx, masks=masks))
+    after, _ = step.run(state, shared, [np.arange(8)[None]])
     return kernel(after.params)
 
   plain, regularized = stepped(tiny.graph.full_masks()), stepped(masks)
@@ -137,16 +150,14 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
 
 def test_the_generator_reads_running_statistics_or_those_of_its_batch(tiny, mesh, shared):
   architecture, tx = sapr.ArchitectureGenerator.for_graph(tiny.graph), optax.sgd(0.1)
-  first = generator_state(architecture, tx, jax.random.key(1))
-  settings = {"p": 0.5, "macs_weight": 4.0, "bias": 0.0, "temperature": 0.4}
+  first = GeneratorState.create(architecture.init(jax.random.key(1)), tx)
+  options = sapr.SearchOptions(sapr.macs_budget(tiny.graph, 0.5), bias=0.0)
   other = {**tiny.variables, "batch_stats": jax.tree.map(lambda leaf: leaf + 1.0, tiny.variables["batch_stats"])}
 
-  def stepped(variables, batch_statistics):
-    step = steps.generator_step(
-      tiny.model, architecture, tiny.graph, tx, PREPROCESSING, **settings, batch_statistics=batch_statistics
-    )
-    mapped, read = devices.MappedSteps(step, mesh), dataclasses.replace(shared, variables=variables)
-    ((after, metrics),) = mapped.run(jax.tree.map(jnp.copy, first), read, [np.arange(16)[None]])
+  def stepped(variables, train):
+    step = steps.generator_step(tiny.model, architecture, tiny.graph, tx, PREPROCESSING, options, train=train)
+    mapped, read = devices.MappedStep(step, mesh), dataclasses.replace(shared, variables=variables)
+    after, metrics = mapped.run(jax.tree.map(jnp.copy, first), read, [np.arange(16)[None]])
     return after.params, float(metrics["loss"][0])
 
   running, batch = stepped(tiny.variables, False), stepped(tiny.variables, True)
@@ -163,3 +174,19 @@ def test_the_generator_reads_running_statistics_or_those_of_its_batch(tiny, mesh
   logits, _ = tiny.model.apply(masked, x, train=True, mutable=["batch_stats"])
   want = optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels[:16]).mean()
   np.testing.assert_allclose(batch[1], want, rtol=1e-3)
+
+
+def test_gradients_of_a_pass_are_summed(tiny, mesh, shared):
+  step = devices.MappedStep(steps.gradient_step(tiny.model, PREPROCESSING), mesh)
+  zeros = jax.tree.map(jnp.zeros_like, tiny.params)
+  calls = [np.arange(8)[None], np.arange(8, 16)[None]]
+  sums, metrics = step.run(zeros, dataclasses.replace(shared, variables=tiny.variables), calls)
+  x = (np.asarray(shared.images[:16], np.float32) / 255 - 0.5) / 0.25
+
+  def loss_fn(params):
+    logits = tiny.model.apply({**tiny.variables, "params": params}, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels[:16]).mean()
+
+  loss, grads = jax.jit(jax.value_and_grad(loss_fn))(tiny.params)
+  np.testing.assert_allclose(metrics["loss"].mean(), loss, rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-3, atol=1e-5), sums, grads)

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from sapr_jax.errors import InterruptedRunError
-from sapr_jax.training.interruption import Interruption
+from sapr_jax.runtime.interruption import Interruption
 
 
 def test_a_run_has_the_request_that_came_before_it_began():

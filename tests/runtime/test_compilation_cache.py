@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from sapr_jax.training import compilation_cache, use_compilation_cache
+from sapr_jax.runtime import compilation_cache, use_compilation_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
@@ -99,9 +99,9 @@ def test_without_xdg_cache_home_it_is_in_the_home_directory(monkeypatch):
 DRIVER = """
 import sys, jax
 from absl import app
-from sapr_jax import main, training
+from sapr_jax import main, runtime, training
 training.run = lambda config, workdir: print(jax.config.jax_compilation_cache_dir)
-training.compilation_cache._QUIET_ON_CPU = (0, 0, 0)
+runtime.compilation_cache._QUIET_ON_CPU = (0, 0, 0)
 assert jax.config.jax_compilation_cache_dir is None  # importing the package changes nothing
 app.run(main.main, flags_parser=main._parse_flags)
 """

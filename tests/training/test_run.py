@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -16,7 +15,10 @@ from small_run import small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
-from sapr_jax.training import epochs, loop, setup
+from sapr_jax.method import IMPORTANCES
+from sapr_jax.runtime import devices
+from sapr_jax.training import experiment as parts
+from sapr_jax.training import optimizers, passes
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -29,31 +31,21 @@ def test_every_epoch_has_its_record(whole):
   ]
   common = {"learning_rate", "train_loss", "train_accuracy", "test_accuracy", "test_loss", "weight_seconds"}
   searched = {
-    *("subnetwork_accuracy", "macs_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
+    *("subnetwork_accuracy", "cost", "cost_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
     *("kept_norm_mean", "widths"),
   }
-  renewed = {"generator_loss", "generator_macs_share", "generator_seconds"}
+  renewed = {"generator_loss", "generator_cost_share", "generator_seconds"}
   assert all(common <= record.keys() for record in records)
   assert [searched <= record.keys() for record in records] == [False, True, True, True, False, False]
-  assert [renewed <= record.keys() for record in records] == [False, True, True, False, False, False]
-  assert ["hamming_distance" in record for record in records] == [False, False, True, False, False, False]
+  assert [renewed <= record.keys() for record in records] == [False, True, True, True, False, False]
+  assert ["hamming_distance" in record for record in records] == [False, False, True, True, False, False]
   assert [record["learning_rate"] for record in records] == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.05, 0.005])
 
 
 def test_the_masks_meet_the_budget_in_every_epoch(whole):
-  shares = [record["macs_share"] for record in artifacts.read_records(whole[0]) if "macs_share" in record]
+  shares = [record["cost_share"] for record in artifacts.read_records(whole[0]) if "cost_share" in record]
   assert len(shares) == 3
-  assert all(0.48 <= share <= 0.49 for share in shares)
-
-
-def test_held_masks_are_those_of_a_generator_that_has_come_to_rest(whole, quick_compilation):
-  run = setup.build(small_config())
-  with contextlib.closing(artifacts.Checkpointer(whole[0] / "checkpoints" / "train")) as checkpointer:
-    state, position = loop.restore(run, loop.pruning_stage(run), checkpointer)
-  assert position.epoch == 4
-  assert int(state["generator"].step) == 2 * (len(run.generator_images) // run.config.generator.batch_size)
-  proposed = epochs.masks_in_force(run, state["generator"], epoch=2)
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["masks"]), proposed)
+  assert all(0.4 < share <= 0.49 for share in shares)
 
 
 def test_the_dropped_channels_lose_their_norm(whole):
@@ -74,8 +66,8 @@ def test_the_summary_is_about_the_last_epoch_and_the_compact_model(whole):
   assert summary == json.loads((workdir / "summary.json").read_text())
   assert summary["dense"]["accuracy"] == pytest.approx(records[3]["test_accuracy"])
   assert summary["pruned"]["accuracy"] == pytest.approx(records[5]["test_accuracy"])
-  assert summary["dense"]["macs"] == 747_136
-  assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.5
+  assert summary["dense"]["macs"] == 8 * 8 * 9 * (8 + 8 * 6) + 6 * 10
+  assert 0.4 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.5
   assert summary["pruned"]["params"] < summary["dense"]["params"]
   table = (workdir / "report.txt").read_text()
   assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [
@@ -91,25 +83,29 @@ def test_the_pruned_model_can_be_loaded_and_has_what_the_table_says(whole):
   assert artifacts.count_params(variables) == summary["pruned"]["params"]
   assert sapr.count_macs(model, variables, (1, 8, 8, 1)) == summary["pruned"]["macs"]
   dense, dense_variables = sapr.load(workdir / "dense")
-  assert dense.depth == 8
-  assert artifacts.count_params(dense_variables) == summary["dense"]["params"] == 75_002
+  assert type(dense).__name__ == "Tiny"
+  assert artifacts.count_params(dense_variables) == summary["dense"]["params"]
 
 
 def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation):
-  config = small_config(model__width_multiplier=0.25, data__crop_padding=0, data__flip=False)
-  run = setup.build(config)
-  calls = []
-  renewed = epochs.renew_statistics(run, run.model, run.variables, batches=7, between_calls=lambda: calls.append(None))
+  config = small_config(data__crop_padding=0, data__flip=False)
+  run, calls = parts.build(config), []
+  size = config.train.batch_size
+  renewed = passes.recalibrate_batch_norm(
+    run.passes, run.model, run.variables, batches=7, batch_size=size, between_calls=lambda: calls.append(None)
+  )
   assert calls
   jax.tree.map(np.testing.assert_array_equal, renewed["params"], jax.device_get(run.variables["params"]))
 
   # Five batches in an epoch, so that two are of the next.
-  stream = {"seed": config.seed, "stream": setup.STATISTICS}
-  order = [data.epoch_batches(320, config.train.batch_size, epoch=epoch, **stream) for epoch in (0, 1)]
+  order = [
+    data.epoch_batches(320, size, seed=config.seed, epoch=epoch, purpose=passes.Purpose.STATISTICS) for epoch in (0, 1)
+  ]
   want, train = run.variables, jax.jit(lambda v, x: run.model.apply(v, x, train=True, mutable=["batch_stats"])[1])
+  feed = run.passes.feed
   for batch in np.concatenate(order)[:7]:
-    want = want | train(want, run.feed.preprocessing.evaluate(run.feed.train.images[batch]))
-  assert not np.allclose(renewed["batch_stats"]["bn"]["mean"], run.variables["batch_stats"]["bn"]["mean"])
+    want = want | train(want, feed.preprocessing.normalize(feed.train.images[batch]))
+  assert not np.allclose(renewed["batch_stats"]["bn0"]["mean"], run.variables["batch_stats"]["bn0"]["mean"])
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), renewed["batch_stats"], want["batch_stats"]
   )
@@ -117,14 +113,14 @@ def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation)
 
 def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_path):
   config = small_config(
-    init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__hold_epoch=None, train__epochs=1,
+    init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__p=1.0, train__epochs=1,
     train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run")
   assert summary["run"]["statistics_batches"] == 7
   (_, dense), (_, pruned) = (sapr.load(tmp_path / "run" / name) for name in ("dense", "pruned"))
-  np.testing.assert_array_equal(dense["params"]["bn"]["scale"], pruned["params"]["bn"]["scale"])  # of the stem
-  assert not np.array_equal(dense["batch_stats"]["bn"]["mean"], pruned["batch_stats"]["bn"]["mean"])
+  jax.tree.map(np.testing.assert_array_equal, dense["params"], pruned["params"])  # nothing was cut
+  assert not np.array_equal(dense["batch_stats"]["bn1"]["mean"], pruned["batch_stats"]["bn1"]["mean"])
 
 
 def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
@@ -146,13 +142,13 @@ def test_data_that_has_changed_is_noticed(whole, tmp_path):
 def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
   config = small_config(init__weights=str(whole[0] / "dense"))
   dense, variables = sapr.load(whole[0] / "dense")
-  model, got = setup.initial_network(config, 10, (1, 8, 8, 1))
+  model, got = parts.first_network(config, 10, (1, 8, 8, 1))
   assert model == dense
   jax.tree.map(np.testing.assert_array_equal, got, variables)
 
   # A pruned model can be pruned further.
   config = small_config(
-    init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, prune__hold_epoch=None, train__epochs=1,
+    init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, train__epochs=1,
     train__decay_epochs=(), train__learning_rate=1e-6, finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
   summary = training.run(config, tmp_path / "further")
@@ -163,32 +159,32 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
   assert sapr.load(tmp_path / "further" / "pruned")[0].base == dense
 
   config.model.width_multiplier = 0.5
-  with pytest.raises(sapr.InputError, match=r"holds a CifarResNet with width_multiplier=1\.0; base has"):
+  with pytest.raises(sapr.InputError, match=r"holds a Tiny with width_multiplier=1\.0; base has"):
     training.run(config, tmp_path / "other")
   assert not (tmp_path / "other").exists()
 
 
 def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
-  config = small_config(model__width_multiplier=0.25)
+  config = small_config(model__name="resnet8", model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)
   variables = jax.jit(model.init)(jax.random.key(5), np.zeros((1, 8, 8, 1)))
   sapr.export_torch(tmp_path / "weights.safetensors", model, variables)
   config.init.weights = str(tmp_path / "weights.safetensors")
-  _, got = setup.initial_network(config, 10, (1, 8, 8, 1))
+  _, got = parts.first_network(config, 10, (1, 8, 8, 1))
   jax.tree.map(np.testing.assert_array_equal, got, variables)
-  config.init.weights = str(tmp_path / "nothing.pth")
-  with pytest.raises(sapr.InputError, match=r"nothing\.pth"):
-    setup.initial_network(config, 10, (1, 8, 8, 1))
+  config.init.weights = str(tmp_path / "nothing.safetensors")
+  with pytest.raises(sapr.InputError, match=r"nothing\.safetensors"):
+    parts.first_network(config, 10, (1, 8, 8, 1))
 
 
 @pytest.mark.parametrize("form", ["penalty", "proximal"])
-def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(quick_compilation, form):
-  made = setup.build(small_config(prune__form=form, model__width_multiplier=0.25, train__weight_decay=0.0))
-  params, graph, phase = made.variables["params"], made.graph, made.config.train
+def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tiny, form):
+  config = small_config(prune__form=form, train__weight_decay=0.0)
+  params, graph, phase, gamma = tiny.params, tiny.graph, config.train, config.prune.gamma
+  tx = optimizers.regularized_sgd(phase, lambda step: phase.learning_rate, graph, config.prune)
   masks = {name: np.arange(len(mask)) % 2 for name, mask in graph.full_masks().items()}
   still = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = made.train_tx.update(still, made.train_tx.init(params), params, masks=masks)
-  gamma = made.config.prune.gamma
+  updates, _ = tx.update(still, tx.init(params), params, masks=masks)
   if form == "penalty":  # whose momentum has no past yet
     slope = jax.grad(sapr.partial_group_lasso)(params, graph, masks)
     want = jax.tree.map(lambda w, g: w - phase.learning_rate * gamma * g, params, slope)
@@ -200,19 +196,74 @@ def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(qui
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True))
 
 
+SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "finetune__decay_epochs": ()}
+
+
 def test_the_other_choices_run_too(quick_compilation, tmp_path):
-  config = small_config(
-    prune__form="penalty", prune__weighting="share", prune__round_to=4, prune__hold_epoch=None,
-    prune__statistics_batches=0, generator__statistics="batch", train__epochs=2, train__decay_epochs=(),
-    finetune__epochs=0, finetune__decay_epochs=(),
-  )  # fmt: skip
-  summary = training.run(config, tmp_path / "run")
-  assert all(width % 4 == 0 for width in summary["run"]["widths"].values())
+  config = small_config(prune__form="penalty", prune__round_to=4, prune__statistics_batches=0, **SHORT)
+  summary = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)
+  assert all(width % 4 == 0 or width == 6 for width in summary["run"]["widths"].values())
   assert summary["run"]["round_to"] == 4
   assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
   # Masked and compact are the same network, if its statistics are kept.
   last = artifacts.read_records(tmp_path / "run")[-1]
   assert summary["subnetwork"]["accuracy"] == pytest.approx(last["subnetwork_accuracy"])
+
+
+@pytest.mark.parametrize(
+  ("cost", "limit", "unit"), [("macs", None, "macs"), ("params", None, "params"), ("macs", 15e3, "macs")]
+)
+def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(quick_compilation, tmp_path, cost, limit, unit):
+  config = small_config(prune__proposer="l1_norm", prune__cost=cost, prune__limit=limit, prune__p=0.6, **SHORT)
+  summary = training.run(config, tmp_path / "run")
+  most = 0.6 * summary["dense"][unit] if limit is None else limit
+  counted = summary["pruned"]["macs"]
+  if cost == "params":  # without running statistics
+    counted, dense = (
+      sum(leaf.size for leaf in jax.tree.leaves(sapr.load(tmp_path / "run" / name)[1]["params"]))
+      for name in ("pruned", "dense")
+    )
+    most = 0.6 * dense
+  assert 0.8 * most < counted <= most
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compilation, name):
+  run = parts.build(small_config(prune__proposer=name))
+  proposer = parts.make_proposer(run)
+  variables = devices.replicate(run.variables, run.passes.mesh)
+  state, scores, measured = proposer.propose(proposer.init(), variables, epoch=0)
+  assert (state, measured) == ((), {})
+  assert {group: mask.shape for group, mask in scores.items()} == {g.name: (g.size,) for g in run.graph.groups}
+  if name != "random":
+    assert all(np.mean(values) == pytest.approx(1) for values in scores.values())
+  if name == "l1_norm":
+    want = np.abs(run.variables["params"]["conv0"]["kernel"]).sum(axis=(0, 1, 2))
+    np.testing.assert_allclose(scores["conv0"], want / want.mean(), rtol=1e-5)
+  _, again, _ = proposer.propose((), variables, epoch=0)
+  jax.tree.map(np.testing.assert_array_equal, scores, again)
+  assert run.budget.cost(run.graph.kept(run.project(scores))) <= run.budget.limit
+
+
+def test_a_proposer_of_the_callers_own_may_hold_the_masks(quick_compilation, tmp_path):
+  class First:
+    """Keeps the first channels, and holds these masks from the next epoch on."""
+
+    def __init__(self, experiment):
+      self.graph = experiment.graph
+
+    def init(self):
+      return np.zeros((), np.int32)
+
+    def propose(self, state, variables, epoch):
+      scores = {group.name: -np.arange(group.size, dtype=float) for group in self.graph.groups}
+      return state + 1, scores if epoch == 1 else None, {"seen": epoch}
+
+  training.run(small_config(**SHORT | {"train__epochs": 3}), tmp_path / "run", proposer=First)
+  records = artifacts.read_records(tmp_path / "run")
+  assert [record.get("seen") for record in records] == [None, 1, 2]
+  assert records[1]["widths"] == records[2]["widths"]
+  assert "hamming_distance" not in records[2]
 
 
 def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):

@@ -12,7 +12,7 @@ import pytest
 from sapr_jax import models
 from sapr_jax.channels import prune, trace_channels
 from sapr_jax.models.mobilenet_v2 import InvertedResidual
-from sapr_jax.training import cpu
+from sapr_jax.runtime import cpu
 
 
 def normal(*shape, seed=0):
@@ -169,7 +169,7 @@ def test_an_option_that_jax_refuses_is_unknown(monkeypatch):
 def test_memory_is_kept():
   program = """
 import resource
-from sapr_jax.training import keep_memory
+from sapr_jax.runtime import keep_memory
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   bytearray(100_000_000)[:] = b"x" * 100_000_000
