@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next run, never sees half of one."""
+"""Writes files such that a reader, or the next run, never sees half of one."""
 
 from __future__ import annotations
 

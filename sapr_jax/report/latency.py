@@ -21,7 +21,7 @@ def measure_latency(
 ) -> dict[str, dict[str, float]]:
   """Times the compiled evaluation-mode forward pass.
 
-  The networks take turns, so that what else the machine does hits all of them; compilation and first calls do not
+  The networks take turns, so that other load on the machine affects them alike. Compilation and first calls do not
   count.
 
   Args:

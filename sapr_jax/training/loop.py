@@ -261,7 +261,8 @@ def _measure_subnetwork(setup: Setup, stage: Stage, state: State) -> dict[str, A
   masked = {**network.variables, "params": setup.masked(network.params, state["masks"])}
   return {
     **_prefixed("subnetwork", epochs.evaluate(setup, stage.evaluation, masked)),
-    "macs_share": graph.prunable_macs(masks) / graph.prunable_macs(),
+    "cost": "prunable_macs",
+    "cost_share": graph.prunable_macs(masks) / graph.prunable_macs(),
     "macs_share_of_network": graph.macs(masks) / graph.macs(),
     **epochs.norm_summary(setup, network.params, masks),
     "widths": {name: int(mask.sum()) for name, mask in masks.items()},

@@ -220,7 +220,7 @@ def generator_step(
       constants=state.constants,
       opt_state=opt_state,
     )
-    return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.macs_share})
+    return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.macs_share})
 
   return step
 

@@ -29,10 +29,10 @@ def test_every_epoch_has_its_record(whole):
   ]
   common = {"learning_rate", "train_loss", "train_accuracy", "test_accuracy", "test_loss", "weight_seconds"}
   searched = {
-    *("subnetwork_accuracy", "macs_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
+    *("subnetwork_accuracy", "cost", "cost_share", "macs_share_of_network", "dropped_norm_mean", "dropped_norm_max"),
     *("kept_norm_mean", "widths"),
   }
-  renewed = {"generator_loss", "generator_macs_share", "generator_seconds"}
+  renewed = {"generator_loss", "generator_cost_share", "generator_seconds"}
   assert all(common <= record.keys() for record in records)
   assert [searched <= record.keys() for record in records] == [False, True, True, True, False, False]
   assert [renewed <= record.keys() for record in records] == [False, True, True, False, False, False]
@@ -41,7 +41,7 @@ def test_every_epoch_has_its_record(whole):
 
 
 def test_the_masks_meet_the_budget_in_every_epoch(whole):
-  shares = [record["macs_share"] for record in artifacts.read_records(whole[0]) if "macs_share" in record]
+  shares = [record["cost_share"] for record in artifacts.read_records(whole[0]) if "cost_share" in record]
   assert len(shares) == 3
   assert all(0.48 <= share <= 0.49 for share in shares)
 
