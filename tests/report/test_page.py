@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -149,12 +149,16 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     read_histories([run])
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+  def status(*arguments):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+      runpy.run_module("sapr_jax.report", run_name="__main__")
+    return done.value.code
+
   make_run(tmp_path / "run")
-  command = [sys.executable, "-m", "sapr_jax.report"]
-  done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, "")
-  assert (tmp_path / "run" / "report" / "report.html").is_file()
-  done = subprocess.run([*command, str(tmp_path / "nothing")], capture_output=True, text=True)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert status(tmp_path / "run") == 0
+  assert (tmp_path / "run" / "report" / "report.html").is_file() and not capsys.readouterr().err
+  assert status(tmp_path / "nothing") == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and error.count("\n") == 1
