@@ -233,9 +233,7 @@ def _check_state(
       for name in both
       if found[name].shape != expected[name]
     ],
-    "not of floats": [
-      f"{name} ({found[name].dtype.name})" for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)
-    ],
+    "not of floats": [name for name in both if not jnp.issubdtype(found[name].dtype, jnp.floating)],
   }
   if any(problems.values()):
     text = "; ".join(f"{problem} {listed(items)}" for problem, items in problems.items() if items)
