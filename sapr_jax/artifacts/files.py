@@ -26,7 +26,7 @@ def write_atomically(path: pathlib.Path, data: str | bytes) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the object in a JSON file; None if there is no such file, or it is damaged."""
+  """Returns the object in a JSON file; None if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError):

@@ -77,12 +77,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
 
 
 def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
-  """Reads what `save` wrote.
+  """Reads a model that `save` wrote.
 
   Args:
     path: The directory.
-    base: The module that was saved or pruned, needed if its class is not one of this package: code is never found by a
-      name in a file.
+    base: The module that was saved or pruned. Needed if its class is not one of this package, because code is never
+      looked up by a name in a file.
 
   Returns:
     (model, variables). The model is a `NarrowModule` if it was pruned.

@@ -167,7 +167,7 @@ def _describe(
   variables = traverse_util.flatten_dict(shapes)
   if others := {"/".join(key) for key in variables if key[1:-1] not in inputs or (key[0], key[-1]) not in TENSORS}:
     raise InputError(
-      f"{type(_base(model)).__name__} has {listed(sorted(others))}, of no Conv, Dense or BatchNorm; only these have a"
+      f"{type(_base(model)).__name__} has {listed(sorted(others))} outside Conv, Dense and BatchNorm; only these have a"
       " known counterpart in PyTorch."
     )
   owners = {key[1:-1] for key in variables}
@@ -217,7 +217,7 @@ def _check_state(
   found: Mapping[str, np.ndarray],
   names: Mapping[str, str],
 ) -> None:
-  """Checks tensors by name against the shapes `expected`; `names` has what the file calls them."""
+  """Checks the tensors `found` against the shapes `expected`; `names` has their names in the file."""
   shortcuts = [original for name, original in names.items() if ".downsample." in name]
   if isinstance(base, CifarResNet) and shortcuts:
     raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,11 +48,11 @@ def measure_latency(
   return result
 
 
-def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Any:
+def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Callable[[], jax.Array]:
   variables = jax.device_put(variables)
   forward = jax.jit(lambda v, inputs: model.apply(v, inputs, train=False)).lower(variables, x).compile()
 
-  def call() -> Any:
+  def call() -> jax.Array:
     return forward(variables, x)
 
   for _ in range(2):

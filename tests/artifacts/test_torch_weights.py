@@ -275,7 +275,7 @@ class Transposed(nn.Module):
     (
       Transposed(),
       lambda path: path,
-      "Transposed has params/up/bias, params/up/kernel, of no Conv, Dense or BatchNorm",
+      "Transposed has params/up/bias, params/up/kernel outside Conv, Dense and BatchNorm",
     ),
   ],
 )
