@@ -81,10 +81,11 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
           arrays[name] = tensor.detach().view(torch.int16).numpy().view(jnp.bfloat16)
         else:
           arrays[name] = tensor.detach().numpy()
-    except Exception as error:  # torch.load meets damage with many kinds
+    except Exception as error:  # torch.load raises many kinds for damage
       raise InputError(f"{path} {_explain(error)}") from None
   if not arrays:
-    what = f"a dictionary of {listed([str(key) for key in content])}" if isinstance(content, dict) else "no dictionary"
+    keys = listed([str(key) for key in content]) if isinstance(content, dict) else ""
+    what = f"a dictionary of {keys or 'nothing'}" if isinstance(content, dict) else "no dictionary"
     raise InputError(
       f"{path} must hold tensors by name, alone or under one of {', '.join(_WRAPPERS)}; it holds {what}. Save"
       " model.state_dict()."
@@ -100,7 +101,7 @@ def _check_checksums(path: pathlib.Path) -> None:
 
 
 def _explain(error: Exception) -> str:
-  # PyTorch's own message goes on for lines, and advises to execute what is in the file.
+  """Returns what is wrong with a file. PyTorch's own message has many lines, and advises to execute the file."""
   reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
   if foreign := re.search(r"GLOBAL (\S+)", reason):
     return (
@@ -112,7 +113,7 @@ def _explain(error: Exception) -> str:
 
 
 def _find_tensors(content: Any, kind: type) -> dict[str, Any]:
-  """Returns the tensors of the innermost dictionary under known names that has some."""
+  """Returns the tensors of the innermost dictionary that has some."""
   for state in _dictionaries(content):
     if tensors := {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, kind)}:
       return tensors
@@ -120,6 +121,7 @@ def _find_tensors(content: Any, kind: type) -> dict[str, Any]:
 
 
 def _dictionaries(content: Any, depth: int = 3) -> Iterator[dict[Any, Any]]:
+  """Yields the dictionaries of a checkpoint under the known names, inner ones first."""
   if isinstance(content, dict) and depth:
     for name in _WRAPPERS:
       yield from _dictionaries(content.get(name), depth - 1)

@@ -87,6 +87,7 @@ def test_the_state_dict_is_found_in_a_checkpoint(torch, save, wrap):
   [
     (lambda torch: torch.ones(2), "no dictionary"),
     (lambda torch: [1, 2], "no dictionary"),
+    (lambda torch: {}, "a dictionary of nothing"),
     (lambda torch: {"epoch": 3, "models": {"w": torch.ones(2)}}, "a dictionary of epoch, models"),
     (lambda torch: {f"key{i}": i for i in range(20)}, "a dictionary of key0, .*, key7 and 12 more"),
     (lambda torch: {1: torch.ones(2)}, "a dictionary of 1"),
