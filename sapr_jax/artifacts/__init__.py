@@ -1,4 +1,4 @@
-"""What lies on disk: saved models, checkpoints, records, and weights from and to PyTorch."""
+"""Files: saved models, checkpoints, records, and weights from and to PyTorch."""
 
 from sapr_jax.artifacts.checkpoint import Checkpointer
 from sapr_jax.artifacts.records import Recorder, read_records

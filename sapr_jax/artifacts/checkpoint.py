@@ -18,29 +18,36 @@ from sapr_jax.errors import InputError, one_line
 
 Tree = TypeVar("Tree")
 
-# What TensorStore and Orbax say of a disk that cannot be written; their exceptions are of many kinds.
+# Words of TensorStore and Orbax about a disk that cannot be written; their exceptions are of many kinds.
 _DISK_TROUBLE = ("No space left", "RESOURCE_EXHAUSTED", "Read-only", "Permission denied", "PERMISSION_DENIED", "quota")
 
 
 class Checkpointer:
-  """Saves and restores one stage of a run: its arrays, and as JSON its position, what is not an array.
+  """Saves and restores one stage of a run: its state of arrays, and its position as JSON.
 
-  A checkpoint holds a checksum of each array: disks, copies and file systems do lose bits.
+  A checkpoint holds a checksum of each array, because disks, copies and file systems do lose bits.
 
   Example:
-    >>> checkpointer = Checkpointer(workdir / "checkpoints" / "train", keep=2)
-    >>> state, position = checkpointer.restore(state)
-    >>> checkpointer.save(300, state, {"epoch": 1})
-    >>> checkpointer.close()
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp
+    >>> from sapr_jax.artifacts import Checkpointer
+    >>> state = {"weights": jnp.ones(2)}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   checkpointer = Checkpointer(pathlib.Path(directory) / "checkpoints" / "train", keep=2)
+    ...   checkpointer.save(300, state, {"epoch": 1})
+    ...   state, position = checkpointer.restore(state)
+    ...   checkpointer.close()
+    >>> position
+    {'epoch': 1}
   """
 
   def __init__(self, directory: pathlib.Path, keep: int = 2, keep_period: int | None = None):
-    """Opens the checkpoints in `directory`, which is made if need be.
+    """Opens the checkpoints in `directory`; it is made if it does not exist.
 
     Args:
-      directory: Where they lie, one directory each.
-      keep: How many of the newest are kept.
-      keep_period: Those whose step is a multiple of this are kept as well.
+      directory: Parent of the checkpoints, which are a directory each.
+      keep: Number of the newest that are kept.
+      keep_period: Checkpoints whose step is a multiple of this are kept as well.
 
     Raises:
       InputError: If the directory cannot be written.
@@ -55,9 +62,9 @@ class Checkpointer:
       raise self._cannot_write(error) from error
 
   def restore(self, like: Tree) -> tuple[Tree, dict[str, Any] | None]:
-    """Returns the newest state that is whole and its position; or `like` and None if there is none.
+    """Returns the newest undamaged state and its position, or `like` and None if there is none.
 
-    Checkpoints that are not whole are named on standard error and moved to `damaged/`, beside those of the stages.
+    Damaged checkpoints are named on standard error and moved to `damaged/`, beside the directories of the stages.
 
     Args:
       like: A state of the same structure, dtypes and placement.
@@ -87,19 +94,19 @@ class Checkpointer:
         os.rename(source, destination)
       except OSError as error:
         raise self._cannot_write(error) from error
-    _all_processes(True)  # none looks again before it is gone
+    _all_processes(True)  # waits, so that no process finds it again
     self._manager.reload()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts saving; the call returns when the state is copied from the devices.
+    """Starts saving, and returns once the state is copied from the devices.
 
     Args:
-      step: Grows from save to save; a checkpoint of this number that is there already stays.
+      step: Number of the checkpoint, greater than those before. An existing one of this number is kept as it is.
       state: Pytree of arrays.
-      position: What else there is to remember, as JSON has it.
+      position: Everything else to remember, as JSON can hold it.
 
     Raises:
-      InputError: If this checkpoint, or the one before, cannot be written; older ones are whole.
+      InputError: If this checkpoint, or the one before, cannot be written; older ones are complete.
     """
     if step in self._manager.all_steps():
       return
@@ -107,16 +114,16 @@ class Checkpointer:
     content |= {"checksum": _json_checksum(content)}
     items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(content))
     try:
-      self._manager.save(step, args=items, force=True)  # Orbax would ask for signals, as the loop has done
+      self._manager.save(step, args=items, force=True)  # otherwise Orbax looks for preemption, as the loop does
     except Exception as error:
       self._explain(error)
       raise
 
   def close(self) -> None:
-    """Waits until all is written.
+    """Waits until every checkpoint is written.
 
     Raises:
-      InputError: If it cannot be written.
+      InputError: If one cannot be written.
     """
     try:
       self._manager.wait_until_finished()
@@ -134,13 +141,13 @@ class Checkpointer:
   def _cannot_write(self, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or next((t for t in _DISK_TROUBLE if t in str(error)), str(error))
     return InputError(
-      f"No checkpoint can be written to {self._directory} ({reason}); older ones are whole: make room or mend the"
+      f"No checkpoint can be written to {self._directory} ({reason}); older ones are complete: make room or fix the"
       " directory, and the same command resumes the run."
     )
 
 
 def _forget_unfinished_reads() -> None:
-  """Collects what Orbax leaves beside a read that failed, without the complaint that Python prints about each."""
+  """Collects the unfinished reads that Orbax leaves behind, without the complaint that Python prints about each."""
   hook = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: None
   try:
@@ -150,7 +157,7 @@ def _forget_unfinished_reads() -> None:
 
 
 def _all_processes(mine: bool) -> bool:
-  """Returns whether the answer is yes on all processes; waits for them."""
+  """Waits for all processes, and returns whether the answer is yes on every one."""
   if jax.process_count() == 1:
     return mine
   from jax.experimental import multihost_utils
@@ -159,7 +166,7 @@ def _all_processes(mine: bool) -> bool:
 
 
 def _problem(state: Any, content: Mapping[str, Any]) -> str | None:
-  """Says what is wrong with a checkpoint; None if nothing is."""
+  """Returns what is wrong with a checkpoint, None if nothing is."""
   if content.get("checksum") != _json_checksum({key: content.get(key) for key in ("position", "arrays")}):
     return "its position has changed on disk"
   found = _checksums(state)
@@ -168,7 +175,7 @@ def _problem(state: Any, content: Mapping[str, Any]) -> str | None:
 
 
 def _checksums(state: Any) -> dict[str, int]:
-  """Returns name -> CRC-32 of each array; replicated arrays, so that any copy will do."""
+  """Returns name -> CRC-32 of each array. Arrays are replicated, so the first device's copy serves."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   local = jax.device_get([x.addressable_data(0) if isinstance(x, jax.Array) else x for _, x in leaves])
   return {

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next run, never sees half of one."""
+"""Writes files such that a reader, or the next run, never sees half of one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_atomically(path: pathlib.Path, data: str | bytes) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the object in a JSON file; None if there is no such file, or it is damaged."""
+  """Returns the object in a JSON file; None if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text())
   except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run records: one JSON object a line in `records.jsonl`, and the same numbers for TensorBoard."""
+"""Records of a run: one JSON object a line in `records.jsonl`, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Recorder:
   """Appends records to a work directory.
 
   A record is a flat mapping with at least `stage`, `epoch` (of the stage, from 1) and `step` (epochs of all stages so
-  far, the x-axis of TensorBoard). Numbers go to TensorBoard under `stage/name`; lists and mappings only to the file. Of
+  far, the x-axis of TensorBoard). Numbers go to TensorBoard under `stage/name`; everything else only to the file. Of
   several processes only the first writes.
   """
 
@@ -29,7 +29,7 @@ class Recorder:
     self._writes = jax.process_index() == 0
 
   def rewind(self, step: int) -> None:
-    """Drops the records after `step`: of epochs that no checkpoint holds, as the run goes on from there."""
+    """Drops the records after `step`. No checkpoint holds their epochs, and the run goes on from `step`."""
     if not self._writes:
       return
     from tensorboardX import SummaryWriter  # imports slowly
@@ -64,7 +64,7 @@ class Recorder:
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the records of a work directory, in order; what follows a damaged line is left out."""
+  """Reads the records of a work directory, in order, up to the first damaged line."""
   file = workdir / FILE
   if not file.is_file():
     return []

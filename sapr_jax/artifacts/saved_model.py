@@ -49,14 +49,15 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   Raises:
     InputError: If `path` exists and is not a saved model.
   """
-  path = pathlib.Path(path)
+  path, named = pathlib.Path(path), traverse_util.flatten_dict(dict(variables))
+  if slashed := [key for key in named if any("/" in name for name in key)]:
+    raise InputError(f"The variable {slashed[0]} has a slash in a name, which separates names in the file; rename it.")
   if path.exists() and not (path / DEFINITION).is_file():
-    raise InputError(f"{path} exists and holds no saved model; name a new directory, or remove it.")
+    raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
   try:
-    _check_names(variables)
-    flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+    flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in named.items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
     os.chmod(temporary / WEIGHTS, 0o644)
     base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
@@ -75,19 +76,13 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
     raise
 
 
-def _check_names(variables: Mapping[str, Any]) -> None:
-  for key in traverse_util.flatten_dict(dict(variables)):
-    if any("/" in name for name in key):
-      raise InputError(f"The variable {key} has a slash in a name, which separates names in the file; rename it.")
-
-
 def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
-  """Reads what `save` wrote.
+  """Reads a model that `save` wrote.
 
   Args:
     path: The directory.
-    base: The module that was saved or pruned, needed if its class is not one of this package: code is never found by a
-      name in a file.
+    base: The module that was saved or pruned. Needed if its class is not one of this package, because code is never
+      looked up by a name in a file.
 
   Returns:
     (model, variables). The model is a `NarrowModule` if it was pruned.
@@ -108,7 +103,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   try:
     flat = safetensors.flax.load_file(str(weights))
   except safetensors.SafetensorError as error:
-    raise InputError(f"{weights} is no safetensors file ({error}); save the model again.") from error
+    raise InputError(f"{weights} is not a safetensors file ({error}); save the model again.") from error
   described = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in definition["variables"].items()}
   found = {name: (leaf.shape, leaf.dtype.name) for name, leaf in flat.items()}
   for name in sorted(described.keys() | found.keys()):
@@ -155,7 +150,7 @@ def _are_widths(fields: Mapping[str, Any]) -> bool:
 
 
 def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
-  """Says whether a variable has a name that could be one in Flax, a list as shape and a dtype."""
+  """Returns whether a name could be a variable of Flax, and its entry has a list as shape and a dtype."""
   named = not {"", ".", ".."} & set(name.split("/"))
   return named and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
 
@@ -167,14 +162,14 @@ def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.P
     raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
   for name, value in description["fields"].items():
     found = got["fields"].get(name)
-    # What JSON cannot hold is there as text for people; it may differ from one process to the next. How it is computed
-    # may differ too: the variables are the same.
+    # Text stands for values that JSON cannot hold; it may differ from one process to the next. `remat` and dtypes may
+    # differ, as they change the computation and not the variables.
     if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
       raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
 
 
 def fields_to_json(module: nn.Module) -> dict[str, Any]:
-  """Returns the fields of a module that JSON can hold; others are listed under their repr, to be read by people."""
+  """Returns the fields of a module that JSON can hold. Others are written as their repr, for people to read."""
   fields: dict[str, Any] = {}
   for field in dataclasses.fields(module):
     if field.name in ("parent", "name"):

@@ -1,213 +1,128 @@
-"""Reads the tensors of a file that torch.save wrote, without PyTorch and without unpickling it.
-
-Two formats are in use. Since PyTorch 1.6 a file is a zip archive whose entries are not compressed: `NAME/data.pkl` says
-which tensors there are, `NAME/data/KEY` holds the numbers of one storage, `NAME/byteorder` their byte order. Before, it
-was a sequence of pickles (a magic number, a version, facts on the system, the object, the keys of the storages) and
-then the storages, each after an int64 that counts its entries, little-endian.
-"""
+"""Reads state dicts: `.safetensors` files, and with PyTorch installed files of torch.save."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
+import argparse
 import pathlib
-import struct
-import sys
+import re
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.flax
 
-from sapr_jax.artifacts.torch_pickle import ForeignGlobal, Storage, StoredTensor, read_pickle
-from sapr_jax.errors import InputError
+from sapr_jax.artifacts.torch_names import listed
+from sapr_jax.errors import InputError, one_line
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_VERSION = 1001
+TORCH_SUFFIXES = (".pth", ".pt", ".th")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
-_MAX_AXES = 32  # of an array of NumPy 1
-
-_Bytes = bytes | memoryview
 
 
-def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the state dict in a file of torch.save.
+def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a file by name.
 
-  A checkpoint may hold more, and the state dict under a name such as "state_dict" or "model"; only the tensors of that
-  are read. Memory stays within a small multiple of the file's size.
+  A checkpoint may hold more, and the state dict under a name such as "state_dict" or "model". Nothing in a file is
+  executed: torch.load runs with `weights_only=True`.
 
   Args:
-    path: File in either format of torch.save.
+    path: File of torch.save (.pth, .pt, .th), or .safetensors.
 
   Returns:
-    Name -> array in the file's dtype. Arrays may be views of one another and are not to be written to.
+    Name -> array. They may be views of one another.
 
   Raises:
-    InputError: If it is no such file, is truncated or damaged, holds no state dict, or names anything that a state dict
-      does not have; nothing in the file is ever executed.
+    InputError: If the file is missing, damaged, of another kind, has no state dict or holds more than data, or if
+      PyTorch is needed and not installed.
   """
-  path = pathlib.Path(path)
   try:
-    with path.open("rb") as file:
-      start = file.read(4)
-    read = _read_zip if start == b"PK\x03\x04" else _read_legacy
-    return read(path)
-  except InputError:
-    raise
+    path.open("rb").close()
   except OSError as error:
-    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
-    raise InputError(f"{path} {why}; give a file of torch.save, or .safetensors.") from None
-  except ForeignGlobal as error:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    raise InputError(f"{path} {why}; give a .safetensors or .pth file.") from None
+  if path.suffix in TORCH_SUFFIXES:
+    return _read_torch(path)
+  if path.suffix != ".safetensors":
     raise InputError(
-      f"{path} contains {error}, which is not a tensor; save the state dict alone:"
-      " torch.save(model.state_dict(), path)."
-    ) from None
-  # zipfile meets damage with many kinds of errors.
-  except (ValueError, KeyError, EOFError, OverflowError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
-    why = str(error.args[0]) if error.args else type(error).__name__
-    raise InputError(
-      f"{path} is truncated or damaged ({' '.join(why.split())[:200]}); copy or save it again."
-    ) from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The formats
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
-  with zipfile.ZipFile(path) as archive:
-    _check_entries(archive.infolist(), path.stat().st_size)
-    entries = archive.namelist()
-    pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-      raise ValueError(f"the archive has {len(pickles)} entries data.pkl, not one")
-    folder = pickles[0].removesuffix("data.pkl")
-    order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in entries else b"little"
-    if order not in (b"little", b"big"):
-      raise ValueError("its entry byteorder is neither little nor big")
-    content, _ = read_pickle(io.BytesIO(archive.read(pickles[0])))
-    tensors = _find_state_dict(content, path)
-    return _arrays(tensors, lambda storage: archive.read(f"{folder}data/{storage.key}"), order.decode())
-
-
-def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-  """Refuses what could unfold to more than the file: compression, lengths that lie, entries that overlap."""
-  for entry in entries:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-      raise ValueError("an entry of the archive is compressed, which torch.save does not do")
-  if sum(entry.file_size for entry in entries) > size:
-    raise ValueError("the entries of the archive claim to be longer than the file")
-
-
-def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
-  content = path.read_bytes()
-  file = io.BytesIO(content)
+      f"{path} has an unknown ending; expected .safetensors or {', '.join(TORCH_SUFFIXES)}, or the directory of a saved"
+      " model."
+    )
   try:
-    magic, _ = read_pickle(file)
-  except (ValueError, ForeignGlobal):
-    magic = None
-  if type(magic) is not int or magic != _LEGACY_MAGIC:
-    kind = "it is empty" if not content else f"it begins with {content[:8]!r}"
-    raise InputError(f"{path} is no file of torch.save ({kind}); give one, or a .safetensors file.")
-  (version, _), _, (saved, storages), (keys, _) = (read_pickle(file) for _ in range(4))
-  if version != _LEGACY_VERSION or not isinstance(keys, list):
-    raise ValueError("its header is not that of torch.save")
-  tensors = _find_state_dict(saved, path)
-  places = _legacy_places(content, file.tell(), keys, storages)
-  return _arrays(tensors, lambda storage: memoryview(content)[places[storage.key]], "little")
+    return {name: np.asarray(array) for name, array in safetensors.flax.load_file(path).items()}
+  except (safetensors.SafetensorError, AttributeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
+    raise InputError(
+      f"{path} is not a whole safetensors file of ordinary numbers ({one_line(error, 120)}); copy or save it again."
+    ) from None
 
 
-def _legacy_places(content: bytes, position: int, keys: list[Any], storages: Mapping[str, Storage]) -> dict[str, slice]:
-  """Returns key -> bytes of each storage. The file has its number of entries; their size is in the pickle alone."""
-  places: dict[str, slice] = {}
-  for key in keys:
-    if not isinstance(key, str) or key not in storages:
-      raise ValueError("it lists a storage that no tensor has")
-    (count,) = struct.unpack_from("<q", content, position)
-    position += 8
-    end = position + count * storages[key].dtype.itemsize
-    if not position <= end <= len(content):
-      raise ValueError(f"storage {key} should end at byte {end} of {len(content)}")
-    places[key] = slice(position, end)
-    position = end
-  return places
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The state dict and its arrays
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _find_state_dict(content: Any, path: pathlib.Path) -> dict[str, StoredTensor]:
-  for _ in range(3):
-    if not isinstance(content, dict):
-      break
-    wrapped = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-    if not wrapped:
-      tensors = {key: value for key, value in content.items() if isinstance(value, StoredTensor)}
-      if not tensors or not all(isinstance(key, str) for key in tensors):
-        break
-      return tensors
-    # A checkpoint may have the model's configuration under "model" and its weights under another name.
-    content = next((c for c in wrapped if any(isinstance(v, StoredTensor) for v in c.values())), wrapped[0])
-  what = f"a dictionary of {_keys(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
-  raise InputError(
-    f"{path} holds no state dict but {what}; expected tensors by name, or such a dictionary under one of"
-    f" {', '.join(_WRAPPERS)}."
-  )
-
-
-def _keys(content: Mapping[Any, Any]) -> str:
-  names = [ascii(key)[:40] for key in list(content)[:8]]
-  return ", ".join(names) + (f" and {len(content) - 8} more" if len(content) > 8 else "") if names else "nothing"
-
-
-def _arrays(
-  tensors: Mapping[str, StoredTensor], read_storage: Callable[[Storage], _Bytes], byteorder: str
-) -> dict[str, np.ndarray]:
-  entries: dict[str, np.ndarray] = {}
-  arrays = {}
-  for name, tensor in tensors.items():
-    _check_tensor(name, tensor)
-    key = tensor.storage.key
-    if key not in entries:
-      entries[key] = _entries(name, tensor.storage, read_storage(tensor.storage), byteorder)
-    strides = tuple(stride * entries[key].itemsize for stride in tensor.strides)
-    view = np.lib.stride_tricks.as_strided(entries[key][tensor.offset :], tensor.shape, strides, writeable=False)
-    arrays[name] = view if view.size else np.zeros(tensor.shape, view.dtype)
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of deprecated storages and pickle protocols: nothing that a user could change
+    try:
+      import torch  # an extra, and slow to import
+    except ImportError:
+      raise InputError(
+        f"{path} needs PyTorch, which is not installed; run: pip install 'sapr_jax[torch]', or convert the file to"
+        " .safetensors."
+      ) from None
+    try:
+      zipped = zipfile.is_zipfile(path)
+      if zipped:
+        _check_checksums(path)
+      # Scripts save their options as a Namespace. With mmap, the state of an optimizer stays on disk.
+      with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+      arrays = {}
+      for name, tensor in _find_tensors(content, torch.Tensor).items():
+        if tensor.dtype == torch.bfloat16:  # NumPy has none of its own
+          arrays[name] = tensor.detach().view(torch.int16).numpy().view(jnp.bfloat16)
+        else:
+          arrays[name] = tensor.detach().numpy()
+    except Exception as error:  # torch.load raises many kinds for damage
+      raise InputError(f"{path} {_explain(error)}") from None
+  if not arrays:
+    keys = listed([str(key) for key in content]) if isinstance(content, dict) else ""
+    what = f"a dictionary of {keys or 'nothing'}" if isinstance(content, dict) else "no dictionary"
+    raise InputError(
+      f"{path} must hold tensors by name, alone or under one of {', '.join(_WRAPPERS)}; it holds {what}. Save"
+      " model.state_dict()."
+    )
   return arrays
 
 
-def _check_tensor(name: str, tensor: StoredTensor) -> None:
-  """Checks that a tensor lies in its storage, in Python's unbounded integers."""
-  shape, strides = tensor.shape, tensor.strides
-  whole = (
-    isinstance(tensor.storage, Storage)
-    and isinstance(shape, tuple)
-    and isinstance(strides, tuple)
-    and len(shape) == len(strides) <= _MAX_AXES
-    and all(type(number) is int and 0 <= number < 2**48 for number in (tensor.offset, *shape, *strides))
-  )
-  if not whole:
-    raise ValueError(f"{_shown(name)} has no sensible shape, strides or offset")
-  last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-  # More entries than the storage would be copies of the same: PyTorch's `expand`, which no parameter is.
-  if math.prod(shape) and (last >= tensor.storage.size or math.prod(shape) > tensor.storage.size):
-    raise ValueError(f"{_shown(name)} of shape {shape} does not fit in its storage of {tensor.storage.size} entries")
+def _check_checksums(path: pathlib.Path) -> None:
+  """Checks the archive's checksums, which torch.load does not look at."""
+  with zipfile.ZipFile(path) as archive:
+    if damaged := archive.testzip():
+      raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def _entries(name: str, storage: Storage, buffer: _Bytes, byteorder: str) -> np.ndarray:
-  dtype = storage.dtype
-  if len(buffer) != storage.size * dtype.itemsize:
-    raise ValueError(f"the storage of {_shown(name)} has {len(buffer)} bytes, not {storage.size} entries {dtype.name}")
-  entries = np.frombuffer(buffer, f"u{dtype.itemsize}")  # as integers: NumPy cannot swap the bytes of a bfloat16
-  return (entries if byteorder == sys.byteorder else entries.byteswap()).view(dtype)
+def _explain(error: Exception) -> str:
+  """Returns what is wrong with a file. PyTorch's own message has many lines, and advises to execute the file."""
+  reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+  if foreign := re.search(r"GLOBAL (\S+)", reason):
+    return (
+      f"contains {listed([foreign[1]])}, which is not a tensor; save the state dict alone:"
+      " torch.save(model.state_dict(), path)."
+    )
+  reason = re.split(r"\.\s|\n", reason)[0] or type(error).__name__
+  return f"cannot be read as a file of torch.save ({listed([reason])}); copy it, or save model.state_dict() again."
 
 
-def _shown(name: str) -> str:
-  return name if name.isprintable() and len(name) < 100 else ascii(name)[:100]
+def _find_tensors(content: Any, kind: type) -> dict[str, Any]:
+  """Returns the tensors of the innermost dictionary that has some."""
+  for state in _dictionaries(content):
+    if tensors := {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, kind)}:
+      return tensors
+  return {}
 
 
-__all__ = ["read_torch_file"]
+def _dictionaries(content: Any, depth: int = 3) -> Iterator[dict[Any, Any]]:
+  """Yields the dictionaries of a checkpoint under the known names, inner ones first."""
+  if isinstance(content, dict) and depth:
+    for name in _WRAPPERS:
+      yield from _dictionaries(content.get(name), depth - 1)
+    yield content

@@ -1,4 +1,4 @@
-"""What PyTorch calls the layers and tensors of our networks: torchvision's names."""
+"""Names of our networks' layers and tensors in PyTorch: torchvision's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = {
 """(collection, variable) of a Flax layer -> tensor of a torch layer."""
 
 COUNTER = "num_batches_tracked"
-"""A tensor of PyTorch's batch normalization that no forward pass of ours reads."""
+"""A tensor of PyTorch's batch normalization. It counts training steps; our networks have no use for it."""
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1")
@@ -39,7 +39,7 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
     layer_names: Names for a network that is not of this package.
 
   Raises:
-    InputError: If a layer has no name, two have the same, or `layer_names` is needed, or names what is no layer.
+    InputError: If a layer has no name, two have the same, or `layer_names` is needed or names an unknown layer.
   """
   if layer_names is None:
     if type(base) not in _RULES:

@@ -1,4 +1,4 @@
-"""Tables from what a run recorded and measured."""
+"""Tables of recorded and measured numbers."""
 
 from sapr_jax.report.latency import measure_latency
 from sapr_jax.report.text import chance_warning, format_epoch, format_summary, versions

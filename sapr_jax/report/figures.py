@@ -1,4 +1,4 @@
-"""Figures of runs: what the supplement plots, and what one wants to see of the alignment."""
+"""Figures of runs: those of the supplement, and the progress of the alignment."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def hamming_distance(runs: Sequence[RunHistory]) -> Figure:
   return _finished(figure, axes, runs)
 
 
-def macs_share(runs: Sequence[RunHistory]) -> Figure:
-  """Share of the prunable MACs: of the masks in force, and of the generator's samples."""
-  figure, axes = _figure("MACs", "epoch", "share of the prunable MACs (%)")
-  _lines(axes, runs, "macs_share", scale=100)
-  _lines(axes, runs, "generator_macs_share", scale=100, dotted=True)
+def budget(runs: Sequence[RunHistory]) -> Figure:
+  """Share of the budget's cost: of the masks in force, and of the generator's samples."""
+  figure, axes = _figure("Budget", "epoch", "share of the budget's cost (%)")
+  _lines(axes, runs, "cost_share", scale=100)
+  _lines(axes, runs, "generator_cost_share", scale=100, dotted=True)
   _explain_styles(axes, "masks in force", "sampled by the generator")
-  for p in sorted({run.config["prune.p"] for run in runs}):
+  for p in sorted({run.config["prune.p"] for run in runs if run.config.get("prune.limit") is None}):
     axes.axhline(100 * p, color=_GRAY, linewidth=1)
     axes.annotate(f"p = {p:g}", (1.0, 100 * p), xycoords=("axes fraction", "data"), color=_GRAY, fontsize=9)
   return _finished(figure, axes, runs)
@@ -91,11 +91,11 @@ FIGURES: Mapping[str, tuple[str, Callable[[Sequence[RunHistory]], Figure]]] = {
   "subnetwork_accuracy": ("subnetwork_accuracy", accuracy_of_subnetwork),
   "full_model_accuracy": ("test_accuracy", accuracy_of_full_model),
   "hamming_distance": ("hamming_distance", hamming_distance),
-  "macs_share": ("macs_share", macs_share),
+  "budget": ("cost_share", budget),
   "alignment": ("dropped_norm_mean", alignment),
   "kept_channels": ("widths", kept_channels),
 }
-"""File name -> (what the records must have, the figure)."""
+"""File name -> (field that the records must have, function that draws the figure)."""
 
 
 def _figure(title: str, x: str, y: str, width: float = 7.0) -> tuple[Figure, Axes]:
@@ -128,16 +128,16 @@ def _lines(axes: Axes, runs: Sequence[RunHistory], name: str, *, scale: float = 
 
 
 def _explain_styles(axes: Axes, solid: str, dotted: str) -> None:
-  """Adds to the legend what solid and dotted lines are, for all runs at once."""
+  """Adds the meaning of solid and dotted lines to the legend, once for all runs."""
   axes.plot([], [], color=_GRAY, label=solid)
   axes.plot([], [], color=_GRAY, linestyle=(0, (1, 2)), linewidth=1.4, label=dotted)
 
 
 def _finished(figure: Figure, axes: Axes, runs: Sequence[RunHistory], *, always: bool = False) -> Figure:
-  """Adds the legend, below the axes so that it covers no data."""
+  """Adds the legend below the axes, where it covers no data."""
   handles, labels = axes.get_legend_handles_labels()
   if always or len(runs) > 1 or len(labels) > 1:
-    # Inches: a line and its margins, and the letters.
+    # Width of an entry in inches: a line with its margins, and the letters.
     columns = max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels)))))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
   return figure

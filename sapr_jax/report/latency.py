@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ def measure_latency(
 ) -> dict[str, dict[str, float]]:
   """Times the compiled evaluation-mode forward pass.
 
-  The networks take turns, so that what else the machine does hits all of them; compilation and first calls do not
+  The networks take turns, so that other load on the machine affects them alike. Compilation and first calls do not
   count.
 
   Args:
@@ -48,11 +48,11 @@ def measure_latency(
   return result
 
 
-def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Any:
+def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Callable[[], jax.Array]:
   variables = jax.device_put(variables)
   forward = jax.jit(lambda v, inputs: model.apply(v, inputs, train=False)).lower(variables, x).compile()
 
-  def call() -> Any:
+  def call() -> jax.Array:
     return forward(variables, x)
 
   for _ in range(2):

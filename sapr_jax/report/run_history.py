@@ -1,4 +1,4 @@
-"""What work directories hold about runs, finished or not: the input of figures and pages."""
+"""Histories of runs, read from their work directories: the input of figures and pages."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sapr_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class RunHistory:
-  """One run as its work directory tells it.
+  """History of one run, finished or not.
 
   Attributes:
     path: The work directory.
     config: Its configuration, nested as in `configs/default.py`, flat names with dots.
     records: One mapping for each epoch, in order.
     network: Size of each channel group and MACs of the dense network; None if an older run did not note them.
-    summary: What a finished run measured; None for others.
-    label: What tells it from the runs beside it.
+    summary: Measurements of a finished run; None for others.
+    label: Text that distinguishes it from the other runs.
   """
 
   path: pathlib.Path
@@ -52,7 +52,7 @@ def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
   """Reads work directories; the runs come in the order of gamma and seed.
 
   Raises:
-    InputError: If one is no work directory, or has no record yet.
+    InputError: If one is not a work directory, or has no record yet.
   """
   configs = [_read_config(path) for path in paths]
   histories = []
@@ -68,7 +68,7 @@ def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   config = read_json(path / "config.json")
   if config is None or "prune.gamma" not in config:
-    raise InputError(f"{path} is no work directory of a run: it has no whole config.json; name one.")
+    raise InputError(f"{path} is not the work directory of a run: it has no readable config.json; name one that has.")
   return config
 
 

@@ -14,13 +14,19 @@ _NETWORKS = {
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
 }
+_COSTS = {
+  "prunable_macs": "the prunable MACs",
+  "macs": "the network's MACs",
+  "params": "the parameters",
+}
 
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   """Returns one line about the epoch of `record`."""
   accuracy = f"test {record['test_accuracy']:.2%}"
   if "subnetwork_accuracy" in record:
-    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {record['macs_share']:.1%} of prunable MACs)"
+    share = f"{record['cost_share']:.1%} of {_COSTS[record['cost']]}"
+    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
   parts = [f"loss {record['train_loss']:.4f}", accuracy]
   if "dropped_norm_mean" in record:
     parts.append(f"norms {record['kept_norm_mean']:.3f} kept, {record['dropped_norm_mean']:.3f} dropped")
@@ -51,7 +57,7 @@ def summary_header(batch_sizes: Sequence[str]) -> list[str]:
 
 
 def summary_rows(summary: Mapping[str, Any], batch_sizes: Sequence[str]) -> list[list[str]]:
-  """Returns a row for each network that a finished run measured; what it did not measure of one is left empty."""
+  """Returns a row for each network that a finished run measured; cells without a measurement are empty."""
   rows = []
   for name, title in _NETWORKS.items():
     entry = summary.get(name, {})
@@ -84,6 +90,6 @@ def chance_warning(summary: Mapping[str, Any], num_classes: int) -> str | None:
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of what the numbers depend on."""
+  """Returns the versions of the packages that the numbers depend on."""
   own = {"sapr_jax": __version__, "python": platform.python_version()}
   return own | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}

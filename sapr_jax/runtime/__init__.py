@@ -1,4 +1,4 @@
-"""What surrounds a run and is usable by any other loop: devices, processes, interruption, progress, compiled programs."""
+"""Surroundings of a run, usable by any other loop: devices, processes, interruption, progress, compiled programs."""
 
 from sapr_jax.runtime.compilation_cache import use_compilation_cache
 from sapr_jax.runtime.cpu import keep_memory, with_fast_layers

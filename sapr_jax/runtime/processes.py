@@ -214,8 +214,8 @@ def _check_arguments(coordinator: str, num_processes: int, process_id: int) -> N
 def _not_connected(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> str:
   who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
   return (
-    f"{who} could not connect to the others within {timeout} s; start every process, each with the same --coordinator and"
-    " --num_processes and a --process_id of its own, and let them through the firewall."
+    f"{who} could not connect to the others within {timeout} s; start every process, each with the same --coordinator"
+    " and --num_processes and a --process_id of its own, and let them through the firewall."
   )
 
 

@@ -16,7 +16,7 @@ DEFAULT_ROUND_TO = {
 """Platform -> default; 1 on any other."""
 
 _LEAST_CHOICE = 8
-"""Number of widths that each group must be able to take: where rounding would leave less, accuracy goes before speed."""
+"""Number of widths that each group must be able to take: with fewer, rounding would cost accuracy."""
 
 
 def resolve_round_to(prune: Any, graph: ChannelGraph, budget: Budget, platform: str) -> int:

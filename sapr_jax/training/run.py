@@ -106,7 +106,7 @@ def run(
     if error.errno not in _DISK_ERRORS:
       raise
     raise InputError(
-      f"{error.filename or path} cannot be written ({error.strerror}); the checkpoints are whole: make room or repair the"
+      f"{error.filename or path} cannot be written ({error.strerror}); the checkpoints are whole: make room or fix the"
       " directory, and the same command resumes the run."
     ) from error
   say(f"\n{report.format_summary(summary)}\n")

@@ -1,4 +1,4 @@
-"""Checkpoints: the newest whole one comes back exactly, damaged ones are named and skipped."""
+"""Checkpoints: the newest undamaged one comes back exactly, damaged ones are named and skipped."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import pytest
 
 from sapr_jax.artifacts import Checkpointer
 from sapr_jax.errors import InputError
-from sapr_jax.training.state import network_state
 
 
 @pytest.fixture
 def state():
   tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9))
   weights = jnp.asarray(np.random.default_rng(0).normal(size=(50, 40)), jnp.float32)
-  return {"network": network_state({"params": {"w": weights}}, tx), "masks": {"a": jnp.ones(2)}}
+  return {"params": {"w": weights}, "opt_state": tx.init({"w": weights}), "masks": {"a": jnp.ones(2)}}
 
 
 def plus(state, number):
@@ -116,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped_for_the_one_before(tmp_path, 
   assert restore(folder, state)[1]["step"] == 3
 
 
-def test_if_all_are_damaged_the_stage_begins_anew(tmp_path, state, capfd):
+def test_if_all_are_damaged_the_stage_begins_again(tmp_path, state, capfd):
   folder = tmp_path / "checkpoints" / "train"
   save_steps(folder, state, (1, 2))
   for step in ("1", "2"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_same
 
 import sapr_jax as sapr
 
@@ -19,13 +20,6 @@ def pruned(tiny):
   for mask in masks.values():
     mask[1::3] = 0
   return sapr.prune(tiny.model, tiny.variables, tiny.graph, masks)
-
-
-def assert_same(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
 
 
 def test_a_pruned_model_comes_back_as_it_was(tmp_path, tiny, pruned):
@@ -87,7 +81,7 @@ def test_saving_again_replaces_the_model_and_leaves_nothing_behind(tmp_path, tin
 def test_another_directory_is_not_overwritten(tmp_path, pruned):
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos" / "1.jpg").write_text("x")
-  with pytest.raises(sapr.InputError, match="photos exists and holds no saved model"):
+  with pytest.raises(sapr.InputError, match="photos exists and is not a saved model"):
     sapr.save(tmp_path / "photos", *pruned)
   assert (tmp_path / "photos" / "1.jpg").read_text() == "x"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -15,7 +15,8 @@ from sapr_jax.report.figures import FIGURES
 from sapr_jax.report.page import write_page
 from sapr_jax.report.run_history import read_histories
 
-pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'sapr_jax[report]'")
+for package in ("jinja2", "matplotlib"):
+  pytest.importorskip(package, reason=f"the report needs {package}: pip install 'sapr_jax[report]'")
 
 
 def make_run(path, *, gamma=0.01, seed=0, epochs=4, finished=True, searched=True):
@@ -30,7 +31,7 @@ def make_run(path, *, gamma=0.01, seed=0, epochs=4, finished=True, searched=True
     stage = "train" if step <= 3 else "finetune"
     record = {"stage": stage, "epoch": step if step <= 3 else step - 3, "step": step, "test_accuracy": 0.2 * step}
     if searched and 1 < step <= 3:
-      record |= {"subnetwork_accuracy": 0.1 * step, "macs_share": 0.5, "generator_macs_share": 0.6}
+      record |= {"subnetwork_accuracy": 0.1 * step, "cost": "macs", "cost_share": 0.5, "generator_cost_share": 0.6}
       record |= {"kept_norm_mean": 1.0, "dropped_norm_mean": 1 / step, "widths": {"a/conv": 2, "b/conv": step}}
     if searched and step == 3:
       record["hamming_distance"] = 0.25
@@ -118,24 +119,46 @@ def test_seeds_are_told_apart_and_text_is_escaped(tmp_path):
   assert [run.label for run in read_histories([same[1], same[1]])] == ["y", "y"]
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_budget_given_as_an_amount_has_no_line_of_its_share(tmp_path):
+  run = make_run(tmp_path / "run")
+  (before,) = FIGURES["budget"][1](read_histories([run])).axes
+  config = json.loads((run / "config.json").read_text()) | {"prune.limit": 30e6}
+  (run / "config.json").write_text(json.dumps(config))
+  (after,) = FIGURES["budget"][1](read_histories([run])).axes
+  assert [text.get_text() for text in before.texts] == ["p = 0.5"] and not after.texts
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch, package):
+  runs = read_histories([make_run(tmp_path / "run")])
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(InputError, match=rf"needs {package}, .*; run: pip install 'sapr_jax\[report\]'"):
+    write_page(runs, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
   for name, content in (("empty", None), ("other", "{}"), ("damaged", "{")):
     (tmp_path / name).mkdir()
     if content:
       (tmp_path / name / "config.json").write_text(content)
-    with pytest.raises(InputError, match=rf"{name} is no work directory of a run"):
+    with pytest.raises(InputError, match=rf"{name} is not the work directory of a run"):
       read_histories([tmp_path / name])
   run = make_run(tmp_path / "new", epochs=0, finished=False)
   with pytest.raises(InputError, match="has no records yet"):
     read_histories([run])
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+  def status(*arguments):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+      runpy.run_module("sapr_jax.report", run_name="__main__")
+    return done.value.code
+
   make_run(tmp_path / "run")
-  command = [sys.executable, "-m", "sapr_jax.report"]
-  done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, "")
-  assert (tmp_path / "run" / "report" / "report.html").is_file()
-  done = subprocess.run([*command, str(tmp_path / "nothing")], capture_output=True, text=True)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert status(tmp_path / "run") == 0
+  assert (tmp_path / "run" / "report" / "report.html").is_file() and not capsys.readouterr().err
+  assert status(tmp_path / "nothing") == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and error.count("\n") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sapr_jax import report
 
 
@@ -10,16 +12,25 @@ def test_the_line_of_an_epoch():
   assert report.format_epoch(plain, 20) == "train 3/20: loss 0.5000, test 90.00%, 12.0 s"
   searched = plain | {
     "subnetwork_accuracy": 0.8,
-    "macs_share": 0.479,
+    "cost": "prunable_macs",
+    "cost_share": 0.479,
     "kept_norm_mean": 1.5,
     "dropped_norm_mean": 0.25,
     "hamming_distance": 0.01,
     "generator_seconds": 1.0,
   }
   assert report.format_epoch(searched, 20) == (
-    "train 3/20: loss 0.5000, test 90.00% (sub-network 80.00% at 47.9% of prunable MACs),"
+    "train 3/20: loss 0.5000, test 90.00% (sub-network 80.00% at 47.9% of the prunable MACs),"
     " norms 1.500 kept, 0.250 dropped, Hamming 0.010, 12.0 s + generator 1.0 s"
   )
+
+
+@pytest.mark.parametrize("cost", ["prunable_macs", "macs", "params"])
+def test_the_line_of_an_epoch_names_the_cost(cost):
+  record = {"stage": "train", "epoch": 1, "train_loss": 0.5, "test_accuracy": 0.9, "weight_seconds": 1.0}
+  record |= {"subnetwork_accuracy": 0.8, "cost": cost, "cost_share": 0.5}
+  words = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
+  assert f"(sub-network 80.00% at 50.0% of {words[cost]})" in report.format_epoch(record, 2)
 
 
 def test_the_table():

@@ -32,5 +32,5 @@ def test_every_rule_refuses_something_and_says_what_must_be(name):
 def test_a_configuration_that_lacks_a_field_is_refused():
   with pytest.raises(sapr.InputError, match="steps_per_call is missing in the configuration"):
     check_config(ConfigDict({"seed": 0}))
-  with pytest.raises(sapr.InputError, match="config must be the ConfigDict of configs/default.py, got a dict"):
+  with pytest.raises(sapr.InputError, match=r"config must be the ConfigDict of configs/default\.py, got a dict"):
     check_config({"seed": 0})
