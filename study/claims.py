@@ -19,7 +19,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from benchmarks.study_rows import FORM, LONGER, SELECTION, SELECTION_BASELINE, gamma_name
+from study.rows import FORM, LONGER, SELECTION, SELECTION_BASELINE, gamma_name
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""

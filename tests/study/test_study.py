@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from benchmarks import cifar10_study, study_ours, study_page
-from benchmarks.cifar10_study import parse_settings
-from benchmarks.study_claims import (
+from configs import default, digits
+from sapr_jax.artifacts.files import write_json
+from sapr_jax.training import epochs, schedules, setup
+from sapr_jax.training.checks import check_config
+from sapr_jax.training.interruption import Interruption
+from study import __main__ as cifar10_study
+from study import ours as study_ours
+from study import page as study_page
+from study.__main__ import parse_settings
+from study.claims import (
   CLAIMS,
   Results,
   beats_alternatives,
@@ -28,13 +35,8 @@ from benchmarks.study_claims import (
   selection,
   stable_architecture,
 )
-from benchmarks.study_records import check_folder, entry_of, head_of, is_finished, recorded, update
-from benchmarks.study_rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
-from configs import default, digits
-from sapr_jax.artifacts.files import write_json
-from sapr_jax.training import epochs, schedules, setup
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.interruption import Interruption
+from study.records import check_folder, entry_of, head_of, is_finished, recorded, update
+from study.rows import LONGER, SIZES, chosen, config_of, gamma_name, grid, job_of
 
 FULL, REDUCED, QUARTER, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "quarter", "fifth"))
 
@@ -459,7 +461,7 @@ def test_sampled_masks_are_reproducible_within_the_budget_and_likely_at_the_end(
 def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
   torch = pytest.importorskip("torch", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
   pytest.importorskip("torch_pruning")
-  from benchmarks import study_torch
+  from study import torch_runs as study_torch
 
   ours = sapr.models.create("resnet8", width_multiplier=0.5)
   variables = ours.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -485,7 +487,7 @@ def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
 
 def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
   pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
-  from benchmarks.study_torch import scaled_reg
+  from study.torch_runs import scaled_reg
 
   recipe = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)
   assert scaled_reg(1.0, recipe) == pytest.approx(5e-4)
@@ -495,7 +497,7 @@ def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
 @pytest.mark.parametrize("of", ["all", "kernels", "convolutions"])
 def test_weight_decay_shrinks_in_pytorch_what_it_shrinks_here(of):
   pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
-  from benchmarks import study_torch
+  from study import torch_runs as study_torch
 
   ours = sapr.models.create("resnet8", width_multiplier=0.5)
   variables = ours.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -515,7 +517,7 @@ def test_weight_decay_shrinks_in_pytorch_what_it_shrinks_here(of):
 def test_a_torch_crop_is_a_window_of_the_padded_image():
   torch = pytest.importorskip("torch")
   pytest.importorskip("torch_pruning")
-  from benchmarks.study_torch import augment
+  from study.torch_runs import augment
 
   images = torch.arange(1, 2 * 4 * 4 + 1, dtype=torch.uint8).reshape(2, 4, 4, 1)
   found = augment(images, torch.Generator().manual_seed(0), padding=1, flip=True)

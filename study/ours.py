@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.study_rows import Job
 from sapr_jax import artifacts, models, report, training
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import ChannelGraph, Masks, count_macs, prune
@@ -27,6 +26,7 @@ from sapr_jax.training.checks import check_config
 from sapr_jax.training.devices import replicate
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.setup import Setup, build, initial_network
+from study.rows import Job
 
 _SCRATCH_KEY = 0
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import cpu_name
-from benchmarks.study_rows import Experiment, Job
 from sapr_jax.artifacts import read_records
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.errors import InputError
 from sapr_jax.training import workdir as layout
+from study.rows import Experiment, Job
 
 ENTRY = "study.json"
 """In the work directory of a finished run: its entry."""

@@ -1,10 +1,10 @@
 """Does the method do what the paper says, and is it better than the alternatives? The CIFAR-10 study.
 
-    python -m benchmarks.cifar10_study --size full --data DIR --runs DIR --page      the paper's schedules, for a GPU
-    python -m benchmarks.cifar10_study --size reduced --data DIR --runs DIR --page   ResNet-20, few images: for a CPU
-    python -m benchmarks.cifar10_study --size quarter --data DIR --runs DIR --page   that, down to a quarter of the MACs
-    python -m benchmarks.cifar10_study --size decayed --data DIR --runs DIR --page   quarter, with more weight decay
-    python -m benchmarks.cifar10_study --size fifth --data DIR --runs DIR --page     a quarter, a fifth of all epochs
+    python -m study --size full --data DIR --runs DIR --page      the paper's schedules, for a GPU
+    python -m study --size reduced --data DIR --runs DIR --page   ResNet-20, few images: for a CPU
+    python -m study --size quarter --data DIR --runs DIR --page   that, down to a quarter of the MACs
+    python -m study --size decayed --data DIR --runs DIR --page   quarter, with more weight decay
+    python -m study --size fifth --data DIR --runs DIR --page     a quarter, a fifth of all epochs
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes
 from tensorflow-datasets. Every row of the grid (`--list`) and every seed is a run with a work directory of its own
@@ -39,8 +39,13 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from benchmarks import study_page
-from benchmarks.study_records import (
+from sapr_jax import training
+from sapr_jax.errors import InputError, InterruptedRunError, one_line
+from sapr_jax.training.checks import check_config
+from sapr_jax.training.interruption import Interruption
+from sapr_jax.training.progress import say
+from study import page as study_page
+from study.records import (
   check_folder,
   describe_data,
   head_of,
@@ -50,12 +55,7 @@ from benchmarks.study_records import (
   update,
   write_entry,
 )
-from benchmarks.study_rows import SIZES, Job, Row, chosen, grid, job_of, workdir_of
-from sapr_jax import training
-from sapr_jax.errors import InputError, InterruptedRunError, one_line
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.interruption import Interruption
-from sapr_jax.training.progress import say
+from study.rows import SIZES, Job, Row, chosen, grid, job_of, workdir_of
 
 _LONGEST = 1_000_000
 """Minutes; a timer takes no more than some decades."""
@@ -255,9 +255,9 @@ def _run(job: Job) -> bool:
     say(f"\n== {job}")
     started = time.monotonic()
     if job.row.kind == "torch":
-      importlib.import_module("benchmarks.study_torch").run_pruner(job)  # imports an extra
+      importlib.import_module("study.torch_runs").run_pruner(job)  # imports an extra
     else:
-      importlib.import_module("benchmarks.study_ours").KINDS[job.row.kind](job)  # imports slowly
+      importlib.import_module("study.ours").KINDS[job.row.kind](job)  # imports slowly
     write_entry(job)
     say(f"== {job}: done in {time.monotonic() - started:.0f} s")
   return True

@@ -30,8 +30,6 @@ import torch_pruning
 from torch import nn
 
 from benchmarks.measuring import versions
-from benchmarks.study_ours import budget_macs
-from benchmarks.study_rows import Job
 from benchmarks.torch_networks import CifarResNet, MobileNetV2
 from sapr_jax import data, models
 from sapr_jax.artifacts import export_torch
@@ -45,6 +43,8 @@ from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, learning_rate_schedule
 from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
+from study.ours import budget_macs
+from study.rows import Job
 
 _CHECKPOINT = "torch.pt"
 _STEPS_OF_PRUNING = 400  # the recipe's
