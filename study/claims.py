@@ -19,7 +19,8 @@ from typing import Any
 import scipy.stats
 
 from benchmarks.measuring import table
-from study.rows import FORM, LONGER, SELECTION, SELECTION_BASELINE, gamma_name
+from study.rows import FORM, SELECTION, SELECTION_BASELINE, gamma_name
+from study.sizes import LONGER
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
