@@ -107,7 +107,9 @@ def measure(network: Network, platform: str, rounds: int, peer: Any) -> dict[str
     if not peers:
       result["macs"] = {name: count_macs(m, v, network.input_shape) for name, (m, v) in forms.items()}
       peers = torch_forms(network, result["macs"][pruned(1)], peer)
-      result["macs"] |= {name: peer.count_macs(model, network.image_size) for name, model in peers.items()}
+      result["macs"] |= {
+        name: peer.count_macs(model, (3, network.image_size, network.image_size)) for name, model in peers.items()
+      }
     result["times"][dtype] = {}
     for batch in network.cpu_batches if platform == "cpu" else network.accelerator_batches:
       peer.forget_compiled()

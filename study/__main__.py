@@ -143,7 +143,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
   for text in texts:
     name, equals, value = text.partition("=")
     if not equals:
-      raise InputError(f"--set takes NAME=VALUE, got {text!r}; an example is train.epochs=3.")
+      raise InputError(f"--set must be NAME=VALUE, got {text!r}; an example is train.epochs=3.")
     try:
       settings[name] = ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

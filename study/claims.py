@@ -206,7 +206,7 @@ def better_subnetwork(results: Results) -> Claim:
 
 
 def larger_gamma(results: Results) -> Claim:
-  """(c): larger gamma, better sub-network and worse full model."""
+  """(c): a larger gamma makes the sub-network better and the full model worse."""
   gammas = [gamma for gamma in results.gammas if results.accuracy(gamma_name(gamma), "dense")]
   # A mean over other seeds could not be compared.
   seeds = results.common_seeds(map(gamma_name, gammas))
@@ -215,26 +215,18 @@ def larger_gamma(results: Results) -> Claim:
     values = results.accuracy(gamma_name(gamma), network)
     return {seed: values[seed] for seed in seeds & values.keys()}
 
-  rows, worse_from, pruned_means = [], None, {}
+  rows, losses = [], {}
   for gamma in gammas:
-    loss = difference(of(0, "dense"), of(gamma, "dense"))
-    if gamma and worse_from is None and loss.verdict() == "holds":
-      worse_from = gamma
-    if pruned := of(gamma, "pruned"):
-      pruned_means[gamma] = statistics.fmean(pruned.values())
+    losses[gamma] = difference(of(0, "dense"), of(gamma, "dense"))
     cells = [mean_and_deviation(of(gamma, network).values()) for network in ("dense", "subnetwork", "pruned")]
-    rows.append([f"{gamma:g}", *cells, str(loss) if gamma else ""])
+    rows.append([f"{gamma:g}", *cells, str(losses[gamma]) if gamma else ""])
   last = results.gammas[-1]
   parts = (
     difference(of(last, "subnetwork"), of(0, "subnetwork")).verdict(),
     difference(of(0, "dense"), of(last, "dense")).verdict(),
   )
-  if worse_from is not None:
-    turn = f"the full model is clearly worse from gamma = {worse_from:g} on"
-  else:
-    turn = "the full model is at no gamma clearly worse" if 0 in gammas else "gamma = 0 was not run"
-  if pruned_means:
-    turn += f"; the pruned network is best at gamma = {max(pruned_means, key=pruned_means.__getitem__):g}"
+  means = {gamma: statistics.fmean(pruned.values()) for gamma in gammas if (pruned := of(gamma, "pruned"))}
+  best = f"; the pruned network is best at gamma = {max(means, key=means.__getitem__):g}" if means else ""
   return Claim(
     "(c) A larger gamma makes the sub-network better and the full model worse",
     f"At gamma = {last:g} the sub-network is better, and the dense network worse, than at 0. The turn is the least"
@@ -242,28 +234,39 @@ def larger_gamma(results: Results) -> Claim:
     " all of these have.",
     table(["gamma", "full model, %", "sub-network, %", "pruned, %", "full model loses, points"], rows),
     combined(parts),
-    f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {turn}.",
+    f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {_turn(losses)}{best}.",
   )
+
+
+def _turn(losses: Mapping[float, Estimate]) -> str:
+  """Says from which gamma on the full model is worse; `losses` has what it loses at each gamma, 0 among them."""
+  if 0 not in losses:
+    return "gamma = 0 was not run"
+  worse_from = next((gamma for gamma, loss in losses.items() if gamma and loss.verdict() == "holds"), None)
+  if worse_from is None:
+    return "the full model is at no gamma clearly worse"
+  return f"the full model is clearly worse from gamma = {worse_from:g} on"
 
 
 def stable_architecture(results: Results) -> Claim:
   """(d): the architecture settles."""
   row = LONGER if results.names(LONGER) else results.main
 
-  def distances(window: Callable[[Mapping[str, Any]], tuple[int, int]]) -> dict[int, float]:
+  def distances(window: Callable[[int, int], tuple[int, int]]) -> dict[int, float]:
     def mean(entry: Mapping[str, Any]) -> float | None:
       curve = entry["curves"].get("hamming")
-      return None if curve is None else mean_of_epochs(curve, *window(entry))
+      return None if curve is None else mean_of_epochs(curve, *window(entry["start_epoch"], entry["train_epochs"]))
 
     return results.of(row, mean)
 
   values = {
-    "epochs 8 to 12": distances(lambda entry: (entry["start_epoch"] + 8, entry["start_epoch"] + 12)),
-    "epochs 18 to 22": distances(lambda entry: (entry["start_epoch"] + 18, entry["start_epoch"] + 22)),
-    "last ten epochs": distances(lambda entry: (entry["train_epochs"] - 9, entry["train_epochs"])),
+    "epochs 8 to 12": distances(lambda start, end: (start + 8, start + 12)),
+    "epochs 18 to 22": distances(lambda start, end: (start + 18, start + 22)),
+    "last ten epochs": distances(lambda start, end: (end - 9, end)),
   }
-  early = difference(dict.fromkeys(values["epochs 8 to 12"], STABLE), values["epochs 8 to 12"]).verdict()
-  falling = difference(values["epochs 18 to 22"], values["last ten epochs"]).verdict()
+  first, second, late = values.values()
+  early = difference(dict.fromkeys(first, STABLE), first).verdict()
+  falling = difference(second, late).verdict()
   epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == row}
   short = bool(epochs) and max(epochs) < 32  # the last ten would overlap
   return Claim(
