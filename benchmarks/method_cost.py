@@ -23,7 +23,7 @@ import optax
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import machine, median_ratio, positive, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import median_ratio, positive, record_some, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.method import (
   ArchitectureGenerator,
@@ -103,16 +103,8 @@ def main() -> None:
     measured[name] = measure(networks[name], batch, image_size, 2 if args.quick else args.rounds)
     print(f"{networks[name].title}: measured", file=sys.stderr, flush=True)
     if not args.quick:
-      merged = recorded_networks(platform) | measured
-      ordered = {name: merged[name] for name in networks if name in merged}
-      record("method_cost", {"command": "python -m benchmarks.method_cost", "networks": ordered})
+      record_some("method_cost", "networks", measured, networks)
   print(f"{time_table(measured)}\n\n{cost_table(measured)}")
-
-
-def recorded_networks(platform: str) -> dict[str, Any]:
-  """Returns what was measured before on this machine, with these versions."""
-  report = recorded("method_cost", platform)
-  return report["networks"] if report is not None and report["machine"] == machine() else {}
 
 
 # Measuring.
