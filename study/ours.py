@@ -24,8 +24,9 @@ from sapr_jax.method import (
   relative_to_group_mean,
 )
 from sapr_jax.training import workdir as layout
+from sapr_jax.training.setup import Setup, initial_network
 from study import parts
-from study.parts import Setup, Variables
+from study.parts import Variables
 from study.rows import Job
 from study.variants import variant_of
 
@@ -62,7 +63,7 @@ def run_uniform_width(job: Job) -> None:
   setup = parts.build(config, job.workdir)
   narrow = config.copy_and_resolve_references()
   narrow.model.width_multiplier = nearest_width(setup)
-  model, variables = parts.initial_network(narrow, setup.feed.num_classes, setup.input_shape)
+  model, variables = initial_network(narrow, setup.feed.num_classes, setup.input_shape)
   _write_summary(job, setup, pruned=(model, parts.train_plainly(setup, job.workdir, model, variables)))
 
 

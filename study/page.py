@@ -11,8 +11,9 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, Results, mean_and_deviation, open_choices, selection
+from study.claims import CLAIMS, open_choices, selection
 from study.records import CURVES
+from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
 from study.sizes import LONGER, SIZES
 
@@ -103,7 +104,7 @@ def _all_rows(results: Results) -> str:
   for name in results.names():
     seeds = sorted(results.of(name, lambda entry: 0))
     minutes = [seconds / 60 for seconds in results.of(name, lambda entry: entry["seconds"]["total"]).values()]
-    cells = [mean_and_deviation(results.accuracy(name, n).values()) for n in ("dense", "subnetwork", "pruned")]
+    cells = [mean_and_deviation(results.accuracy(name, n)) for n in ("dense", "subnetwork", "pruned")]
     rows.append([name, " ".join(map(str, seeds)), *cells, results.macs(name), f"{statistics.fmean(minutes):.1f}"])
   return table(["row", "seeds", "dense, %", "sub-network, %", "pruned, %", "MACs left, %", "minutes a run"], rows)
 

@@ -1,4 +1,4 @@
-"""Parts of a training run that the study uses by themselves. No other file of it knows how a run is made."""
+"""Parts of a training run that the study uses by themselves, without the run around them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,7 @@ from sapr_jax.training import workdir as layout
 from sapr_jax.training.checks import check_config
 from sapr_jax.training.devices import replicate
 from sapr_jax.training.interruption import Interruption
-from sapr_jax.training.setup import FINETUNE, TRAIN, Setup, initial_network
-
-__all__ = [
-  "FINETUNE",
-  "TRAIN",
-  "Setup",
-  "Variables",
-  "build",
-  "end_of_training",
-  "evaluate",
-  "generator_scores",
-  "initial_network",
-  "recalibrated",
-  "train_plainly",
-]
+from sapr_jax.training.setup import Setup
 
 Variables = dict[str, Any]
 

@@ -41,8 +41,8 @@ from sapr_jax.training.checks import check_config
 from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, learning_rate_schedule
+from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
 from study.ours import budget_macs
-from study.parts import FINETUNE, TRAIN, initial_network
 from study.rows import Job
 
 _CHECKPOINT = "torch.pt"

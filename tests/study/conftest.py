@@ -3,7 +3,7 @@
 import pytest
 from entries import entry
 
-from study.claims import Results
+from study.results import Results
 
 
 @pytest.fixture

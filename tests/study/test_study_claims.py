@@ -11,9 +11,6 @@ from entries import entry
 from study.claims import (
   CLAIMS,
   beats_alternatives,
-  combined,
-  difference,
-  estimate,
   larger_gamma,
   mean_of_epochs,
   nothing_lost,
@@ -21,6 +18,7 @@ from study.claims import (
   selection,
   stable_architecture,
 )
+from study.results import combined, difference, estimate
 from study.sizes import LONGER
 
 
