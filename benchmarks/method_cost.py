@@ -261,8 +261,8 @@ thirds of the arithmetic of a weight step; masks gate feature maps (`sapr_jax.ma
 gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for
 ResNet-56, 0.95 for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is
 more than 5 % of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the
-records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs in which the masks
-are held (`prune.hold_epoch`) have neither generator steps nor new masks."""
+records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs without new masks
+have no generator steps either."""
 
 
 def time_table(networks: Mapping[str, Any]) -> str:
