@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
   config.seed = 0
   config.steps_per_call = placeholder(int)  # steps in one compiled call; unset: 1 on CPU, else many
   config.eval_batch_size = 512
-  config.fast_cpu = True  # on CPUs: layers, compiler options and memory as in sapr_jax/training/cpu.py
+  config.fast_cpu = True  # on CPUs: layers, compiler options and memory as in sapr_jax/runtime/cpu.py
 
   config.model = ConfigDict()
   config.model.name = "resnet56"  # a name in sapr_jax.models.MODELS
@@ -52,25 +52,24 @@ def get_config() -> ConfigDict:
   config.finetune.decay_epochs = (80, 120)
 
   config.prune = ConfigDict()
-  config.prune.p = 0.48  # share of the prunable MACs to keep
+  config.prune.proposer = "generator"  # ranks the channels; or l1_norm, l2_norm, batch_norm_scale, taylor, random
+  config.prune.cost = "prunable_macs"  # of layers that can be cut; or macs, params: of the whole network
+  config.prune.p = 0.48  # share of that cost to keep
+  config.prune.limit = placeholder(float)  # the cost to keep at most, such as 30e6; unset: the share p
   config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
-  config.prune.hold_epoch = placeholder(int)  # epochs after which the masks are final; unset: renewed before every one
   config.prune.gamma = 5e-4  # strength of the partial regularization
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
-  config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
-  config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps
-  config.prune.statistics_batches = 100  # on which running statistics are measured anew after the cut; 0: they are kept
+  config.prune.statistics_batches = 100  # on which running statistics are measured again after the cut; 0: they are kept
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.generator = ConfigDict()
   config.generator.data_share = 0.1  # of the training images
   config.generator.batch_size = 128
-  config.generator.statistics = "running"  # that normalize while it learns: running: the dense network's; batch
   config.generator.learning_rate = 1e-3  # of AdamW
   config.generator.weight_decay = 1e-2
-  config.generator.macs_weight = 4.0  # lambda of the MACs penalty
+  config.generator.budget_weight = 4.0  # lambda of the budget penalty
   config.generator.bias = 3.0  # b of Eq. 1
   config.generator.temperature = 0.4  # tau of Eq. 1
 

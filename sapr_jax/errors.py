@@ -1,13 +1,17 @@
-"""What a user can mend, and what a scheduler can start again."""
+"""Errors that a user can fix, and those that tell a scheduler what to do."""
 
 
 class InputError(ValueError):
   """Input that cannot be used: a config value, a file, an array of the wrong shape.
 
-  The message is one line that says what was wrong, what was expected and how to mend it. It is a `ValueError`, so
+  The message is one line: what must be, what it is, how to fix it. It is a `ValueError`, so
   library users need not know this class; `python -m sapr_jax.main` prints the message alone, without a traceback, and
   exits with a non-zero status.
   """
+
+
+class DivergedError(ArithmeticError):
+  """Training diverged: a loss is not finite. `python -m sapr_jax.main` prints the message and exits with 3."""
 
 
 class InterruptedRunError(Exception):
@@ -15,7 +19,7 @@ class InterruptedRunError(Exception):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-  """Returns what an exception says, as one line of at most `limit` characters and an ellipsis."""
+  """Returns the message of an exception as one line of at most `limit` characters and an ellipsis."""
   # A KeyError would put its message in quotes.
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   return text if limit is None or len(text) <= limit else f"{text[:limit]} ..."

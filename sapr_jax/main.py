@@ -5,7 +5,8 @@ again resumes an unfinished run. Exit status:
 
     0    finished
     75   stopped by SIGTERM or Ctrl-C with all work saved: the same command goes on
-    2    bad input, or training that diverged; one line on standard error says what
+    2    bad input; one line on standard error says what must change
+    3    training diverged; one line says where
     130  stopped at once by a second Ctrl-C: the same command goes on at the last checkpoint
 
 Several machines work as one if the same command runs on each of them with `--distributed`: on TPU pods, under SLURM and
@@ -16,17 +17,17 @@ the others end too, with a status that is not zero.
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from sapr_jax.errors import InputError, InterruptedRunError, one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, such as configs/digits.py.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes of a run.")
@@ -48,18 +49,18 @@ def main(argv: Sequence[str]) -> int:
     config, workdir = _CONFIG.value, _WORKDIR.value
     if hasattr(config, "lock"):
       config.lock()
-  except OSError as error:  # a file that could not be loaded shows when the configuration is first used
+  except OSError as error:  # a file that cannot be read shows when the configuration is first used
     return _fail(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
   if not _CONFIG.present or not workdir:
     return _fail(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
-    return _fail(f"get_config() returned a {found}; expected the ConfigDict of configs/default.py with other values.")
+    return _fail(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and by_hand == (None, None, None):
     return _run(config, workdir)
-  from sapr_jax.training import processes
+  from sapr_jax.runtime import processes
 
   try:
     process = processes.initialize(*by_hand, timeout=_CONNECT_SECONDS.value)
@@ -77,17 +78,19 @@ def main(argv: Sequence[str]) -> int:
 def _run(config: Any, workdir: str, process: int = 0) -> int:
   """Runs the experiment; returns the exit status."""
   try:
-    from sapr_jax import training  # starts slowly; bad flags fail before
+    from sapr_jax import runtime, training  # start slowly; bad flags fail before
 
     if config.get("fast_cpu"):
-      training.keep_memory()  # the process is ours; JAX has not started yet
+      runtime.keep_memory()  # the process is ours; JAX has not started yet
     _start_jax()
     if _COMPILATION_CACHE.value:
-      training.use_compilation_cache()
+      runtime.use_compilation_cache()
     training.run(config, workdir)
+  except DivergedError as error:
+    return _fail(str(error), 3)
   except InputError as error:
-    # What all processes know of, the first one says.
-    return 2 if process and isinstance(error, training.AgreedError) else _fail(str(error))
+    # An error that all processes know of is told by the first.
+    return 2 if process and isinstance(error, runtime.AgreedError) else _fail(str(error))
   except InterruptedRunError as error:
     if not process:
       print(error, file=sys.stderr)
@@ -114,39 +117,40 @@ def _start_jax() -> None:
     ) from error
 
 
-def _fail(message: str) -> int:
-  in_one_line = message.replace("\n", "\\n").replace("\r", "\\r")  # a file may be called so
+def _fail(message: str, status: int = 2) -> int:
+  in_one_line = message.replace("\n", "\\n").replace("\r", "\\r")  # the name of a file may have them
   print(f"error: {in_one_line}", file=sys.stderr)
-  return 2
+  return status
+
+
+class _ConfigFileError(Exception):
+  """The user's configuration file raised an error, which is the cause of this one."""
+
+
+def _load_config_file(load: Callable[[str], Any], path: str) -> Any:
+  try:
+    return load(path)
+  except Exception as error:
+    raise _ConfigFileError(path) from error
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the flags, and runs the file of the configuration; whatever is wrong with either ends in one line."""
-  logging.getLogger("absl").setLevel(logging.ERROR)  # what it would warn of is an error here
+  """Parses the flags, which runs the configuration file.
+
+  A wrong flag ends in one line; an error in the file shows its traceback.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of what is an error here
+  parser = flags.FLAGS["config"].parser
+  parser.parse = functools.partial(_load_config_file, parser.parse)
   try:
     return flags.FLAGS(argv)
+  except _ConfigFileError as error:
+    traceback.print_exception(error.__cause__)
+    sys.exit(_fail(f"{error} raised the error above; fix that file."))
+  except (AttributeError, KeyError) as error:
+    sys.exit(_fail(f"the configuration has no such field: {one_line(error)}"))
   except Exception as error:
-    sys.exit(_fail(_explain(error)))
-
-
-def _explain(error: Exception) -> str:
-  """Says what is wrong with the flags or the file of the configuration."""
-  chain: list[BaseException] = [error]
-  while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-    chain.append(before)
-  if isinstance(chain[-1], ImportError | SyntaxError):
-    return f"the file of the configuration cannot be run, from this directory at least: {one_line(chain[-1])}"
-  others = (f"{os.sep}absl{os.sep}", f"{os.sep}ml_collections{os.sep}", "<frozen ", __file__)
-  for link in reversed(chain):
-    places = [p for p in traceback.extract_tb(link.__traceback__) if not any(other in p.filename for other in others)]
-    if places:
-      what, where = f"{type(link).__name__}: {one_line(link)}", f"{places[-1].filename}, line {places[-1].lineno}"
-      return f"the file of the configuration cannot be run: {what} ({where})"
-  if "get_config" in str(error):
-    return f"the file of the configuration has no function get_config() without arguments: {one_line(chain[-1])}"
-  if isinstance(error, AttributeError | KeyError):
-    return f"the configuration has no such field: {one_line(error)}"
-  return one_line(error)
+    sys.exit(_fail(one_line(error)))
 
 
 if __name__ == "__main__":

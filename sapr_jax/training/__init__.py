@@ -1,8 +1,17 @@
-"""Training: state, the three steps, devices, schedules, and the one loop."""
+"""Training: the parts of a run, its steps, and the one loop."""
 
-from sapr_jax.training.compilation_cache import use_compilation_cache
-from sapr_jax.training.cpu import keep_memory, with_fast_layers
-from sapr_jax.training.processes import AgreedError
+from sapr_jax.training.config import check_config
+from sapr_jax.training.experiment import Experiment, build, make_proposer
+from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
 from sapr_jax.training.run import run
 
-__all__ = ["AgreedError", "keep_memory", "run", "use_compilation_cache", "with_fast_layers"]
+__all__ = [
+  "Experiment",
+  "GeneratorProposer",
+  "ImportanceProposer",
+  "Proposer",
+  "build",
+  "check_config",
+  "make_proposer",
+  "run",
+]

@@ -1,4 +1,4 @@
-"""How images reach the steps: a small data set lies on the devices, a large one is read from disk as it is needed."""
+"""How images reach the steps: a small data set lies on the devices, a large one is streamed from disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from sapr_jax import data
 from sapr_jax.errors import InputError
-from sapr_jax.training.devices import default_steps_per_call, process_slice, replicate
-from sapr_jax.training.steps import Preprocessing, Shared
+from sapr_jax.runtime.devices import default_steps_per_call, process_slice, replicate
+from sapr_jax.training.inputs import Preprocessing, Shared
 
 
 class Feed(Protocol):
@@ -24,9 +24,9 @@ class Feed(Protocol):
     num_train: Number of training images.
     num_test: Number of test images.
     num_classes: Number of classes.
-    image_shape: `(height, width, channels)` of what the network sees.
-    preprocessing: What is left to do in the steps.
-    train: What the steps on training images read; empty if batches bring their images.
+    image_shape: `(height, width, channels)` of the network's input.
+    preprocessing: The part of it that is left to the steps.
+    train: Training images on the devices; empty if batches bring their images.
     test: The same for test images.
   """
 
@@ -38,53 +38,71 @@ class Feed(Protocol):
   train: Shared
   test: Shared
 
-  def training(self, order: np.ndarray, *, stream: int, epoch: int, first: int = 0) -> Iterator[Any]:
-    """Yields the batches of each call of the mapped step, `[n, batch, ...]`.
+  def training(
+    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
+  ) -> Iterator[Any]:
+    """Yields the batches of each call of a mapped step in one epoch, `[n, batch, ...]`.
 
     Args:
-      order: Indices of training images, int32 `[batches, batch]`.
-      stream: Stream of random numbers, for augmentation on the host.
-      epoch: From 0, likewise.
+      batch_size: Images in a batch; the incomplete last batch is left out.
+      purpose: Number that keeps orders and augmentation of different passes apart.
+      epoch: From 0.
       first: How many batches to leave out, because they are done.
+      images: Indices of the training images to read, int32 `[M]`; None for all.
     """
 
   def evaluation(self) -> Iterator[Any]:
     """Yields the calls on all test images: (batch, weights)."""
 
 
+def open_feed(config: Any, mesh: Mesh) -> Feed:
+  """Opens the data set of `config`.
+
+  Raises:
+    InputError: If it cannot be read.
+  """
+  fields = config.data
+  spec = data.DataSpec(
+    source=fields.source,
+    name=fields.name,
+    path=fields.path,
+    train_images=fields.train_images,
+    test_images=fields.test_images,
+    seed=config.seed,
+  )
+  return StreamedFeed(spec, config) if fields.stream else ResidentFeed(spec, config, mesh)
+
+
 class ResidentFeed:
   """The whole data set on every device, as uint8: a batch is an array of indices, and a call runs many steps."""
 
-  def __init__(self, config: Any, mesh: Mesh):
-    dataset = data.load_dataset(
-      config.data.source,
-      name=config.data.name,
-      path=config.data.path,
-      train_images=config.data.train_images,
-      test_images=config.data.test_images,
-      seed=config.seed,
-    )
+  def __init__(self, spec: data.DataSpec, config: Any, mesh: Mesh):
+    dataset = data.load_dataset(spec)
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, dataset.image_shape
     mean, std = dataset.channel_statistics()
-    if config.data.mean is not None and len(config.data.mean) != self.image_shape[-1]:
+    fields = config.data
+    if fields.mean is not None and len(fields.mean) != self.image_shape[-1]:
       raise InputError(
-        f"data.mean={config.data.mean} has {len(config.data.mean)} numbers; these images have {self.image_shape[-1]}"
-        " channels: give one number for each, or none to take them from the images."
+        f"data.mean must have one number for each of the {self.image_shape[-1]} channels of these images, got"
+        f" {len(fields.mean)}: {fields.mean}; leave it unset to take the mean of the images."
       )
     self.preprocessing = Preprocessing(
-      mean=tuple(config.data.mean or map(float, mean)),
-      std=tuple(config.data.std or map(float, std)),
-      crop_padding=config.data.crop_padding,
-      flip=config.data.flip,
+      mean=tuple(fields.mean or map(float, mean)),
+      std=tuple(fields.std or map(float, std)),
+      crop_padding=fields.crop_padding,
+      flip=fields.flip,
     )
     self.train, self.test = (_on_devices(split, mesh) for split in (dataset.train, dataset.test))
-    self._eval_batch_size = config.eval_batch_size
+    self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
     self._steps_per_call = config.steps_per_call or default_steps_per_call(mesh)
 
-  def training(self, order: np.ndarray, *, stream: int, epoch: int, first: int = 0) -> Iterator[Any]:
-    del stream, epoch  # augmentation is on the device
-    return self._calls(order, first)
+  def training(
+    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
+  ) -> Iterator[Any]:
+    count = self.num_train if images is None else len(images)
+    order = data.epoch_batches(count, batch_size, seed=self._seed, epoch=epoch, purpose=purpose)
+    return self._calls(order if images is None else images[order], first)
 
   def evaluation(self) -> Iterator[Any]:
     return self._calls(data.evaluation_batches(self.num_test, self._eval_batch_size))
@@ -99,19 +117,12 @@ class ResidentFeed:
 
 
 class StreamedFeed:
-  """Images that are decoded, cropped and flipped by worker processes while the devices compute."""
+  """Images that are decoded, cropped and flipped on the host while the devices compute."""
 
-  def __init__(self, config: Any):
+  def __init__(self, spec: data.DataSpec, config: Any):
     fields = config.data
-    dataset = data.open_dataset(
-      fields.source,
-      name=fields.name,
-      path=fields.path,
-      train_images=fields.train_images,
-      test_images=fields.test_images,
-      seed=config.seed,
-    )
-    self._dataset, self._seed, self._eval_batch_size = dataset, config.seed, config.eval_batch_size
+    self._dataset = dataset = data.open_dataset(spec)
+    self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, (fields.image_size, fields.image_size, 3)
     self.preprocessing = Preprocessing(mean=tuple(fields.mean), std=tuple(fields.std))
@@ -120,8 +131,13 @@ class StreamedFeed:
     self._test_recipe = data.EvaluationRecipe(fields.image_size, resize=fields.eval_resize)
     self._workers = _default_workers() if fields.workers is None else fields.workers
 
-  def training(self, order: np.ndarray, *, stream: int, epoch: int, first: int = 0) -> Iterator[Any]:
-    return self._calls(self._dataset.train, order, self._train_recipe, stream, epoch, first)
+  def training(
+    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
+  ) -> Iterator[Any]:
+    count = self.num_train if images is None else len(images)
+    order = data.epoch_batches(count, batch_size, seed=self._seed, epoch=epoch, purpose=purpose)
+    order = order if images is None else images[order]
+    return self._calls(self._dataset.train, order, self._train_recipe, purpose, epoch, first)
 
   def evaluation(self) -> Iterator[Any]:
     order, weights = data.evaluation_batches(self.num_test, self._eval_batch_size)
@@ -131,14 +147,14 @@ class StreamedFeed:
       yield call, batch_weights[None, local]
 
   def _calls(
-    self, split: data.EncodedSplit, order: np.ndarray, recipe: data.Recipe, stream: int, epoch: int, first: int
+    self, split: data.EncodedSplit, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
   ) -> Iterator[Any]:
     batches = data.stream_batches(
       split,
       order,
       recipe=recipe,
       seed=self._seed,
-      stream=stream,
+      purpose=purpose,
       epoch=epoch,
       first=first,
       workers=self._workers,
@@ -149,15 +165,6 @@ class StreamedFeed:
       yield jax.tree.map(lambda x: x[None], batch)
 
 
-def make_feed(config: Any, mesh: Mesh) -> Feed:
-  """Opens the data set of `config`.
-
-  Raises:
-    InputError: If it cannot be read.
-  """
-  return StreamedFeed(config) if config.data.stream else ResidentFeed(config, mesh)
-
-
 def _default_workers() -> int:
   """Returns 0 for threads where they keep all cores busy (benchmarks/input_pipeline.py), else a process for each."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -166,6 +173,3 @@ def _default_workers() -> int:
 
 def _on_devices(split: data.ImageSplit, mesh: Mesh) -> Shared:
   return replicate(Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)), mesh)
-
-
-__all__ = ["Feed", "ResidentFeed", "StreamedFeed", "make_feed"]

@@ -1,10 +1,10 @@
-"""Where in a stage a run is: what a checkpoint holds beside the arrays."""
+"""Position of a run in a stage: the part of a checkpoint that is not an array."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapr_jax.errors import InputError
@@ -17,9 +17,9 @@ class Position:
   Attributes:
     steps_per_epoch: Weight steps in an epoch.
     epoch: Finished epochs.
-    step: Weight steps done in the epoch under way.
-    record: What is known of that epoch so far.
-    totals: Sums of its metrics over the steps done.
+    step: Weight steps started in the epoch under way.
+    record: The record of that epoch so far; empty before it begins.
+    totals: Sums of the metrics of its steps, as far as they were fetched.
   """
 
   steps_per_epoch: int
@@ -42,12 +42,12 @@ class Position:
     except TypeError as error:
       raise InputError(
         f"The checkpoint is of another version of this package ({error}); resume the run with that, or give a new"
-        " --workdir to start anew."
+        " --workdir to start again."
       ) from error
     if position.steps_per_epoch != steps_per_epoch:
       raise InputError(
         f"The data has changed since the run began: an epoch had {position.steps_per_epoch} steps and now has"
-        f" {steps_per_epoch}; give the same images to resume it, or a new --workdir to start anew."
+        f" {steps_per_epoch}; give the same images to resume it, or a new --workdir to start again."
       )
     return position
 
@@ -58,20 +58,20 @@ class Position:
 
   @property
   def number(self) -> int:
-    """Grows by one with every step and with the end of every epoch: the number of a checkpoint made here."""
+    """Number of a checkpoint made here: it grows by one with every step and with the end of every epoch."""
     return self.steps_done + self.epoch
 
-  def add(self, metrics: Mapping[str, Any]) -> None:
-    """Adds the metrics of some steps, `[n]` each."""
-    for name, values in metrics.items():
-      # One after the other, so that the sum does not depend on how many steps a call has.
-      for value in values:
-        self.totals[name] = self.totals.get(name, 0.0) + float(value)
-    self.step += len(values)
+  def add(self, calls: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the metrics of calls, `[n]` for n steps each."""
+    for metrics in calls:
+      for name, values in metrics.items():
+        # One after the other, so that the sum does not depend on how many steps a call has.
+        for value in values:
+          self.totals[name] = self.totals.get(name, 0.0) + float(value)
 
   def means(self) -> dict[str, float]:
-    """Returns the means of the metrics over the steps done."""
-    return {name: total / self.step for name, total in self.totals.items()}
+    """Returns the means of the metrics over the steps of the epoch, all of them fetched."""
+    return {f"train_{name}": total / self.step for name, total in self.totals.items()}
 
   def diverged(self) -> str | None:
     """Names the first metric of this epoch that is not finite, and its value; None if all are."""

@@ -1,31 +1,48 @@
-"""What training changes: the network's state and the generator's."""
+"""State that training changes, and that a checkpoint holds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 
 @flax.struct.dataclass
-class NetworkState:
-  """State of the network, dense or pruned.
+class TrainState:
+  """State of a stage: training with the method, or fine-tuning.
 
   Attributes:
     step: Optimizer steps taken, int32 scalar.
-    params: Parameters.
+    params: Parameters of the network.
     batch_stats: Running statistics of the batch normalizations, {} if there are none.
     opt_state: State of the optimizer.
+    masks: Group name -> 0/1 array: the masks in force; {} in fine-tuning.
+    proposer: State of what proposes masks, such as the architecture generator; () if there is none.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: optax.OptState
+  masks: Any
+  proposer: Any
+
+  @classmethod
+  def create(
+    cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = ()
+  ) -> TrainState:
+    """Makes the state of a network that has taken no step."""
+    return cls(
+      step=jnp.zeros((), jnp.int32),
+      params=variables["params"],
+      batch_stats=variables.get("batch_stats", {}),
+      opt_state=tx.init(variables["params"]),
+      masks=masks or {},
+      proposer=proposer,
+    )
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -49,6 +66,16 @@ class GeneratorState:
   constants: Any
   opt_state: optax.OptState
 
+  @classmethod
+  def create(cls, variables: Any, tx: optax.GradientTransformation) -> GeneratorState:
+    """Makes the state of a generator that has learned nothing."""
+    return cls(
+      step=jnp.zeros((), jnp.int32),
+      params=variables["params"],
+      constants=variables["constants"],
+      opt_state=tx.init(variables["params"]),
+    )
+
   @property
   def variables(self) -> dict[str, Any]:
     """The variables for `generator.apply`."""
@@ -61,24 +88,3 @@ def first_not_finite(tree: Any) -> str | None:
     if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
       return jax.tree_util.keystr(path, simple=True, separator="/")
   return None
-
-
-def network_state(variables: Any, tx: optax.GradientTransformation) -> NetworkState:
-  """Makes the state of a network that has taken no step."""
-  return NetworkState(
-    step=jnp.zeros((), jnp.int32),
-    params=variables["params"],
-    batch_stats=variables.get("batch_stats", {}),
-    opt_state=tx.init(variables["params"]),
-  )
-
-
-def generator_state(generator: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> GeneratorState:
-  """Initializes the generator."""
-  variables = generator.init(key)
-  return GeneratorState(
-    step=jnp.zeros((), jnp.int32),
-    params=variables["params"],
-    constants=variables["constants"],
-    opt_state=tx.init(variables["params"]),
-  )

@@ -1,80 +1,26 @@
-"""The steps, written per device: weights, generator, batch statistics, evaluation.
+"""The steps, written per device: weights, generator, gradients, batch statistics, evaluation.
 
-Each builder returns a function (carry, shared, batch) -> (carry, metrics) for `devices.MappedSteps`. Images are uint8;
-normalization and what `Preprocessing` asks for in augmentation are part of the step. Either the whole data set is in
-`shared`, and a batch is an array of indices; or a batch brings its images, `{"images": ..., "labels": ...}`.
+Each builder returns a function (state, shared, batch) -> (state, metrics) for `runtime.MappedStep`. Normalization, and
+the augmentation that `Preprocessing` asks for, are part of the step.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from sapr_jax import data
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
-from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss
-from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
-from sapr_jax.training.state import GeneratorState, NetworkState
+from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss
+from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
+from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.state import GeneratorState, TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-  """How uint8 images become inputs of the network.
-
-  Attributes:
-    mean: Mean of each channel, of images in [0, 1].
-    std: Standard deviation of each channel.
-    crop_padding: Random crops of the training images are taken after padding by this many pixels; 0 for none.
-    flip: Whether training images are flipped at random.
-  """
-
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  crop_padding: int = 0
-  flip: bool = False
-
-  def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Augments and normalizes `[batch, height, width, channels]` uint8 images."""
-    return self.evaluate(self.augment(key, images))
-
-  def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Crops and flips images at random; they stay uint8."""
-    return data.augment(key, images, padding=self.crop_padding, flip=self.flip)
-
-  def evaluate(self, images: jax.Array) -> jax.Array:
-    """Normalizes images, without augmentation."""
-    return data.normalize(images, jnp.asarray(self.mean), jnp.asarray(self.std))
-
-
-@flax.struct.dataclass
-class Shared:
-  """What all steps of an epoch read.
-
-  Attributes:
-    images: uint8 `[N, height, width, channels]`; None where batches bring their images.
-    labels: int32 `[N]`; None likewise.
-    key: Randomness of the run; steps fold their number in.
-    masks: Group name -> 0/1 array: the masks in force, for the weight step.
-    variables: Variables of the network, for the generator step and evaluation.
-  """
-
-  images: jax.Array | None = None
-  labels: jax.Array | None = None
-  key: Any = None
-  masks: Any = None
-  variables: Any = None
-
-  def read(self, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns images and labels of a batch."""
-    if self.images is None or self.labels is None:
-      return batch["images"], batch["labels"]
-    return self.images[batch], self.labels[batch]
+Metrics = dict[str, jax.Array]
 
 
 def weight_step(
@@ -85,7 +31,7 @@ def weight_step(
   accumulate: int = 1,
   unroll: bool = True,
 ) -> Step:
-  """Builds the step that trains the weights; the carry is a `NetworkState`.
+  """Builds the step that trains the weights, with the masks of the state in force; the state is a `TrainState`.
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
   piece's activations are in memory (in a loop; of unrolled pieces XLA for CPUs keeps all). Gradients and metrics are
@@ -94,17 +40,16 @@ def weight_step(
 
   Args:
     model: The network; called as `model(x, train=True)` with a key named "dropout".
-    tx: Its optimizer; a partial regularization in it gets the masks in force.
+    tx: Its optimizer; a partial regularization in it gets the masks.
     preprocessing: Augmentation and normalization.
     accumulate: Number of pieces; divides the device's part of the batch.
     unroll: Whether the pieces are a program each in place of a loop, see `devices.loops_are_slow`.
   """
-
   optimizer = optax.with_extra_args_support(tx)
 
-  def gradient(state: NetworkState, piece: Any) -> Any:
+  def gradient(state: TrainState, piece: Any) -> Any:
     images, labels, key = piece
-    x = preprocessing.evaluate(images)
+    x = preprocessing.normalize(images)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
       variables = {**state.variables, "params": params}
@@ -115,8 +60,8 @@ def weight_step(
 
     return jax.grad(loss_fn, has_aux=True)(state.params)
 
-  def step(state: NetworkState, shared: Shared, batch: Any) -> tuple[NetworkState, dict[str, jax.Array]]:
-    image_key, dropout_key = jax.random.split(device_key(jax.random.fold_in(shared.key, state.step)))
+  def step(state: TrainState, shared: Shared, batch: Any) -> tuple[TrainState, Metrics]:
+    image_key, dropout_key = jax.random.split(_step_key(shared, state.step))
     images, labels = shared.read(batch)
     whole = (preprocessing.augment(image_key, images), labels)
     if accumulate == 1:
@@ -126,19 +71,22 @@ def weight_step(
       pieces = (*pieces, jax.random.split(dropout_key, accumulate))
       grads, batch_stats, metrics = _mean_over_pieces(gradient, state, pieces, unroll)
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=shared.masks)
-    new_state = NetworkState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-    )
-    return new_state, metrics
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=state.masks or None)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
 
   return step
 
 
-def _mean_over_pieces(gradient: Any, state: NetworkState, pieces: Any, unroll: bool) -> tuple[Any, Any, Any]:
+def _step_key(shared: Shared, step: jax.Array) -> jax.Array:
+  """Returns the randomness of a step on this device."""
+  assert shared.key is not None
+  return device_key(jax.random.fold_in(shared.key, step))
+
+
+def _mean_over_pieces(
+  gradient: Callable[[TrainState, Any], Any], state: TrainState, pieces: Any, unroll: bool
+) -> tuple[Any, Any, Any]:
   """Returns means of gradients and metrics over the pieces, and the batch statistics after the last."""
   count = jax.tree.leaves(pieces)[0].shape[0]
   first = jax.tree.map(lambda x: x[0], pieces)
@@ -148,7 +96,7 @@ def _mean_over_pieces(gradient: Any, state: NetworkState, pieces: Any, unroll: b
   def add(carry: Any, piece: Any) -> tuple[Any, None]:
     # A piece may not begin before the one before is done with its memory.
     (sums, batch_stats), piece = jax.lax.optimization_barrier((carry, piece))
-    grads, (batch_stats, metrics) = gradient(state.replace(batch_stats=batch_stats), piece)  # type: ignore[attr-defined]
+    grads, (batch_stats, metrics) = gradient(state.replace(batch_stats=batch_stats), piece)
     return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
 
   (sums, batch_stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), pieces, unroll=unroll)
@@ -162,102 +110,108 @@ def generator_step(
   graph: ChannelGraph,
   tx: optax.GradientTransformation,
   preprocessing: Preprocessing,
+  options: SearchOptions,
   *,
-  p: float,
-  macs_weight: float,
-  bias: float,
-  temperature: float,
-  batch_statistics: bool,
+  train: bool = False,
 ) -> Step:
-  """Builds the step that trains the generator with the weights fixed; the carry is a `GeneratorState`.
+  """Builds the step that trains the generator with the weights fixed; the state is a `GeneratorState`.
 
-  The loss is the cross-entropy of the network with sampled masks plus `macs_weight` times `macs_penalty`. All devices
-  sample the same masks.
+  All devices sample the same masks.
 
   Args:
     model: The network; called as `model(x, train=...)`.
-    generator: The `ArchitectureGenerator`.
+    generator: The generator.
     graph: The channel graph.
     tx: The generator's optimizer.
     preprocessing: Augmentation and normalization.
-    p: Share of the prunable MACs to keep.
-    macs_weight: Coefficient of the MACs penalty.
-    bias: b of Eq. 1.
-    temperature: tau of Eq. 1.
-    batch_statistics: Whether the network is in training mode, dropout included, and normalizes by the statistics of
-      each device's part of the batch; otherwise it is in evaluation mode, with the dense network's running ones.
+    options: What the generator minimizes.
+    train: Whether the network is in training mode, dropout included, and normalizes by the statistics of each device's
+      part of the batch. By default it is in evaluation mode, with the running statistics of the dense network.
   """
 
-  def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, dict[str, jax.Array]]:
+  def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, Metrics]:
+    assert shared.key is not None
     mask_key, image_key, dropout_key = jax.random.split(jax.random.fold_in(shared.key, state.step), 3)
     images, labels = shared.read(batch)
-    x = preprocessing.train(device_key(image_key), images)
+    x = preprocessing.normalize(preprocessing.augment(device_key(image_key), images))
     rngs = {"dropout": device_key(dropout_key)}
 
     def network_loss(masks: Masks) -> jax.Array:
-      mode = {"train": batch_statistics, "mutable": ["batch_stats"], "rngs": rngs}
-      logits, _ = masked_apply(model, shared.variables, graph, masks, x, **mode)  # new running ones are thrown away
+      # The running statistics that training mode would move are thrown away.
+      mode = {"train": train, "mutable": ["batch_stats"], "rngs": rngs}
+      logits, _ = masked_apply(model, shared.variables, graph, masks, x, **mode)
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
-      return architecture_loss(
-        generator,
-        {**state.variables, "params": params},
-        graph,
-        network_loss,
-        mask_key,
-        p=p,
-        macs_weight=macs_weight,
-        bias=bias,
-        temperature=temperature,
-      )
+      variables = {**state.variables, "params": params}
+      return architecture_loss(generator, variables, graph, network_loss, mask_key, options)
 
     grads, metrics = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
-    new_state = GeneratorState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      constants=state.constants,
-      opt_state=opt_state,
-    )
-    return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.macs_share})
+    params = optax.apply_updates(state.params, updates)
+    new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
 
   return step
 
 
-def statistics_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+def gradient_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+  """Builds the step that sums the gradients of the loss in evaluation mode; the state is a tree of sums.
+
+  Args:
+    model: The network; called as `model(x, train=False)`.
+    preprocessing: Normalization; images are not augmented.
+  """
+
+  def step(sums: Any, shared: Shared, batch: Any) -> tuple[Any, Metrics]:
+    images, labels = shared.read(batch)
+
+    def loss_fn(params: Any) -> jax.Array:
+      logits: Any = model.apply({**shared.variables, "params": params}, preprocessing.normalize(images), train=False)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    loss, grads = mean_over_devices(jax.value_and_grad(loss_fn)(shared.variables["params"]))
+    return jax.tree.map(jnp.add, sums, grads), {"loss": loss}
+
+  return step
+
+
+def recalibration_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   """Builds the step that moves the running statistics as the weight step does, and nothing else.
 
-  The carry is {"step", "batch_stats"}, `shared.variables` the network's; their own statistics are not read.
+  The state is {"step", "batch_stats"}; the statistics in `shared.variables` are not read.
 
   Args:
     model: The network; called as `model(x, train=True)` with a key named "dropout".
     preprocessing: Augmentation and normalization.
   """
 
-  def step(carry: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    image_key, dropout_key = jax.random.split(device_key(jax.random.fold_in(shared.key, carry["step"])))
+  def step(state: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], Metrics]:
+    image_key, dropout_key = jax.random.split(_step_key(shared, state["step"]))
     images, _ = shared.read(batch)
-    variables = {**shared.variables, "batch_stats": carry["batch_stats"]}
-    x = preprocessing.train(image_key, images)
+    variables = {**shared.variables, "batch_stats": state["batch_stats"]}
+    x = preprocessing.normalize(preprocessing.augment(image_key, images))
     _, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key})
-    return {"step": carry["step"] + 1, "batch_stats": mean_over_devices(updated["batch_stats"])}, {}
+    number = state["step"] + 1
+    return {"step": number, "batch_stats": mean_over_devices(updated["batch_stats"])}, {"step": number}
 
   return step
 
 
 def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
-  """Builds the step that counts correct answers; the carry is {"correct", "loss", "count"}, summed over images.
+  """Builds the step that counts correct answers; the state is {"correct", "loss", "count"}, summed over images.
 
-  A batch is (batch as above, weights); an image of weight 0 only fills the batch.
+  A batch is (batch of images, weights); an image of weight 0 only fills the batch.
+
+  Args:
+    model: The network; called as `model(x, train=False)`.
+    preprocessing: Normalization.
   """
 
-  def step(
-    carry: dict[str, jax.Array], shared: Shared, batch: Any
-  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  def step(state: Metrics, shared: Shared, batch: Any) -> tuple[Metrics, Metrics]:
     batch, weights = batch
     images, labels = shared.read(batch)
-    logits: Any = model.apply(shared.variables, preprocessing.evaluate(images), train=False)  # running statistics
+    logits: Any = model.apply(shared.variables, preprocessing.normalize(images), train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {
@@ -266,6 +220,6 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
         "count": jnp.sum(weights),
       }
     )
-    return jax.tree.map(jnp.add, carry, sums), {}
+    return jax.tree.map(jnp.add, state, sums), sums
 
   return step

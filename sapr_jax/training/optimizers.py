@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers, from the fields of a config."""
+"""Learning-rate schedules and optimizers, from the fields of a configuration."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+from sapr_jax.channels import ChannelGraph
+from sapr_jax.method import Weighting, regularize_by_penalty, regularize_by_prox, relative_weights
 
 Schedule = Callable[[Any], Any]
 
@@ -66,3 +69,21 @@ def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
     phase.weight_decay, mask=lambda params: jax.tree.map(lambda w: w.ndim >= ndim, params)
   )
   return optax.chain(decay, optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov))
+
+
+def regularized_sgd(
+  phase: Any, schedule: Schedule, graph: ChannelGraph, prune: Any, weighting: Weighting = relative_weights
+) -> optax.GradientTransformationExtraArgs:
+  """SGD with the partial regularization: a penalty before it, or a proximal step after it.
+
+  Args:
+    phase: `config.train`.
+    schedule: The learning rate as a function of the step.
+    graph: The channel graph of the network.
+    prune: `config.prune`, whose `form` and `gamma` are read.
+    weighting: Weights of the groups, see `method.regularization`.
+  """
+  if prune.form == "penalty":
+    return optax.chain(regularize_by_penalty(graph, prune.gamma, weighting=weighting), sgd(phase, schedule))
+  prox = regularize_by_prox(graph, schedule, prune.gamma, momentum=phase.momentum, weighting=weighting)
+  return optax.chain(sgd(phase, schedule), prox)

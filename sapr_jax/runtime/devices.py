@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ AXIS = "data"
 """Name of the mesh axis, for `jax.lax.pmean` and the like inside a step."""
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
-"""(carry, shared, batch of this device) -> (carry, metrics), the carry and the metrics equal on all devices."""
+"""(state, shared, batch of this device) -> (state, metrics), both equal on all devices."""
 
 
 def data_mesh() -> Mesh:
@@ -30,7 +30,7 @@ def data_mesh() -> Mesh:
   counts = collections.Counter(device.process_index for device in devices)
   if len(set(counts.values())) > 1:
     shown = ", ".join(f"{count} on process {process}" for process, count in sorted(counts.items()))
-    raise InputError(f"The processes have different numbers of devices ({shown}); expected equal ones.")
+    raise InputError(f"All processes must have the same number of devices, got {shown}; give each of them as many.")
   return Mesh(np.asarray(devices), (AXIS,))
 
 
@@ -78,25 +78,33 @@ def process_slice(batch_size: int) -> slice:
   return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-class MappedSteps:
+class MappedStep:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
-
-  The carry is donated; batches are cut along their second axis.
 
   Args:
     step: The step.
     mesh: The devices.
     compiler_options: For `jax.jit`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> step = MappedStep(lambda total, scale, batch: (total + scale * batch.sum(), {"sum": batch.sum()}), data_mesh())
+    >>> total, metrics = step(jnp.zeros(()), jnp.ones(()), step.place(np.ones((3, 8))))
+    >>> float(total), metrics["sum"].tolist()
+    (24.0, [8.0, 8.0, 8.0])
   """
 
   def __init__(self, step: Step, mesh: Mesh, compiler_options: Mapping[str, str] | None = None):
     self._sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+    # A CPU is busy with one step, and computing ahead would only delay a request to stop.
+    self._fetch_every = 1 if is_cpu(mesh) else 8
 
-    def many(carry: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
+    def many(state: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
       if jax.tree.leaves(batches)[0].shape[0] == 1:  # no loop around a single step
-        carry, metrics = step(carry, shared, jax.tree.map(lambda x: x[0], batches))
-        return carry, jax.tree.map(lambda x: x[None], metrics)
-      return jax.lax.scan(lambda c, batch: step(c, shared, batch), carry, batches)
+        state, metrics = step(state, shared, jax.tree.map(lambda x: x[0], batches))
+        return state, jax.tree.map(lambda x: x[None], metrics)
+      return jax.lax.scan(lambda s, batch: step(s, shared, batch), state, batches)
 
     everywhere, cut = PartitionSpec(), PartitionSpec(None, AXIS)
     mapped = jax.shard_map(
@@ -104,29 +112,65 @@ class MappedSteps:
     )
     self._many = jax.jit(mapped, donate_argnums=0, compiler_options=dict(compiler_options or {}) or None)
 
-  def run(self, carry: Any, shared: Any, calls: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Runs the step on all batches in turn; every number of batches in a call is a program to compile.
+  def place(self, batches: Any) -> Any:
+    """Sends the batches of a call to the devices.
 
     Args:
-      carry: State before the first step, on all devices.
-      shared: What every step reads, on all devices.
-      calls: The batches of each call: a pytree of host arrays `[n, batch, ...]`, of which each process provides its
-        `process_slice`. The batch is cut evenly over the devices. The next call's batches are read and sent while the
-        devices work.
-
-    Yields:
-      After each call (carry, metrics), the metrics stacked `[n, ...]`; the host has waited for them.
+      batches: Pytree of host arrays `[n, batch, ...]`, of which each process provides its `process_slice`. The batch is
+        cut evenly over the devices.
     """
-    placed = map(self._place, calls)
-    batches = next(placed, None)
-    while batches is not None:
-      carry, metrics = self._many(carry, shared, batches)
-      batches = next(placed, None)
-      jax.block_until_ready((carry, metrics))
-      yield carry, metrics
-
-  def _place(self, batches: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._sharding, x), batches)
+
+  def __call__(self, state: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
+    """Starts the step on n batches in turn; every n is a program to compile.
+
+    Args:
+      state: State before the first step, on all devices; donated.
+      shared: What every step reads, on all devices.
+      batches: Batches that `place` has sent.
+
+    Returns:
+      (state, metrics stacked `[n, ...]`). The host does not wait for them.
+    """
+    return self._many(state, shared, batches)
+
+  def run(self, state: Any, shared: Any, calls: Iterable[Any]) -> tuple[Any, dict[str, np.ndarray]]:
+    """Runs all calls; returns the last state and the metrics of all steps, on the host."""
+    queue, fetched = self.metrics_queue(), []
+    for batches in map(self.place, calls):
+      state, metrics = self(state, shared, batches)
+      fetched += queue.add(metrics)
+    fetched += queue.fetch()
+    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *fetched)
+
+  def metrics_queue(self) -> MetricsQueue:
+    """Returns a queue for the metrics of this step."""
+    return MetricsQueue(self._fetch_every)
+
+
+class MetricsQueue:
+  """Metrics that still lie on the devices, fetched many calls at a time, so that the host seldom waits.
+
+  It bounds how far the host runs ahead: at most `2 * every` calls are under way.
+
+  Args:
+    every: How many calls to fetch at a time.
+  """
+
+  def __init__(self, every: int):
+    self._every = every
+    self._waiting: list[Any] = []
+
+  def add(self, metrics: Any) -> list[Any]:
+    """Adds the metrics of a call; returns those of earlier calls that were fetched now, in order."""
+    self._waiting.append(metrics)
+    return self.fetch(self._every) if len(self._waiting) == 2 * self._every else []
+
+  def fetch(self, count: int | None = None) -> list[Any]:
+    """Waits for the oldest `count` calls, or for all; returns their metrics on the host."""
+    count = len(self._waiting) if count is None else count
+    oldest, self._waiting = self._waiting[:count], self._waiting[count:]
+    return jax.device_get(oldest)
 
 
 def mean_over_devices(tree: Any) -> Any:
@@ -146,7 +190,8 @@ def device_key(key: jax.Array) -> jax.Array:
 
 __all__ = [
   "AXIS",
-  "MappedSteps",
+  "MappedStep",
+  "MetricsQueue",
   "data_mesh",
   "default_steps_per_call",
   "device_key",

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from sapr_jax.training.devices import is_main_process
+from sapr_jax.runtime.devices import is_main_process
 
 HEARTBEAT_SECONDS = 60.0
 

@@ -16,21 +16,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-  """Turns the first signal into a request that the loop meets between two calls; a second Ctrl-C stops at once.
+  """Turns the first signal into a request that a loop asks for between two steps; a second Ctrl-C stops at once.
+
+      with Interruption() as interruption:
+        for batch in batches:
+          state = step(state, batch)
+          if interruption.requested():
+            save(state)
+            interruption.stop()
 
   One within another, as of a run in a program of many, has the requests that came to the outer one before, and leaves
   its own to it: a run that has nothing left to save does not stop.
 
   With several processes the runtime of JAX takes SIGTERM, whichever of them it is sent to, and finds a step at which
   all of them can stop.
-
-  Example:
-    >>> with Interruption() as interruption:
-    ...   for batch in batches:
-    ...     state = step(state, batch)
-    ...     if interruption.requested():
-    ...       save(state)
-    ...       interruption.stop()
   """
 
   def __init__(self) -> None:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from sapr_jax.training.devices import MappedSteps, Step, is_cpu
+from sapr_jax.runtime.devices import MappedStep, Step, is_cpu
 
 
-def map_step(step: Step, mesh: Mesh, params: Any, *, fast: bool = True) -> MappedSteps:
+def map_step(step: Step, mesh: Mesh, params: Any, *, fast: bool = True) -> MappedStep:
   """Maps a step over the devices; where these are CPUs, in its fast form.
 
   Args:
@@ -32,8 +32,8 @@ def map_step(step: Step, mesh: Mesh, params: Any, *, fast: bool = True) -> Mappe
     fast: `config.fast_cpu`.
   """
   if not (fast and is_cpu(mesh)):
-    return MappedSteps(step, mesh)
-  return MappedSteps(with_fast_layers(step), mesh, compiler_options(params))
+    return MappedStep(step, mesh)
+  return MappedStep(with_fast_layers(step), mesh, compiler_options(params))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,16 +15,15 @@ import jax
 import numpy as np
 
 from sapr_jax.errors import InputError, one_line
-from sapr_jax.training.rendezvous import meet
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 40
-"""A process that is not heard of for so long is taken for dead, and JAX stops the others."""
+"""JAX takes a process that it has not heard of for so long for dead, and stops the others."""
 
 _SHUTDOWN_SECONDS = 15
 
-# What collectives and barriers say when a process at the other end has gone.
+# Words in the errors of collectives and barriers when a process at the other end has gone.
 _LOST = (
   *("Gloo", "NCCL", "Connection closed by peer", "Connection reset", "Socket closed"),
   *("UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat", "barrier"),
@@ -64,12 +63,9 @@ def initialize(
     raise InputError(f"{missing[0]} is missing; give --coordinator, --num_processes and --process_id, or none of them.")
   if coordinator is not None and num_processes is not None and process_id is not None:
     _check_arguments(coordinator, num_processes, process_id)
-    meet(coordinator, num_processes, process_id, timeout)
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
-  # JAX ends the process by itself where it cannot connect; this says why, and ends it first.
-  watch = threading.Timer(
-    timeout, _give_up, [f"the processes could not connect within {timeout} s; see that all of them were started."]
-  )
+  # Where a process does not come, JAX aborts with a stack trace; this ends the wait first, with one line.
+  watch = threading.Timer(timeout, _give_up, [_not_connected(coordinator, num_processes, process_id, timeout)])
   watch.daemon = True
   watch.start()
   try:
@@ -87,7 +83,10 @@ def initialize(
         f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator,"
         " --num_processes and --process_id."
       ) from error
-    raise InputError(f"the processes cannot be connected: {one_line(error)}") from error
+    raise InputError(
+      f"process {process_id} cannot connect at --coordinator={coordinator} ({one_line(error)}); give an address of the"
+      " machine of process 0 and a port that no other program has."
+    ) from error
   finally:
     watch.cancel()
   return jax.process_index()
@@ -205,13 +204,19 @@ def leave(status: int, *, wait: bool = True) -> int:
 def _check_arguments(coordinator: str, num_processes: int, process_id: int) -> None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 65536:
-    raise InputError(f"--coordinator={coordinator!r} is no address; expected HOST:PORT, such as 10.0.0.1:1234.")
+    raise InputError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}.")
   if num_processes < 1:
-    raise InputError(f"--num_processes={num_processes} is out of range; expected at least 1.")
+    raise InputError(f"--num_processes must be at least 1, got {num_processes}.")
   if not 0 <= process_id < num_processes:
-    raise InputError(
-      f"--process_id={process_id} is out of range; expected 0 to --num_processes - 1 = {num_processes - 1}."
-    )
+    raise InputError(f"--process_id must be in 0 .. --num_processes - 1 = {num_processes - 1}, got {process_id}.")
+
+
+def _not_connected(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> str:
+  who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
+  return (
+    f"{who} could not connect to the others within {timeout} s; start every process, each with the same --coordinator and"
+    " --num_processes and a --process_id of its own, and let them through the firewall."
+  )
 
 
 def _give_up(message: str) -> None:

@@ -1,0 +1,217 @@
+"""Fields of a configuration and the values that each may have, checked before anything is built or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sapr_jax.data import SOURCES
+from sapr_jax.errors import InputError
+from sapr_jax.method import COSTS
+from sapr_jax.models import MODELS
+from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
+from sapr_jax.training.proposers import PROPOSERS
+
+_INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Values that a field may have.
+
+  Attributes:
+    expected: The values in words, after "must be".
+    accepts: Whether a value is one of them.
+  """
+
+  expected: str
+  accepts: Callable[[Any], bool]
+
+  def or_unset(self) -> Rule:
+    """Returns the rule that accepts None too."""
+    return Rule(f"{self.expected}, or unset", lambda value: value is None or self.accepts(value))
+
+
+def integer(least: int, most: int = _INT32_MAX) -> Rule:
+  """Integers from `least` to `most`."""
+  upper = "" if most == _INT32_MAX else f" and at most {most}"
+
+  def accepts(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
+
+  return Rule(f"an integer of at least {least}{upper}", accepts)
+
+
+def number(expected: str, accepts: Callable[[float], bool]) -> Rule:
+  """Finite numbers of which `accepts` is true."""
+
+  def is_one(value: Any) -> bool:
+    return (
+      isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and accepts(float(value))
+    )
+
+  return Rule(expected, is_one)
+
+
+def one_of(names: Iterable[str]) -> Rule:
+  """Names from a list."""
+  known = tuple(names)
+  return Rule(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known)
+
+
+def tuple_of(rule: Rule, expected: str, *, empty: bool = False) -> Rule:
+  """Tuples whose entries follow a rule."""
+
+  def accepts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and (empty or bool(value)) and all(map(rule.accepts, value))
+
+  return Rule(expected, accepts)
+
+
+POSITIVE = number("a number above 0", lambda x: x > 0)
+AT_LEAST_0 = number("a number of at least 0", lambda x: x >= 0)
+SHARE = number("a number in (0, 1]", lambda x: 0 < x <= 1)
+BOOLEAN = Rule("True or False", lambda value: isinstance(value, bool))
+TEXT = Rule("text", lambda value: isinstance(value, str))
+PATH = Rule("a path", lambda value: isinstance(value, str) and value != "" and "\0" not in value)
+CHANNELS = tuple_of(
+  number("", lambda x: 0 <= x <= 1), "a tuple with a number in [0, 1] for each channel, such as '(0.5, 0.5, 0.5)'"
+)
+
+
+def _phase(name: str, least_epochs: int) -> dict[str, Rule]:
+  return {
+    f"{name}.epochs": integer(least_epochs),
+    f"{name}.batch_size": integer(1),
+    f"{name}.accumulate": integer(1),
+    f"{name}.learning_rate": POSITIVE,
+    f"{name}.base_batch_size": integer(1).or_unset(),
+    f"{name}.warmup_epochs": AT_LEAST_0,
+    f"{name}.schedule": one_of(SCHEDULES),
+    f"{name}.decay_epochs": tuple_of(integer(0), "a tuple of integers, such as '(100, 150)'", empty=True),
+    f"{name}.decay_factor": POSITIVE,
+    f"{name}.momentum": number("a number in [0, 1)", lambda x: 0 <= x < 1),
+    f"{name}.nesterov": BOOLEAN,
+    f"{name}.weight_decay": AT_LEAST_0,
+    f"{name}.weight_decay_of": one_of(MIN_NDIM_OF_DECAYED),
+  }
+
+
+FIELDS: dict[str, Rule] = {
+  "seed": integer(0, 2**32 - 1),
+  "steps_per_call": integer(1).or_unset(),
+  "eval_batch_size": integer(1),
+  "fast_cpu": BOOLEAN,
+  "model.name": one_of(MODELS),
+  "model.width_multiplier": number("a number in (0, 100]", lambda x: 0 < x <= 100),
+  "model.dtype": one_of(("float32", "bfloat16")),
+  "model.remat": BOOLEAN,
+  "init.weights": PATH.or_unset(),
+  "data.source": one_of(SOURCES),
+  "data.name": TEXT,
+  "data.path": PATH.or_unset(),
+  "data.train_images": integer(1).or_unset(),
+  "data.test_images": integer(1).or_unset(),
+  "data.mean": CHANNELS.or_unset(),
+  "data.std": CHANNELS.or_unset(),
+  "data.flip": BOOLEAN,
+  "data.stream": BOOLEAN,
+  "data.crop_padding": integer(0),
+  "data.image_size": integer(1),
+  "data.eval_resize": integer(1),
+  "data.workers": integer(0).or_unset(),
+  **_phase("train", least_epochs=1),
+  **_phase("finetune", least_epochs=0),
+  "prune.proposer": one_of(PROPOSERS),
+  "prune.cost": one_of(COSTS),
+  "prune.p": SHARE,
+  "prune.limit": POSITIVE.or_unset(),
+  "prune.start_epoch": integer(0),
+  "prune.gamma": AT_LEAST_0,
+  "prune.form": one_of(("penalty", "proximal")),
+  "prune.select": one_of(("blocks", "unjoined", "exact")),
+  "prune.min_width": integer(1),
+  "prune.round_to": integer(1).or_unset(),
+  "prune.statistics_batches": integer(0),
+  "generator.data_share": SHARE,
+  "generator.batch_size": integer(1),
+  "generator.learning_rate": POSITIVE,
+  "generator.weight_decay": AT_LEAST_0,
+  "generator.budget_weight": AT_LEAST_0,
+  "generator.bias": number("a number", lambda x: True),
+  "generator.temperature": POSITIVE,
+  "checkpoint.every_epochs": integer(1),
+  "checkpoint.every_steps": integer(1).or_unset(),
+  "checkpoint.keep": integer(1),
+  "checkpoint.keep_every_epochs": integer(1).or_unset(),
+  "report.latency_batch_sizes": tuple_of(integer(1), "a tuple of integers of at least 1, such as '(1, 128)'"),
+  "report.latency_repeats": integer(1),
+}
+"""Name of a field, with dots -> its values. `configs/default.py` says what each field means."""
+
+
+def check_config(config: Any) -> None:
+  """Checks every field by its rule, and then the fields that must fit together.
+
+  Raises:
+    InputError: At the first field that is missing or wrong, with its name, its values and the value given.
+  """
+  if not isinstance(config, ConfigDict):
+    raise InputError(f"config must be the ConfigDict of configs/default.py, got a {type(config).__name__}.")
+  for name, rule in FIELDS.items():
+    if not rule.accepts(value := _value(config, name)):
+      raise InputError(f"{name} must be {rule.expected}, got {value!r}.")
+  for name in ("train", "finetune"):
+    _check_schedule(name, config[name])
+  _check_images(config.data)
+  start, epochs = config.prune.start_epoch, config.train.epochs
+  if start >= epochs:
+    raise InputError(
+      f"prune.start_epoch must be at most train.epochs - 1 = {epochs - 1}, got {start}, which leaves no epoch for"
+      " pruning."
+    )
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+  value: Any = config
+  for part in name.split("."):
+    if not isinstance(value, ConfigDict) or part not in value:
+      raise InputError(f"{name} is missing in the configuration; start from that of configs/default.py, which has all.")
+    value = value[part]
+  return value
+
+
+def _check_schedule(name: str, phase: Any) -> None:
+  decay, epochs = list(phase.decay_epochs), phase.epochs
+  if phase.warmup_epochs > epochs:
+    raise InputError(f"{name}.warmup_epochs must be at most {name}.epochs = {epochs}, got {phase.warmup_epochs}.")
+  rising = decay == sorted(set(decay)) and all(0 < epoch < epochs for epoch in decay)
+  if phase.schedule == "step" and epochs and not rising:
+    raise InputError(
+      f"{name}.decay_epochs must be rising epochs between 0 and {name}.epochs = {epochs}, got {tuple(decay)}; such as"
+      f" --config.{name}.decay_epochs='({epochs // 2},)', or '()' for none."
+    )
+
+
+def _check_images(fields: Any) -> None:
+  if len(fields.mean or ()) != len(fields.std or ()):
+    raise InputError(f"data.mean and data.std must be of one length, got {fields.mean} and {fields.std}.")
+  if fields.std is not None and 0 in fields.std:
+    raise InputError(f"data.std must have no zero, got {fields.std}; the images are divided by it.")
+  if not fields.stream:
+    return
+  if fields.eval_resize < fields.image_size:
+    raise InputError(
+      f"data.eval_resize must be at least data.image_size = {fields.image_size}, got {fields.eval_resize}; such as"
+      f" {round(fields.image_size * 8 / 7)}."
+    )
+  if fields.mean is None or len(fields.mean) != 3:
+    raise InputError(
+      f"data.mean must have red, green and blue where images are streamed, got {fields.mean}; ImageNet's are"
+      " --config.data.mean='(0.485, 0.456, 0.406)' --config.data.std='(0.229, 0.224, 0.225)'."
+    )

@@ -1,0 +1,159 @@
+"""Parts of a run, made from its configuration: images, network, channel graph, budget, proposer."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sapr_jax import artifacts, data, models
+from sapr_jax.channels import ChannelGraph, Masks, trace_channels
+from sapr_jax.errors import InputError
+from sapr_jax.method import Budget, Scores, SearchOptions, check_budget, make_budget, project_to_budget
+from sapr_jax.runtime import data_mesh, processes
+from sapr_jax.training.feed import open_feed
+from sapr_jax.training.passes import Passes, Purpose
+from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
+from sapr_jax.training.rounding import resolve_round_to
+from sapr_jax.training.state import first_not_finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Parts that both stages of a run share.
+
+  Attributes:
+    config: The configuration, checked.
+    passes: Devices and images.
+    model: The dense network.
+    variables: Its first variables.
+    graph: Its channel graph.
+    budget: The most that the sub-network may cost.
+    round_to: A number that the widths of the sub-network are multiples of.
+  """
+
+  config: Any
+  passes: Passes
+  model: nn.Module
+  variables: dict[str, Any]
+  graph: ChannelGraph
+  budget: Budget
+  round_to: int
+
+  @property
+  def input_shape(self) -> tuple[int, int, int, int]:
+    """`(1, height, width, channels)`."""
+    return (1, *self.passes.feed.image_shape)
+
+  def project(self, scores: Scores) -> Masks:
+    """Returns the masks of the highest scores that the budget allows."""
+    min_width = self.config.prune.min_width
+    return project_to_budget(self.graph, scores, self.budget, min_width=min_width, round_to=self.round_to)
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns values that must be the same on all processes, in little space."""
+    feed = self.passes.feed
+    return {
+      "the number of images": [feed.num_train, feed.num_test],
+      "the number of classes": feed.num_classes,
+      "the shape of the images": list(feed.image_shape),
+      "their mean and deviation": [feed.preprocessing.mean, feed.preprocessing.std],
+      "the checksum of the first weights": processes.fingerprint(self.variables),
+    }
+
+
+def build(config: Any) -> Experiment:
+  """Opens the data, creates the network and traces its channels.
+
+  Raises:
+    InputError: If the data or the first weights cannot be read, a batch does not fit, the network has no channels to
+      prune, or no masks can meet the budget.
+  """
+  mesh = data_mesh()
+  feed = open_feed(config, mesh)
+  check_batches(config, feed.num_train, mesh.devices.size)
+  input_shape = (1, *feed.image_shape)
+  model, variables = first_network(config, feed.num_classes, input_shape)
+  prune = config.prune
+  graph = trace_channels(model, variables, input_shape, select=prune.select)
+  budget = make_budget(graph, prune.cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
+  # A budget that no masks can meet shows now, not at E_start.
+  round_to = resolve_round_to(prune, graph, budget, mesh.devices.flat[0].platform)
+  check_budget(graph, budget, min_width=prune.min_width, round_to=round_to)
+  passes = Passes(mesh, feed, config.seed, variables["params"], config.fast_cpu)
+  return Experiment(config, passes, model, variables, graph, budget, round_to)
+
+
+def first_network(
+  config: Any, num_classes: int, input_shape: tuple[int, int, int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Returns the dense network and its first variables: drawn at random, or read from `config.init.weights`.
+
+  Raises:
+    InputError: If the weights cannot be read, do not fit, or are not finite.
+  """
+  model = models.create(
+    config.model.name,
+    num_classes=num_classes,
+    width_multiplier=config.model.width_multiplier,
+    dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
+  )
+  if config.init.weights is None:
+    key = jax.random.fold_in(jax.random.key(config.seed), Purpose.INIT)
+    return model, jax.jit(model.init)(key, jnp.zeros(input_shape))
+  path = pathlib.Path(config.init.weights)
+  if path.is_dir():
+    model, variables = artifacts.load(path, base=model)
+  else:
+    variables = artifacts.import_torch(path, model, input_shape)
+  if (name := first_not_finite(variables)) is not None:
+    raise InputError(f"{path} has entries of {name} that are not finite; give weights of a run that did not diverge.")
+  return model, variables
+
+
+def make_proposer(experiment: Experiment) -> Proposer:
+  """Makes the proposer that `config.prune.proposer` names."""
+  config, passes = experiment.config, experiment.passes
+  fields = config.generator
+  images = _generator_images(config, passes.feed.num_train)
+  model, graph = experiment.model, experiment.graph
+  if config.prune.proposer != "generator":
+    return ImportanceProposer(config.prune.proposer, passes, model, graph, images, fields.batch_size)
+  tx = optax.adamw(fields.learning_rate, weight_decay=fields.weight_decay)
+  options = SearchOptions(experiment.budget, fields.budget_weight, fields.bias, fields.temperature)
+  return GeneratorProposer(passes, model, graph, tx, options, images, fields.batch_size)
+
+
+def _generator_images(config: Any, num_train: int) -> np.ndarray:
+  size = round(config.generator.data_share * num_train)
+  return data.epoch_order(num_train, seed=config.seed, epoch=0, purpose="generator subset")[:size]
+
+
+def check_batches(config: Any, num_train: int, num_devices: int) -> None:
+  """Checks that every batch divides over the devices, and that there are enough images for one.
+
+  Raises:
+    InputError: If one does not; the message names the sizes nearest to it that would.
+  """
+  generator_images = round(config.generator.data_share * num_train)
+  for name, batch, images, pieces in (
+    ("train.batch_size", config.train.batch_size, num_train, config.train.accumulate),
+    ("finetune.batch_size", config.finetune.batch_size, num_train, config.finetune.accumulate),
+    ("generator.batch_size", config.generator.batch_size, generator_images, 1),
+    ("eval_batch_size", config.eval_batch_size, None, 1),
+  ):
+    parts = num_devices * pieces
+    if batch % parts:
+      lower = batch // parts * parts
+      near = f"{lower} or {lower + parts}" if lower else str(parts)
+      times = f" times {name.split('.')[0]}.accumulate={pieces}" if pieces > 1 else ""
+      raise InputError(f"{name}={batch} must be a multiple of the {num_devices} devices{times}; use {near}.")
+    if images is not None and batch > images:
+      raise InputError(f"{name}={batch} is more than the {images} images there are; lower it, or use more images.")

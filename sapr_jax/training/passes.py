@@ -1,0 +1,142 @@
+"""Passes over the images: mapping steps over the devices, feeding them, evaluating, recalibrating."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sapr_jax.runtime import cpu
+from sapr_jax.runtime.devices import MappedStep, Step, replicate
+from sapr_jax.training import steps
+from sapr_jax.training.feed import Feed
+from sapr_jax.training.inputs import Shared
+
+
+class Purpose(enum.IntEnum):
+  """Streams of random numbers and orders of images, so that none depends on how much another draws.
+
+  The numbers are part of what makes runs repeatable; do not change them.
+  """
+
+  INIT = 0
+  GENERATOR_INIT = 1
+  TRAIN = 2
+  GENERATOR = 3
+  FINETUNE = 4
+  MASKS = 5
+  STATISTICS = 6
+  IMPORTANCE = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """Runs steps on the images of a run.
+
+  Attributes:
+    mesh: All devices.
+    feed: The images.
+    seed: Seed of the run.
+    params: Parameters of the network, for their shapes; see `runtime.cpu.map_step`.
+    fast_cpu: `config.fast_cpu`.
+  """
+
+  mesh: Mesh
+  feed: Feed
+  seed: int
+  params: Any
+  fast_cpu: bool
+
+  def key(self, purpose: Purpose) -> jax.Array:
+    """Returns the randomness of the run for one purpose."""
+    return jax.random.fold_in(jax.random.key(self.seed), purpose)
+
+  def map(self, step: Step) -> MappedStep:
+    """Maps a step of the network, dense or pruned, over the devices."""
+    return cpu.map_step(step, self.mesh, self.params, fast=self.fast_cpu)
+
+  def shared(self, purpose: Purpose, variables: Any = None) -> Shared:
+    """Returns what the steps of a pass over training images read."""
+    return self.feed.train.replace(key=replicate(self.key(purpose), self.mesh), variables=variables)
+
+  def train(
+    self, step: MappedStep, state: Any, variables: Any, calls: Iterable[Any], purpose: Purpose
+  ) -> tuple[Any, dict[str, np.ndarray]]:
+    """Runs a step on training images; returns its last state and the metrics of all steps, on the host.
+
+    Args:
+      step: The step.
+      state: Its first state, on the devices; donated.
+      variables: Variables of the network, which stay as they are.
+      calls: From `feed.training`.
+      purpose: Whose random numbers it draws.
+    """
+    return step.run(state, self.shared(purpose, variables), calls)
+
+  def evaluate(self, step: MappedStep, variables: Any) -> dict[str, float]:
+    """Evaluates a network on all test images.
+
+    Args:
+      step: A mapped `steps.evaluation_step` of the network.
+      variables: Its variables, on the devices.
+
+    Returns:
+      Accuracy in [0, 1] and mean cross-entropy ("loss").
+    """
+    zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
+    shared = self.feed.test.replace(variables=variables)
+    sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())
+    totals = {name: float(value) for name, value in jax.device_get(sums).items()}
+    return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
+
+
+def recalibrate_batch_norm(
+  passes: Passes,
+  model: nn.Module,
+  variables: Any,
+  *,
+  batches: int,
+  batch_size: int,
+  between_calls: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+  """Measures the running statistics of a network again, on batches of training images.
+
+  The activations of a network that was cut differ from those of the one whose statistics it inherits.
+
+  Args:
+    passes: The run.
+    model: The network.
+    variables: Its variables.
+    batches: How many batches; those of several epochs, if one has fewer.
+    batch_size: Images in a batch.
+    between_calls: Called before each call.
+
+  Returns:
+    The variables with the new statistics, on the host; the variables as they are if they have none.
+  """
+  if not batches or "batch_stats" not in variables:
+    return variables
+  purpose, per_epoch = Purpose.STATISTICS, passes.feed.num_train // batch_size
+
+  def calls() -> Iterator[Any]:
+    left = batches
+    for epoch in range(-(-batches // per_epoch)):
+      for call in passes.feed.training(batch_size, purpose=purpose, epoch=epoch):
+        between_calls()
+        yield jax.tree.map(lambda x: x[:left], call)  # noqa: B023  (run at once)
+        left -= len(jax.tree.leaves(call)[0])
+        if left <= 0:
+          return
+
+  # From the host, as the state is donated.
+  state = {"step": np.zeros((), np.int32), "batch_stats": jax.device_get(variables["batch_stats"])}
+  step = passes.map(steps.recalibration_step(model, passes.feed.preprocessing))
+  state, variables_on_devices = replicate((state, variables), passes.mesh)
+  state, _ = passes.train(step, state, variables_on_devices, calls(), purpose)
+  return {**variables, "batch_stats": jax.device_get(state["batch_stats"])}

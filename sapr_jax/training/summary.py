@@ -1,0 +1,97 @@
+"""Summary of a finished run: what the dense, the masked and the pruned network cost and achieve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from sapr_jax import artifacts, report
+from sapr_jax.channels import Masks, count_macs
+from sapr_jax.runtime import processes, replicate
+from sapr_jax.training import steps
+from sapr_jax.training.experiment import Experiment
+from sapr_jax.training.optimizers import learning_rate_schedule
+
+Network = tuple[nn.Module, Any]
+"""(model, variables)"""
+
+
+def summarize(
+  experiment: Experiment, masks: Masks, dense: Network, subnetwork: Network, pruned: Network
+) -> dict[str, Any]:
+  """Measures the networks of a run at its last epoch.
+
+  Args:
+    experiment: The run.
+    masks: The masks that were cut.
+    dense: The dense network.
+    subnetwork: The compact network before fine-tuning.
+    pruned: The compact network after it.
+
+  Returns:
+    "dense", "subnetwork", "pruned" -> accuracy, MACs, parameters and latency; "run" -> facts about the run.
+  """
+  config, graph, passes = experiment.config, experiment.graph, experiment.passes
+  macs = count_macs(*pruned, experiment.input_shape)
+  if macs != graph.macs(masks):  # an invariant of the graph, cheap to check on every run
+    raise RuntimeError(f"The pruned network has {macs} MACs; its masks predict {graph.macs(masks)}.")
+  latency = processes.decided_by_main(
+    lambda: report.measure_latency(
+      {"dense": dense, "pruned": pruned},
+      experiment.input_shape,
+      config.report.latency_batch_sizes,
+      repeats=config.report.latency_repeats,
+    )
+  )
+
+  def accuracy(model: nn.Module, variables: Any) -> dict[str, float]:
+    step = passes.map(steps.evaluation_step(model, passes.feed.preprocessing))
+    return passes.evaluate(step, replicate(variables, passes.mesh))
+
+  compact = {
+    "macs": macs,
+    "params": artifacts.count_params(pruned[1]),
+    "prunable_macs_share": graph.prunable_macs(masks) / graph.prunable_macs(),
+    "latency_ms": latency["pruned"],
+  }
+  return {
+    "dense": {
+      "macs": graph.macs(),
+      "params": artifacts.count_params(dense[1]),
+      "latency_ms": latency["dense"],
+      **accuracy(*dense),
+    },
+    "subnetwork": compact | accuracy(*subnetwork),
+    "pruned": compact | accuracy(*pruned),
+    "run": {
+      "model": config.model.name,
+      "seed": config.seed,
+      "gamma": config.prune.gamma,
+      "round_to": experiment.round_to,
+      "statistics_batches": config.prune.statistics_batches,
+      "widths": {name: int(mask.sum()) for name, mask in masks.items()},
+      "versions": report.versions(),
+      "device": jax.devices()[0].device_kind,
+    },
+  }
+
+
+def describe(experiment: Experiment) -> str:
+  """Says what is trained, what may be cut, and how strong the regularization is over the whole run."""
+  config, graph, feed, budget = experiment.config, experiment.graph, experiment.passes.feed, experiment.budget
+  per_epoch = feed.num_train // config.train.batch_size
+  regularized = range(config.prune.start_epoch * per_epoch, config.train.epochs * per_epoch)
+  rate = float(np.sum(jax.vmap(learning_rate_schedule(config.train, per_epoch))(np.asarray(regularized))))
+  shrinkage = rate / (1.0 - config.train.momentum) * config.prune.gamma
+  images = f"{feed.num_train} training and {feed.num_test} test images"
+  devices = f"{experiment.passes.mesh.devices.size} device(s): {jax.devices()[0].device_kind}"
+  return (
+    f"{config.model.name} on {images}, {devices}\n"
+    f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
+    f" a group; the budget keeps {budget.share:.1%} of the {report.COSTS[budget.cost.name]} (widths: multiples of"
+    f" {experiment.round_to})\n"
+    f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel"
+  )
