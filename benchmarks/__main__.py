@@ -16,7 +16,7 @@ import sys
 
 from benchmarks import performance_page
 
-PARTS = ("training_step", "method_cost", "pruned_speed", "start_up", "growth")
+PARTS = performance_page.SECTIONS
 
 
 def main() -> None:

@@ -22,17 +22,17 @@ import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import cpu_name, table
 from sapr_jax import data
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.data.decoding import decode_exactly, decode_quickly
@@ -71,7 +71,7 @@ def main() -> None:
     "milliseconds_of_processor_time_per_image": costs,
   }
   write_json(args.results, report)
-  print(table(json.loads(args.results.read_text())))
+  print(tables(json.loads(args.results.read_text())))
 
 
 def find_images(path: pathlib.Path, folder: str) -> list[str]:
@@ -232,25 +232,16 @@ def measure_costs(files: list[str], runs: int) -> dict[str, float]:
   return {name: round(statistics.median(values[1:]), 3) for name, values in times.items()}
 
 
-def cpu_name() -> str:
-  """The model of the processor, as far as the system tells it."""
-  info = pathlib.Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.is_file() else []
-  names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-  return names[0] if names else platform.processor()
-
-
-def table(report: dict[str, Any]) -> str:
+def tables(report: Mapping[str, Any]) -> str:
   """Formats the rates and costs as Markdown, with ratios to ours."""
   rates, costs = report["images_per_second_with_one_worker"], report["milliseconds_of_processor_time_per_image"]
-  lines = ["| pipeline, one worker process | images/s | lowest to highest | ours is faster by |", "|---|---|---|---|"]
-  ours = rates["training, ours"]["median"]
+  ours, rows = rates["training, ours"]["median"], []
   for name, rate in rates.items():
     ratio = f"{ours / rate['median']:.2f}x" if "Pillow" in name else ""
-    lines.append(f"| {name} | {rate['median']:.0f} | {min(rate['runs']):.0f} to {max(rate['runs']):.0f} | {ratio} |")
-  lines += ["", "| one image in one process | ms of processor time |", "|---|---|"]
-  lines += [f"| {name} | {cost:.2f} |" for name, cost in costs.items()]
-  return "\n".join(lines)
+    rows.append([name, f"{rate['median']:.0f}", f"{min(rate['runs']):.0f} to {max(rate['runs']):.0f}", ratio])
+  of_pipelines = table(["pipeline, one worker process", "images/s", "lowest to highest", "ours is faster by"], rows)
+  of_steps = [[name, f"{cost:.2f}"] for name, cost in costs.items()]
+  return f"{of_pipelines}\n\n{table(['one image in one process', 'ms of processor time'], of_steps)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing in turns, a description of the machine, recorded results, tables."""
+"""Tools that all benchmarks share: timing in turns, a description of the machine, recorded results, tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sapr_jax.artifacts.files import read_json, write_json
@@ -95,7 +95,7 @@ def load_average() -> float:
 
 
 def positive(text: str) -> int:
-  """Parses a whole number from 1 on, for argparse."""
+  """Parses an integer of at least 1, for argparse."""
   if (number := int(text)) < 1:
     raise ValueError
   return number
@@ -109,6 +109,14 @@ def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
   RESULTS.mkdir(exist_ok=True)
   write_json(RESULTS / f"{name}_{about['platform']}.json", report)
   return report
+
+
+def record_some(name: str, key: str, measured: Mapping[str, Any], order: Iterable[str]) -> None:
+  """Records what was measured under `key`, with what was measured before on this machine, with these versions."""
+  about = machine()
+  earlier = recorded(name, about["platform"]) or {}
+  rows = {**(earlier[key] if earlier.get("machine") == about else {}), **measured}
+  record(name, {"command": f"python -m benchmarks.{name}", key: {row: rows[row] for row in order if row in rows}})
 
 
 def recorded(name: str, platform_name: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import optax
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import machine, median_ratio, positive, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import median_ratio, positive, record_some, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.method import (
   ArchitectureGenerator,
@@ -103,16 +103,8 @@ def main() -> None:
     measured[name] = measure(networks[name], batch, image_size, 2 if args.quick else args.rounds)
     print(f"{networks[name].title}: measured", file=sys.stderr, flush=True)
     if not args.quick:
-      merged = recorded_networks(platform) | measured
-      ordered = {name: merged[name] for name in networks if name in merged}
-      record("method_cost", {"command": "python -m benchmarks.method_cost", "networks": ordered})
+      record_some("method_cost", "networks", measured, networks)
   print(f"{time_table(measured)}\n\n{cost_table(measured)}")
-
-
-def recorded_networks(platform: str) -> dict[str, Any]:
-  """Returns what was measured before on this machine, with these versions."""
-  report = recorded("method_cost", platform)
-  return report["networks"] if report is not None and report["machine"] == machine() else {}
 
 
 # Measuring.
@@ -269,8 +261,8 @@ thirds of the arithmetic of a weight step; masks gate feature maps (`sapr_jax.ma
 gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for
 ResNet-56, 0.95 for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is
 more than 5 % of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the
-records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs in which the masks
-are held (`prune.hold_epoch`) have neither generator steps nor new masks."""
+records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs without new masks
+have no generator steps either."""
 
 
 def time_table(networks: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import machine, median_ratio, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import median_ratio, record_some, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from benchmarks.training_pieces import random_masks, random_variables
 from sapr_jax import InputError, models, prune, trace_channels
@@ -83,16 +83,8 @@ def main() -> None:
       chosen = network.shrunk() if args.quick else network
       measured[network.name] = measure(chosen, platform, rounds, torch_inference)
       if not args.quick:
-        merged = _recorded_networks(platform) | measured
-        ordered = {name: merged[name] for name in names if name in merged}
-        record("pruned_speed", {"command": "python -m benchmarks.pruned_speed", "networks": ordered})
+        record_some("pruned_speed", "networks", measured, names)
   print("\n\n".join(map(_network_tables, measured.values())))
-
-
-def _recorded_networks(platform: str) -> dict[str, Any]:
-  """Returns what was measured before on this machine, with these versions."""
-  report = recorded("pruned_speed", platform)
-  return report["networks"] if report is not None and report["machine"] == machine() else {}
 
 
 # Measuring.
@@ -107,7 +99,9 @@ def measure(network: Network, platform: str, rounds: int, peer: Any) -> dict[str
     if not peers:
       result["macs"] = {name: count_macs(m, v, network.input_shape) for name, (m, v) in forms.items()}
       peers = torch_forms(network, result["macs"][pruned(1)], peer)
-      result["macs"] |= {name: peer.count_macs(model, network.image_size) for name, model in peers.items()}
+      result["macs"] |= {
+        name: peer.count_macs(model, (3, network.image_size, network.image_size)) for name, model in peers.items()
+      }
     result["times"][dtype] = {}
     for batch in network.cpu_batches if platform == "cpu" else network.accelerator_batches:
       peer.forget_compiled()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from benchmarks.measuring import table
 from sapr_jax.artifacts.files import write_json
 
 CIFAR = {
@@ -76,8 +77,8 @@ def main() -> int:
     row = rehearse(name, folder, args.select, args.runs / f"{name}_{args.select}")
     rows = [r for r in rows if (r["config"], r["select"]) != (name, args.select)] + [row]
     write_json(args.results, {"rows": sorted(rows, key=lambda r: (r["select"], list(EXPERIMENTS).index(r["config"])))})
-    print(table([row]), flush=True)
-  print(f"\n{table(rows)}")
+    print(table_of([row]), flush=True)
+  print(f"\n{table_of(rows)}")
   return 0
 
 
@@ -115,18 +116,17 @@ def with_validation(folder: pathlib.Path, links: pathlib.Path) -> pathlib.Path:
   return links
 
 
-def table(rows: list[dict]) -> str:
+def table_of(rows: list[dict]) -> str:
   """Formats the rows as Markdown."""
-  lines = [
-    "| config | groups offered | MACs of the run | kept of the prunable | kept of all | parameters kept | seconds |",
-    "|---|---|---|---|---|---|---|",
+  shares = ("prunable_macs_share", "macs_share", "params_share")
+  cells = [
+    [row["config"], f"{row['groups']} ({row['select']})", f"{row['dense_macs'] / 1e6:,.1f} M"]
+    + [f"{row[share]:.1%}" for share in shares]
+    + [row["seconds"]]
+    for row in rows
   ]
-  for row in rows:
-    lines.append(
-      f"| {row['config']} | {row['groups']} ({row['select']}) | {row['dense_macs'] / 1e6:,.1f} M |"
-      f" {row['prunable_macs_share']:.1%} | {row['macs_share']:.1%} | {row['params_share']:.1%} | {row['seconds']} |"
-    )
-  return "\n".join(lines)
+  kept = ("kept of the prunable", "kept of all", "parameters kept")
+  return table(["config", "groups offered", "MACs of the run", *kept, "seconds"], cells)
 
 
 if __name__ == "__main__":

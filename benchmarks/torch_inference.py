@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import torch_networks
 from benchmarks.measuring import time_in_turns
+from benchmarks.torch_networks import count_macs
 
 
 def create(name: str) -> nn.Module:
@@ -22,22 +23,6 @@ def create(name: str) -> nn.Module:
     "mobilenetv2": torch_networks.MobileNetV2,
   }
   return torch_networks.randomize(constructors[name]())
-
-
-def count_macs(model: nn.Module, image_size: int) -> int:
-  """Counts the multiply-accumulates of convolutions and linear layers for one image."""
-  total = 0
-
-  def count(layer: Any, inputs: Any, output: torch.Tensor) -> None:
-    nonlocal total
-    total += layer.weight[0].numel() * output[0].numel()
-
-  hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-  with torch.no_grad():
-    model(torch.zeros(1, 3, image_size, image_size))
-  for hook in hooks:
-    hook.remove()
-  return total
 
 
 def prune_to_macs(model: nn.Module, head: str, macs: float, image_size: int, tolerance: float = 0.01) -> nn.Module:
@@ -53,17 +38,18 @@ def prune_to_macs(model: nn.Module, head: str, macs: float, image_size: int, tol
   Raises:
     RuntimeError: If no ratio comes so close.
   """
-  kept = (macs / count_macs(model, image_size)) ** 0.5  # MACs go with the square of the width
+  shape = (3, image_size, image_size)
+  kept = (macs / count_macs(model, shape)) ** 0.5  # MACs go with the square of the width
   for _ in range(6):
     pruned = copy.deepcopy(model)
     torch_pruning.pruner.MagnitudePruner(
       pruned,
-      torch.zeros(1, 3, image_size, image_size),
+      torch.zeros(1, *shape),
       importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
       pruning_ratio=1 - kept,
       ignored_layers=[pruned.get_submodule(head)],
     ).step()
-    found = count_macs(pruned, image_size)
+    found = count_macs(pruned, shape)
     if abs(found - macs) <= tolerance * macs:
       return pruned
     kept *= (macs / found) ** 0.5

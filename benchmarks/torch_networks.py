@@ -155,6 +155,22 @@ class MobileNetV2(nn.Module):
     return self.classifier(self.features(x).mean((2, 3)))
 
 
+def count_macs(model, shape):
+  """Counts the multiply-accumulates of convolutions and linear layers for an image `[channels, height, width]`."""
+  total = 0
+
+  def add(layer, inputs, output):
+    nonlocal total
+    total += layer.weight[0].numel() * output[0].numel()
+
+  hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+  with torch.no_grad():
+    model.eval()(next(model.parameters()).new_zeros(1, *shape))
+  for hook in hooks:
+    hook.remove()
+  return total
+
+
 def randomize(model, seed=0):
   """Draws weights that keep the size of activations, and statistics and scales far from their defaults."""
   generator = torch.Generator().manual_seed(seed)

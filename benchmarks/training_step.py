@@ -21,7 +21,7 @@ import jax
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import machine, median_ratio, positive, record, recorded, shown, table, time_in_turns
+from benchmarks.measuring import median_ratio, positive, record_some, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.training import keep_memory, state, steps
 from sapr_jax.training.devices import is_cpu
@@ -106,16 +106,8 @@ def main() -> None:
     measured[name] = measure(row, 2 if args.quick else args.rounds, torch_training)
     print(f"{row.title}, {row.dtype}: measured", file=sys.stderr, flush=True)
     if not args.quick:
-      merged = recorded_rows(platform) | measured
-      ordered = {name: merged[name] for name in rows if name in merged}
-      record("training_step", {"command": "python -m benchmarks.training_step", "rows": ordered})
+      record_some("training_step", "rows", measured, rows)
   print(step_table(measured, jax.devices()[0].device_kind))
-
-
-def recorded_rows(platform: str) -> dict[str, Any]:
-  """Returns what was measured before on this machine, with these versions."""
-  report = recorded("training_step", platform)
-  return report["rows"] if report is not None and report["machine"] == machine() else {}
 
 
 # Measuring.

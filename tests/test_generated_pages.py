@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from benchmarks import performance_page, study_page
+from benchmarks import performance_page
+from study import page as study_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 

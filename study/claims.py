@@ -1,25 +1,16 @@
-"""The claims of the paper, judged by what the CIFAR-10 study recorded: a table and a verdict each, by fixed rules.
-
-A claim says that a difference is above a threshold. With its mean over the seeds, paired by seed, goes the 90 %
-interval of Student's t distribution:
-
-    holds      the whole interval lies above the threshold
-    fails      it lies below
-    undecided  the threshold lies in it, or there are fewer than two seeds
-"""
+"""The claims of the paper, judged by what the CIFAR-10 study recorded: a table and a verdict each, by fixed rules."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import scipy.stats
-
 from benchmarks.measuring import table
-from benchmarks.study_rows import FORM, LONGER, SELECTION, SELECTION_BASELINE, gamma_name
+from study.results import Estimate, Results, combined, difference, mean_and_deviation
+from study.rows import SELECTION, SELECTION_BASELINE, gamma_name
+from study.sizes import LONGER
 
 NOTHING_LOST = 0.25
 """Points of accuracy that count as no loss: (a)."""
@@ -29,120 +20,6 @@ ABOUT_TEN_PERCENT = 11.0
 """Cost of the generator, in % of the weight epochs, that counts as about 10 %: (e)."""
 STABLE = 0.05
 """Hamming distance that the supplement calls small: (d)."""
-
-Values = Mapping[int, float]
-"""Seed -> value."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """Mean over seeds with its 90 % interval; without limits for fewer than two seeds."""
-
-  mean: float
-  low: float
-  high: float
-  count: int
-
-  def verdict(self, threshold: float = 0.0) -> str:
-    """Judges that the value is above `threshold`."""
-    if self.low > threshold:
-      return "holds"
-    return "fails" if self.high < threshold else "undecided"
-
-  def __str__(self) -> str:
-    if not self.count:
-      return "-"
-    if self.count == 1:
-      return f"{self.mean:+.2f}"
-    return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-  """Estimates a mean from a value for each seed.
-
-  Example:
-    >>> str(estimate([1.0, 2.0, 3.0]))
-    '+2.00 [+0.31, +3.69]'
-  """
-  values = list(values)
-  mean = statistics.fmean(values) if values else math.nan
-  if len(values) < 2:
-    return Estimate(mean, -math.inf, math.inf, len(values))
-  margin = scipy.stats.t.ppf(0.95, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-  return Estimate(mean, mean - margin, mean + margin, len(values))
-
-
-def difference(a: Values, b: Values) -> Estimate:
-  """Estimates a - b from the seeds that both have."""
-  return estimate(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys()))
-
-
-def combined(verdicts: Iterable[str]) -> str:
-  """Returns the verdict over parts that must all hold."""
-  found = set(verdicts)
-  return next((verdict for verdict in ("fails", "undecided") if verdict in found), "holds" if found else "undecided")
-
-
-def mean_and_deviation(values: Iterable[float], decimals: int = 2) -> str:
-  """Formats mean ± standard deviation over seeds.
-
-  Example:
-    >>> mean_and_deviation([1.0, 3.0]), mean_and_deviation([1.0]), mean_and_deviation([])
-    ('2.00 ± 1.41', '1.00', '-')
-  """
-  values = list(values)
-  if not values:
-    return "-"
-  mean = f"{statistics.fmean(values):.{decimals}f}"
-  return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-  """The entries of one network.
-
-  Attributes:
-    entries: As `study_records.entry_of` makes them.
-    main_gamma: The gamma that is compared with everything else.
-    gammas: All of them, rising.
-  """
-
-  entries: Sequence[Mapping[str, Any]]
-  main_gamma: float
-  gammas: Sequence[float]
-
-  @property
-  def main(self) -> str:
-    """Name of the row with `main_gamma`."""
-    return gamma_name(self.main_gamma)
-
-  @property
-  def ours(self) -> list[str]:
-    """Names of the rows of the method that the claims are about; the first is the main one."""
-    return [self.main, *self.names(FORM)]
-
-  def names(self, prefix: str = "") -> list[str]:
-    """Returns the names of the rows there are that begin with `prefix`."""
-    return list(dict.fromkeys(entry["row"] for entry in self.entries if entry["row"].startswith(prefix)))
-
-  def of(self, row: str, value: Callable[[Mapping[str, Any]], float | None]) -> dict[int, float]:
-    """Returns seed -> value of a row, of those seeds that have one."""
-    found = {entry["seed"]: value(entry) for entry in self.entries if entry["row"] == row}
-    return {seed: number for seed, number in found.items() if number is not None}
-
-  def accuracy(self, row: str, network: str) -> dict[int, float]:
-    """Returns seed -> accuracy in % of "dense", "subnetwork" or "pruned"."""
-    return self.of(row, lambda entry: entry["accuracy"].get(network))
-
-  def common_seeds(self, rows: Iterable[str]) -> set[int]:
-    """Returns the seeds that all of these rows have, save those rows that were not run."""
-    seeds = ({entry["seed"] for entry in self.entries if entry["row"] == row} for row in rows)
-    found = [of_row for of_row in seeds if of_row]
-    return set.intersection(*found) if found else set()
-
-  def macs(self, row: str) -> str:
-    """Formats the share of MACs that a row keeps."""
-    return mean_and_deviation((100 * share for share in self.of(row, lambda entry: entry["macs_share"]).values()), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +51,7 @@ def nothing_lost(results: Results) -> Claim:
       change = difference(pruned, dense)
       verdicts.append(change.verdict(-NOTHING_LOST))
       seeds = pruned.keys() & dense.keys()  # means over others would not fit the change
-      means = [mean_and_deviation(values[seed] for seed in seeds) for values in (dense, pruned)]
+      means = [mean_and_deviation({seed: values[seed] for seed in seeds}) for values in (dense, pruned)]
       rows.append([name, title, *means, str(change), verdicts[-1]])
   return Claim(
     f"(a) After fine-tuning, nothing is lost ({results.macs(results.main)} % of the MACs left)",
@@ -189,12 +66,12 @@ def nothing_lost(results: Results) -> Claim:
 def better_subnetwork(results: Results) -> Claim:
   """(b): before fine-tuning, the sub-network is much better than what one-shot pruning leaves."""
   main = results.accuracy(results.main, "subnetwork")
-  rows, verdicts = [[results.main, mean_and_deviation(main.values()), "", ""]], []
+  rows, verdicts = [[results.main, mean_and_deviation(main), "", ""]], []
   for row in (gamma_name(0), *results.names("one_shot"), "torch_pruning=group_norm"):
     other = results.accuracy(row, "subnetwork")
     gain = difference(main, other)
     verdicts.append(gain.verdict(MUCH_BETTER))
-    rows.append([row, mean_and_deviation(other.values()), str(gain), verdicts[-1]])
+    rows.append([row, mean_and_deviation(other), str(gain), verdicts[-1]])
   return Claim(
     "(b) Partial regularization makes a sub-network that is good before fine-tuning",
     f"Its accuracy is more than {MUCH_BETTER:g} points above that of each network that was cut without regularization,"
@@ -205,7 +82,7 @@ def better_subnetwork(results: Results) -> Claim:
 
 
 def larger_gamma(results: Results) -> Claim:
-  """(c): larger gamma, better sub-network and worse full model."""
+  """(c): a larger gamma makes the sub-network better and the full model worse."""
   gammas = [gamma for gamma in results.gammas if results.accuracy(gamma_name(gamma), "dense")]
   # A mean over other seeds could not be compared.
   seeds = results.common_seeds(map(gamma_name, gammas))
@@ -214,26 +91,18 @@ def larger_gamma(results: Results) -> Claim:
     values = results.accuracy(gamma_name(gamma), network)
     return {seed: values[seed] for seed in seeds & values.keys()}
 
-  rows, worse_from, pruned_means = [], None, {}
+  rows, losses = [], {}
   for gamma in gammas:
-    loss = difference(of(0, "dense"), of(gamma, "dense"))
-    if gamma and worse_from is None and loss.verdict() == "holds":
-      worse_from = gamma
-    if pruned := of(gamma, "pruned"):
-      pruned_means[gamma] = statistics.fmean(pruned.values())
-    cells = [mean_and_deviation(of(gamma, network).values()) for network in ("dense", "subnetwork", "pruned")]
-    rows.append([f"{gamma:g}", *cells, str(loss) if gamma else ""])
+    losses[gamma] = difference(of(0, "dense"), of(gamma, "dense"))
+    cells = [mean_and_deviation(of(gamma, network)) for network in ("dense", "subnetwork", "pruned")]
+    rows.append([f"{gamma:g}", *cells, str(losses[gamma]) if gamma else ""])
   last = results.gammas[-1]
   parts = (
     difference(of(last, "subnetwork"), of(0, "subnetwork")).verdict(),
     difference(of(0, "dense"), of(last, "dense")).verdict(),
   )
-  if worse_from is not None:
-    turn = f"the full model is clearly worse from gamma = {worse_from:g} on"
-  else:
-    turn = "the full model is at no gamma clearly worse" if 0 in gammas else "gamma = 0 was not run"
-  if pruned_means:
-    turn += f"; the pruned network is best at gamma = {max(pruned_means, key=pruned_means.__getitem__):g}"
+  means = {gamma: statistics.fmean(pruned.values()) for gamma in gammas if (pruned := of(gamma, "pruned"))}
+  best = f"; the pruned network is best at gamma = {max(means, key=means.__getitem__):g}" if means else ""
   return Claim(
     "(c) A larger gamma makes the sub-network better and the full model worse",
     f"At gamma = {last:g} the sub-network is better, and the dense network worse, than at 0. The turn is the least"
@@ -241,35 +110,46 @@ def larger_gamma(results: Results) -> Claim:
     " all of these have.",
     table(["gamma", "full model, %", "sub-network, %", "pruned, %", "full model loses, points"], rows),
     combined(parts),
-    f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {turn}.",
+    f"Sub-network: {parts[0]}; full model: {parts[1]}. The turn: {_turn(losses)}{best}.",
   )
+
+
+def _turn(losses: Mapping[float, Estimate]) -> str:
+  """Says from which gamma on the full model is worse; `losses` has what it loses at each gamma, 0 among them."""
+  if 0 not in losses:
+    return "gamma = 0 was not run"
+  worse_from = next((gamma for gamma, loss in losses.items() if gamma and loss.verdict() == "holds"), None)
+  if worse_from is None:
+    return "the full model is at no gamma clearly worse"
+  return f"the full model is clearly worse from gamma = {worse_from:g} on"
 
 
 def stable_architecture(results: Results) -> Claim:
   """(d): the architecture settles."""
   row = LONGER if results.names(LONGER) else results.main
 
-  def distances(window: Callable[[Mapping[str, Any]], tuple[int, int]]) -> dict[int, float]:
+  def distances(window: Callable[[int, int], tuple[int, int]]) -> dict[int, float]:
     def mean(entry: Mapping[str, Any]) -> float | None:
       curve = entry["curves"].get("hamming")
-      return None if curve is None else mean_of_epochs(curve, *window(entry))
+      return None if curve is None else mean_of_epochs(curve, *window(entry["start_epoch"], entry["train_epochs"]))
 
     return results.of(row, mean)
 
   values = {
-    "epochs 8 to 12": distances(lambda entry: (entry["start_epoch"] + 8, entry["start_epoch"] + 12)),
-    "epochs 18 to 22": distances(lambda entry: (entry["start_epoch"] + 18, entry["start_epoch"] + 22)),
-    "last ten epochs": distances(lambda entry: (entry["train_epochs"] - 9, entry["train_epochs"])),
+    "epochs 8 to 12": distances(lambda start, end: (start + 8, start + 12)),
+    "epochs 18 to 22": distances(lambda start, end: (start + 18, start + 22)),
+    "last ten epochs": distances(lambda start, end: (end - 9, end)),
   }
-  early = difference(dict.fromkeys(values["epochs 8 to 12"], STABLE), values["epochs 8 to 12"]).verdict()
-  falling = difference(values["epochs 18 to 22"], values["last ten epochs"]).verdict()
+  first, second, late = values.values()
+  early = difference(dict.fromkeys(first, STABLE), first).verdict()
+  falling = difference(second, late).verdict()
   epochs = {entry["train_epochs"] - entry["start_epoch"] for entry in results.entries if entry["row"] == row}
   short = bool(epochs) and max(epochs) < 32  # the last ten would overlap
   return Claim(
     f"(d) The architecture settles ({row})",
     f"The mean Hamming distance of consecutive epochs is below {STABLE} in epochs 8 to 12 after E_start, and in the"
     " last ten epochs it is less than in epochs 18 to 22. A run in which these overlap decides nothing.",
-    table(["after E_start", "Hamming distance"], [[n, mean_and_deviation(v.values(), 4)] for n, v in values.items()]),
+    table(["after E_start", "Hamming distance"], [[n, mean_and_deviation(v, 4)] for n, v in values.items()]),
     "undecided" if short else combined((early, falling)),
     f"These runs have only {max(epochs)} epochs after E_start." if short else f"Small: {early}; falling: {falling}.",
   )
@@ -297,8 +177,8 @@ def cheap_generator(results: Results) -> Claim:
   for name in [results.main, *results.names("generator_data")]:
     weights = results.of(name, lambda entry: entry["seconds"].get("weight_epoch"))
     generator = results.of(name, lambda entry: entry["seconds"].get("generator_epoch"))
-    seconds = [mean_and_deviation(found.values()) for found in (weights, generator)]
-    rows.append([name, *seconds, mean_and_deviation(results.of(name, share).values(), 1)])
+    seconds = [mean_and_deviation(found) for found in (weights, generator)]
+    rows.append([name, *seconds, mean_and_deviation(results.of(name, share), 1)])
   shares = results.of(results.main, share)
   return Claim(
     "(e) The generator costs about 10 % of the training time or less",
@@ -314,7 +194,7 @@ def beats_alternatives(results: Results) -> Claim:
   """(f): at equal MACs, the pruned network is better than what the alternatives make."""
   found = {name: results.accuracy(name, "pruned") for name in results.ours}
   blanks = [""] * (2 * len(found))
-  rows = [[name, results.macs(name), mean_and_deviation(own.values()), *blanks] for name, own in found.items()]
+  rows = [[name, results.macs(name), mean_and_deviation(own), *blanks] for name, own in found.items()]
   verdicts: dict[str, list[str]] = {name: [] for name in found}
   for row in (*results.names("one_shot"), *results.names("uniform_width"), *results.names("torch_pruning")):
     other = results.accuracy(row, "pruned")
@@ -323,7 +203,7 @@ def beats_alternatives(results: Results) -> Claim:
       gain = difference(own, other)
       verdicts[name].append(gain.verdict())
       cells += [str(gain), verdicts[name][-1]]
-    rows.append([row, results.macs(row), mean_and_deviation(other.values()), *cells])
+    rows.append([row, results.macs(row), mean_and_deviation(other), *cells])
   others = [f"Of {name} the same rule says: {combined(verdicts[name])}." for name in found if name != results.main]
   return Claim(
     "(f) At equal MACs the method beats the alternatives",
@@ -371,5 +251,5 @@ def selection(results: Results) -> str:
   for name in results.names(SELECTION):
     found = results.accuracy(name, "subnetwork")
     gain = "" if name == SELECTION_BASELINE else str(difference(found, baseline))
-    rows.append([name, mean_and_deviation(found.values()), gain])
+    rows.append([name, mean_and_deviation(found), gain])
   return table(["chosen by", "sub-network, %", f"better than {SELECTION_BASELINE} by, points"], rows) if rows else ""

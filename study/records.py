@@ -1,4 +1,4 @@
-"""What the CIFAR-10 study records: a small entry for each finished run, and one JSON file for all of a size."""
+"""Records of the CIFAR-10 study: a small entry for each finished run, and one JSON file for all runs of a size."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import cpu_name
-from benchmarks.study_rows import Experiment, Job
 from sapr_jax.artifacts import read_records
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.errors import InputError
 from sapr_jax.training import workdir as layout
+from study.rows import Job
+from study.sizes import Experiment
 
 ENTRY = "study.json"
-"""In the work directory of a finished run: its entry."""
+"""File with the entry of a finished run, in its work directory."""
 
 _HEAD = "study_head.json"
-"""In the folder of a size: what its runs have in common."""
+"""File with what all runs of a size have in common, in the folder of the size."""
 
-_CURVES = {
+CURVES = {
   "full_model": ("test_accuracy", 100, 2),
   "subnetwork": ("subnetwork_accuracy", 100, 2),
   "hamming": ("hamming_distance", 1, 4),
   "kept_norm": ("kept_norm_mean", 1, 3),
   "dropped_norm": ("dropped_norm_mean", 1, 4),
 }
-"""Name -> (name in the records, factor, decimals)."""
+"""Curve -> (name in the records of a run, factor, decimals)."""
 
 
 def is_finished(workdir: pathlib.Path) -> bool:
@@ -74,7 +75,7 @@ def entry_of(job: Job, summary: Mapping[str, Any], records: Sequence[Mapping[str
     "start_epoch": job.config.prune.start_epoch,
     "train_epochs": job.config.train.epochs,
     "p": job.config.prune.p,
-    "curves": {name: curve for name, fields in _CURVES.items() if (curve := _curve(records, *fields)) is not None},
+    "curves": {name: curve for name, fields in CURVES.items() if (curve := _curve(records, *fields)) is not None},
     "seconds": _seconds(summary, records),
     "machine": _machine(summary["run"]["device"]),
     "versions": summary["run"]["versions"],

@@ -11,7 +11,6 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -30,9 +29,7 @@ import torch_pruning
 from torch import nn
 
 from benchmarks.measuring import versions
-from benchmarks.study_ours import budget_macs
-from benchmarks.study_rows import Job
-from benchmarks.torch_networks import CifarResNet, MobileNetV2
+from benchmarks.torch_networks import CifarResNet, MobileNetV2, count_macs
 from sapr_jax import data, models
 from sapr_jax.artifacts import export_torch
 from sapr_jax.artifacts.files import write_atomically, write_json
@@ -45,6 +42,8 @@ from sapr_jax.training.interruption import Interruption
 from sapr_jax.training.progress import say
 from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, learning_rate_schedule
 from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
+from study.ours import budget_macs
+from study.rows import Job
 
 _CHECKPOINT = "torch.pt"
 _STEPS_OF_PRUNING = 400  # the recipe's
@@ -65,9 +64,9 @@ def run_pruner(job: Job) -> None:
   layout.check_workdir(job.workdir, job.config)
   images = Images(job.config)
   torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions, as no shape changes
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(layout.locked(job.workdir, job.config))
-    run = _Run(job, images, stack.enter_context(Interruption()))
+  layout.make_workdir(job.workdir, job.config)
+  with Interruption() as interruption:
+    run = _Run(job, images, interruption)
     run.restore()
     run.train()
     run.prune()
@@ -78,7 +77,7 @@ def run_pruner(job: Job) -> None:
 
 
 class Images:
-  """The images that our own run with this configuration has, on the device, and its batches."""
+  """The images of our own run with this configuration, on the device, and its batches."""
 
   def __init__(self, config: Any):
     fields = config.data
@@ -162,27 +161,10 @@ def make_network(ours: Any, variables: Any) -> nn.Module:
   return model
 
 
-def count_macs(model: nn.Module, inputs: torch.Tensor) -> int:
-  """Counts the multiply-accumulates of convolutions and Dense layers for `inputs`, one image."""
-  total = 0
-
-  def add(module: Any, _: Any, output: torch.Tensor) -> None:
-    nonlocal total
-    total += module.weight.numel() * output[0, 0].numel()
-
-  layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-  hooks = [module.register_forward_hook(add) for module in layers]
-  with torch.no_grad():
-    model.eval()(inputs)
-  for hook in hooks:
-    hook.remove()
-  return total
-
-
 def scaled_reg(strength: float, sum_of_rates: float) -> float:
   """Returns the coefficient with which sparse learning shrinks weights as much as `strength` times the recipe's does.
 
-  What it takes off a weight is proportional to the coefficient times the sum of the learning rates over the steps.
+  It takes off a weight a part that is proportional to the coefficient times the sum of the learning rates.
   """
   return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates
 
@@ -208,7 +190,7 @@ def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float) -> Any:
 
 
 def _is_inside(name: str) -> bool:
-  """Whether a convolution makes the channels inside a block of a CIFAR ResNet."""
+  """Says whether a convolution makes the channels inside a block of a CIFAR ResNet."""
   return name.startswith("layer") and name.endswith(".conv1")
 
 
@@ -255,14 +237,15 @@ class _Run:
     )
 
   def restore(self) -> None:
-    """Takes up the run where an earlier call saved it."""
+    """Restores what an earlier call saved."""
     file = self.job.workdir / _CHECKPOINT
     if not file.is_file():
       return
     saved = torch.load(file, map_location=self.images.device, weights_only=True)
     self.records, self.history, self.summary = saved["records"], saved["history"], saved["summary"]
     if self.history:
-      self._cut(self.history)
+      self.pruner.DG.load_pruning_history(self.history)
+      self.optimizer = self._make_optimizer(self.job.config.finetune)
     self.model.load_state_dict(saved["model"])
     self.optimizer.load_state_dict(saved["optimizer"])
     say(f"{self.job}: going on after epoch {len(self.records)}")
@@ -284,14 +267,14 @@ class _Run:
     """Cuts channels until the MACs are within the budget of our own run, unless an earlier call did."""
     if self.summary:
       return
-    dense = {"macs": count_macs(self.model, self.inputs), "accuracy": self._accuracy()}
+    dense = {"macs": self._macs(), "accuracy": self._accuracy()}
     target = self._target_macs()
-    while count_macs(self.model, self.inputs) > target:
+    while self._macs() > target:
       if self.pruner.current_step == _STEPS_OF_PRUNING:
         raise InputError(f"{self.job}: Torch-Pruning cannot reach {target:,.0f} MACs; raise prune.p.")
       self.pruner.step()
     self.history = self.pruner.DG.pruning_history()
-    small = {"macs": count_macs(self.model, self.inputs)}
+    small = {"macs": self._macs()}
     self.summary = {"dense": dense, "subnetwork": {**small, "accuracy": self._accuracy()}, "pruned": small}
     self.optimizer = self._make_optimizer(self.job.config.finetune)
     self._save()
@@ -303,9 +286,8 @@ class _Run:
       self._epoch("finetune", epoch, FINETUNE)
     self.summary["pruned"] = {**self.summary["pruned"], "accuracy": self._accuracy()}
 
-  def _cut(self, history: list[Any]) -> None:
-    self.pruner.DG.load_pruning_history(history)
-    self.optimizer = self._make_optimizer(self.job.config.finetune)
+  def _macs(self) -> int:
+    return count_macs(self.model, self.inputs.shape[1:])
 
   def _target_macs(self) -> float:
     settings, shape = self.job.config.prune, (1, *self.images.shape)

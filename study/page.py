@@ -1,0 +1,148 @@
+"""Writes `docs/results.md` from what the CIFAR-10 study recorded in `results/`: python -m study.page."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from benchmarks.measuring import table
+from sapr_jax.artifacts.files import read_json, write_atomically
+from sapr_jax.report import figures
+from sapr_jax.report.run_history import RunHistory
+from study.claims import CLAIMS, open_choices, selection
+from study.records import CURVES
+from study.results import Results, mean_and_deviation
+from study.rows import gamma_name
+from study.sizes import LONGER, SIZES
+
+RESULTS, PAGE = pathlib.Path("results"), pathlib.Path("docs/results.md")
+_TEXTS = pathlib.Path(__file__).parent / "texts"
+
+_FIGURES = {
+  "subnetwork": (figures.accuracy_of_subnetwork, "Accuracy of the sub-network during training"),
+  "full_model": (figures.accuracy_of_full_model, "Accuracy of the full model, then of the pruned one"),
+  "hamming": (figures.hamming_distance, "Hamming distance between the architectures of consecutive epochs"),
+}
+"""Curve that must be there -> (figure, what it shows)."""
+
+
+def renew(results: pathlib.Path, page: pathlib.Path) -> None:
+  """Writes the page, and its figures into `images/` beside it.
+
+  Args:
+    results: Folder of the results files.
+    page: The page.
+  """
+  parts = [_text("head")]
+  for size in SIZES:
+    if (report := read_json(results / f"cifar10_study_{size}.json")) is not None and report["rows"]:
+      parts += _size(report, page)
+  write_atomically(page, "\n".join(part.strip() + "\n" for part in [*parts, _text("published")]))
+
+
+def _text(name: str) -> str:
+  return (_TEXTS / f"{name}.md").read_text()
+
+
+def paragraph(name: str) -> str:
+  """Returns a text in one line, such as what is to be said of a size."""
+  return " ".join(_text(name).split())
+
+
+def _size(report: Mapping[str, Any], page: pathlib.Path) -> list[str]:
+  """Returns the sections of one size."""
+  size, rows = report["size"], report["rows"]
+  changed = "".join(f" --set {name}={value!r}" for name, value in report["set"].items())
+  seconds = sum(row["seconds"]["total"] for row in rows)
+  duration = f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
+  versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows)
+  parts = [
+    f"## Size: {size}",
+    paragraph(size),
+    f"Command: `python -m study --size {size} --data DIR --runs DIR{changed} --page`. Images: {report['data']}."
+    f" {len(rows)} runs, {duration} in all (the sum over their epochs).",
+    "Machines: " + "; ".join(sorted({row["machine"] for row in rows})) + ".",
+    "Versions: " + "; ".join(versions) + ".",
+  ]
+  for network, fields in report["networks"].items():
+    found = Results([row for row in rows if row["network"] == network], fields["main_gamma"], fields["gammas"])
+    if found.entries:
+      overrides = "; ".join(f"`{name}={value}`" for name, value in fields["overrides"].items())
+      parts += [
+        f"### {network}",
+        *([f"Fields that differ from those of its configuration: {overrides}."] if overrides else []),
+        *_sections(found),
+        *_figures(found, page.parent / "images", f"study_{size}_{network}"),
+      ]
+  return parts
+
+
+def _sections(results: Results) -> list[str]:
+  """Returns the tables and claims of one network."""
+  parts = [
+    f"The row that is compared with all others is `{results.main}`; it was chosen before any of these runs had ended.",
+    _all_rows(results),
+  ]
+  for claim in (judge(results) for judge in CLAIMS):
+    verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
+    parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
+  parts += [
+    "#### What the supplement leaves open",
+    "One choice is changed against the row named; given is the change in accuracy.",
+    open_choices(results),
+  ]
+  if found := selection(results):
+    parts += ["#### How good is the choice of channels?", paragraph("selection").format(dense=gamma_name(0)), found]
+  return parts
+
+
+def _all_rows(results: Results) -> str:
+  """Returns the table of all rows."""
+  rows = []
+  for name in results.names():
+    seeds = sorted(results.of(name, lambda entry: 0))
+    minutes = [seconds / 60 for seconds in results.of(name, lambda entry: entry["seconds"]["total"]).values()]
+    cells = [mean_and_deviation(results.accuracy(name, n)) for n in ("dense", "subnetwork", "pruned")]
+    rows.append([name, " ".join(map(str, seeds)), *cells, results.macs(name), f"{statistics.fmean(minutes):.1f}"])
+  return table(["row", "seeds", "dense, %", "sub-network, %", "pruned, %", "MACs left, %", "minutes a run"], rows)
+
+
+def _figures(results: Results, folder: pathlib.Path, name: str) -> list[str]:
+  """Draws the figures over all gammas, each a mean over the same seeds; returns the Markdown that shows them."""
+  labels = {gamma_name(gamma): f"gamma {gamma:g}" for gamma in results.gammas} | {LONGER: "longer schedule"}
+  seeds = results.common_seeds(labels)
+  found = {row: mean_history(results, row, label, seeds) for row, label in labels.items()}
+  over = f"mean over the seeds {', '.join(map(str, sorted(seeds)))}, which all of them have"
+  shown = []
+  for curve, (draw, caption) in _FIGURES.items():
+    asked = [history for row, history in found.items() if row != LONGER or curve == "hamming"]
+    histories = [history for history in asked if history is not None and history.series(CURVES[curve][0])[0]]
+    if not histories:
+      continue
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(histories).savefig(folder / f"{name}_{curve}.png", dpi=110)
+    shown.append(f"![{caption}; {over}]({folder.name}/{name}_{curve}.png)")
+  return shown
+
+
+def mean_history(results: Results, row: str, label: str, seeds: Collection[int]) -> RunHistory | None:
+  """Returns the mean over some seeds of a row's runs, as the figures take it; None if there are none."""
+  entries = [entry for entry in results.entries if entry["row"] == row and entry["seed"] in seeds]
+  if not entries:
+    return None
+  records: dict[int, dict[str, Any]] = {}
+  for curve in _FIGURES:
+    name, factor, _ = CURVES[curve]
+    curves = [entry["curves"][curve] for entry in entries if curve in entry["curves"]]
+    if curves:
+      for step, values in enumerate(zip(*(c["values"] for c in curves), strict=True), start=curves[0]["first"]):
+        records.setdefault(step, {"step": step})[name] = statistics.fmean(values) / factor
+  config = {"prune.p": entries[0]["p"], "seed": 0}
+  config |= {"prune.start_epoch": entries[0]["start_epoch"], "train.epochs": entries[0]["train_epochs"]}
+  return RunHistory(pathlib.Path(), config, [records[step] for step in sorted(records)], None, None, label)
+
+
+if __name__ == "__main__":
+  renew(RESULTS, PAGE)

@@ -1,0 +1,225 @@
+"""The grid of the CIFAR-10 study: the rows of each experiment, and which of them are run in what order."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+from sapr_jax.errors import InputError
+from study.sizes import Experiment, Overrides
+
+MAIN, COMPARED, OTHER_GAMMAS, ABLATIONS = range(4)
+"""The parts of the grid, the most informative first."""
+
+FORM = "form="
+"""First factor of the row with the main gamma in the other form of the regularization."""
+SELECTION = "selection"
+"""Rows that only choose channels have names that begin with this."""
+SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
+"""The row that the other selections are compared with."""
+
+_SET_BY_ROWS = ("seed", "prune.gamma", "prune.form")
+_WITHOUT_GAMMA = {"prune.gamma": 0.0}
+_RECALIBRATED = {**_WITHOUT_GAMMA, "prune.statistics_batches": default.get_config().prune.statistics_batches}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One way to get a small network, run with several seeds.
+
+  Attributes:
+    experiment: Network and schedule.
+    name: Its factors, separated by commas: "gamma=0.04,hold_epoch=6". It is unique in the experiment, and tells the
+      variant of the method (`study.variants`).
+    kind: Which function runs it: a key of `ours.KINDS`, or "torch".
+    part: The part of the grid.
+    seeds: Its seeds.
+    overrides: Fields of the configuration in which it differs from the other rows.
+    choice: What `kind` needs to know beside the configuration.
+    source: Name of the row whose finished run it starts from.
+  """
+
+  experiment: Experiment
+  name: str
+  kind: str
+  part: int
+  seeds: tuple[int, ...]
+  overrides: Overrides
+  choice: Any = None
+  source: str | None = None
+
+  @property
+  def path(self) -> str:
+    """Name of its folder under that of the size; patterns are matched with it."""
+    return f"{self.experiment.network}/{self.name}"
+
+
+def gamma_name(gamma: float) -> str:
+  """Names the row of the method with `gamma` and nothing else changed."""
+  return f"gamma={gamma:g}"
+
+
+def grid(experiments: Sequence[Experiment]) -> list[Row]:
+  """Returns the rows of all experiments, the most informative first."""
+  rows = [row for e in experiments for row in (*_compared(e), *_varied(e))]
+  return sorted(rows, key=lambda row: row.part)
+
+
+def _compared(e: Experiment) -> list[Row]:
+  """Returns the main rows and those that they are compared with."""
+  main, none = gamma_name(e.main_gamma), gamma_name(0)
+  form = e.overrides.get("prune.form", e.get_config().prune.form)
+  other_form = {"penalty": "proximal", "proximal": "penalty"}[form]
+
+  def other(name: str, kind: str, choice: Any = None, source: str | None = None) -> Row:
+    return Row(e, name, kind, COMPARED, e.seeds, _WITHOUT_GAMMA, choice, source)
+
+  def recalibrated(name: str, kind: str, choice: Any, source: str) -> Row:
+    return Row(e, name, kind, COMPARED, e.seeds, _RECALIBRATED, choice, source)
+
+  return [
+    Row(e, main, "method", MAIN, e.seeds, {"prune.gamma": e.main_gamma}),
+    Row(e, none, "method", MAIN, e.seeds, _WITHOUT_GAMMA),
+    Row(e, FORM + other_form, "method", COMPARED, e.seeds, {"prune.gamma": e.main_gamma, "prune.form": other_form}),
+    other("one_shot_l1=uniform", "one_shot", "uniform", none),
+    other("one_shot_l1=global", "one_shot", "global", none),
+    other("uniform_width", "width"),
+    other("torch_pruning=group_norm", "torch", 0.0),
+    other("torch_pruning=group_sl", "torch", 1.0),
+    # In the very networks of the main rows.
+    *(recalibrated(f"{source},bn=recalibrated", "recalibrated", None, source) for source in (main, none)),
+    # Which channels are chosen, in a network that was never regularized.
+    recalibrated(SELECTION_BASELINE, "selection", "uniform", none),
+    recalibrated(f"{SELECTION}=l1_global", "selection", "global", none),
+    recalibrated(f"{SELECTION}=generator,statistics=running", "selection", "generator", none),
+    recalibrated(f"{SELECTION}=generator,statistics=batch", "selection", "generator", none),
+  ]
+
+
+def _varied(e: Experiment) -> list[Row]:
+  """Returns the rows with other strengths, those that only this experiment has, and the ablations."""
+  main = {"prune.gamma": e.main_gamma}
+  more = {gamma_name(gamma): {"prune.gamma": gamma} for gamma in e.gammas} | dict(e.more)
+  ablations: dict[str, Overrides] = {
+    "weighting=share": {},
+    "weighting=uniform": {},
+    "masks=sampled": {},
+    "generator_data=0.05": {"generator.data_share": 0.05},
+    "generator_data=0.2": {"generator.data_share": 0.2},
+  }
+  return [
+    *(Row(e, name, "method", OTHER_GAMMAS, e.gamma_seeds, fields) for name, fields in more.items()),
+    # The regularization of the alternative gets a choice of strengths too.
+    *(
+      Row(e, f"torch_pruning=group_sl,strength={s:g}", "torch", OTHER_GAMMAS, e.gamma_seeds, _WITHOUT_GAMMA, s)
+      for s in e.strengths
+    ),
+    *(
+      Row(e, name, "method", ABLATIONS, e.ablation_seeds, {**main, **fields})
+      for name, fields in ablations.items()
+      if e.ablation_seeds
+    ),
+  ]
+
+
+def chosen(
+  rows: Sequence[Row],
+  patterns: Sequence[str] = (),
+  seeds: Collection[int] | None = None,
+  recorded: Collection[tuple[str, str, int]] = (),
+) -> list[tuple[Row, int]]:
+  """Returns what to run, in order: part by part, in each the first seed of every row, then the second.
+
+  A row that starts from the run of another one brings that along.
+
+  Args:
+    rows: The grid.
+    patterns: Shell patterns over `Row.path` or `Row.name`; none for all rows.
+    seeds: Only these; None for all of a row.
+    recorded: Runs that need not be done again, as `records.key_of` names them.
+
+  Raises:
+    InputError: If a pattern matches no row, or no row has these seeds.
+  """
+  for pattern in patterns:
+    if not any(_matches(row, pattern) for row in rows):
+      raise InputError(f"--rows {pattern!r} matches no row; --list shows all.")
+  matched = [row for row in rows if not patterns or any(_matches(row, pattern) for pattern in patterns)]
+  asked = {(row.path, seed) for row in matched for seed in row.seeds if seeds is None or seed in seeds}
+  if not asked:
+    raise InputError(
+      f"--seeds {' '.join(map(str, seeds or ()))}: none of these rows has such a seed; --list shows all."
+    )
+  work = [(row, seed) for row in rows for seed in row.seeds]
+  asked -= {(f"{network}/{name}", seed) for network, name, seed in recorded}
+  asked |= {(f"{row.experiment.network}/{row.source}", seed) for row, seed in work if (row.path, seed) in asked}
+  kept = [(row, seed) for row, seed in work if (row.path, seed) in asked]
+  return sorted(kept, key=lambda item: (item[0].part, item[1]))
+
+
+def _matches(row: Row, pattern: str) -> bool:
+  return fnmatch.fnmatchcase(row.path, pattern) or fnmatch.fnmatchcase(row.name, pattern)
+
+
+def config_of(row: Row, seed: int, data: str | None, settings: Overrides) -> ConfigDict:
+  """Returns the configuration of one run.
+
+  Args:
+    row: The row.
+    seed: The seed.
+    data: Folder of images; None takes the original from tensorflow-datasets.
+    settings: Fields that the command line changes in all rows.
+
+  Raises:
+    InputError: If `settings` names a field that is not there, or gives it a value of another type.
+  """
+  config = row.experiment.get_config()
+  config.update_from_flattened_dict(dict(row.experiment.overrides))
+  for name, value in settings.items():
+    if name in _SET_BY_ROWS or (data is not None and name in ("data.source", "data.path")):
+      raise InputError(f"--set {name}={value}: the rows, --seeds and --data set this field; change any other field.")
+    try:
+      config.update_from_flattened_dict({name: value})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise InputError(
+        f"--set {name}={value}: configs/default.py has no such field, or its value is of another type."
+      ) from error
+  config.update_from_flattened_dict({**row.overrides, "seed": seed})
+  if data is not None:
+    config.update_from_flattened_dict({"data.source": "folder", "data.path": data})
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run of the study.
+
+  Attributes:
+    row: The row.
+    seed: The seed.
+    config: The configuration.
+    workdir: Its work directory.
+    source: Work directory of the finished run that it starts from.
+  """
+
+  row: Row
+  seed: int
+  config: ConfigDict
+  workdir: pathlib.Path
+  source: pathlib.Path | None
+
+  def __str__(self) -> str:
+    return f"{self.row.path}, seed {self.seed}"
+
+
+def job_of(row: Row, seed: int, folder: pathlib.Path, data: str | None, settings: Overrides) -> Job:
+  """Returns one run of the study; arguments as in `config_of`, and the folder of the size."""
+  runs = folder / row.experiment.network
+  source = None if row.source is None else runs / row.source / f"seed_{seed}"
+  return Job(row, seed, config_of(row, seed, data, settings), runs / row.name / f"seed_{seed}", source)

@@ -1,0 +1,118 @@
+"""The grid: sizes, rows, configurations, what is chosen of them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import sapr_jax as sapr
+from sapr_jax.training.checks import check_config
+from study.__main__ import parse_settings
+from study.rows import chosen, config_of, gamma_name, grid
+from study.sizes import SIZES
+from study.variants import VARIANTS, sampled_masks, uniform_weights, variant_of
+
+FULL, REDUCED, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "fifth"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(size):
+  rows = grid(SIZES[size])
+  assert len({row.path for row in rows}) == len(rows)
+  for row in rows:
+    check_config(config_of(row, 0, "DIR", {}))
+    assert row.source is None or row.source in {other.name for other in rows if other.experiment is row.experiment}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_two_rows_are_the_same_run(size):
+  runs = [
+    (row.experiment.network, row.kind, row.choice, row.source, VARIANTS.get(row.name.rsplit(",", 1)[-1]), row.overrides)
+    for row in grid(SIZES[size])
+  ]
+  assert not [run for i, run in enumerate(runs) if run in runs[:i]]
+
+
+def test_the_full_size_has_the_gammas_and_seeds_of_the_paper_and_its_schedules():
+  rows = {row.path: row for row in FULL}
+  for gamma in (0, 1e-4, 5e-4, 1e-3, 5e-3):
+    row = rows[f"resnet56/{gamma_name(gamma)}"]
+    config = config_of(row, 2, None, {})
+    assert row.seeds == (0, 1, 2) and config.prune.gamma == gamma and config.seed == 2
+    assert (config.train.epochs, config.finetune.epochs, config.data.source) == (200, 160, "tfds")
+
+
+def test_the_fifth_of_the_schedule_has_the_proportions_of_the_whole():
+  (row,) = (row for row in FIFTH if row.name == "gamma=0.04")
+  (whole,) = (row for row in FULL if row.path == "resnet56/gamma=0.0005")
+  ours, theirs = config_of(row, 0, None, {}), config_of(whole, 0, None, {})
+  for phase in ("train", "finetune"):
+    assert 5 * ours[phase].epochs == theirs[phase].epochs
+    assert [5 * epoch for epoch in ours[phase].decay_epochs] == list(theirs[phase].decay_epochs)
+  assert 5 * ours.prune.start_epoch == theirs.prune.start_epoch
+  assert ours.train.learning_rate == ours.finetune.learning_rate
+
+
+def test_an_ablation_changes_the_main_row_by_its_variant_alone():
+  rows = {row.name: row for row in REDUCED}
+  main, changed = (config_of(rows[name], 0, None, {}) for name in ("gamma=0.02", "masks=sampled"))
+  assert main == changed
+
+
+def test_every_variant_has_a_row_whose_name_ends_with_it():
+  rows = [row for size in SIZES for row in grid(SIZES[size])]
+  config = config_of(rows[0], 0, None, {})
+  assert {name for name in VARIANTS for row in rows if row.name.endswith(name)} == VARIANTS.keys()
+  assert variant_of("gamma=0.04,generator_statistics=batch", config).batch_statistics
+  assert not variant_of("gamma=0.04,generator_data=0.5", config).batch_statistics
+  assert [variant_of("gamma=0.04,hold_epoch=6", config).renew(epoch) for epoch in (5, 6)] == [True, False]
+
+
+def test_sampled_masks_are_reproducible_and_likely_at_the_end():
+  outputs, masks = np.zeros((3, 16), np.float32), sampled_masks(last_epoch=11)
+  keys = [jax.random.key(seed) for seed in (0, 1)]
+  np.testing.assert_array_equal(masks(outputs, 5, keys[0]), masks(outputs, 5, keys[0]))
+  assert (masks(outputs, 5, keys[0]) != masks(outputs, 6, keys[0])).all()
+  assert (masks(outputs, 5, keys[0]) != masks(outputs, 5, keys[1])).all()
+  np.testing.assert_array_equal(masks(outputs, 11, keys[0]), outputs)
+
+
+def test_uniform_weights_do_not_depend_on_what_is_dropped():
+  np.testing.assert_array_equal(uniform_weights(np.array([0, 3, 5, 0])), [0.25] * 4)
+
+
+def test_the_most_informative_runs_come_first():
+  names = [(row.name, seed) for row, seed in chosen(REDUCED)]
+  assert names[:4] == [("gamma=0.02", 0), ("gamma=0", 0), ("gamma=0.02", 1), ("gamma=0", 1)]
+  assert names.index(("one_shot_l1=uniform", 2)) < names.index(("gamma=0.2", 0)) < names.index(("masks=sampled", 0))
+
+
+def test_rows_are_chosen_by_patterns_and_seeds():
+  assert [(row.name, seed) for row, seed in chosen(REDUCED, ["uniform*", "*/form=*"], [1])] == [
+    ("form=penalty", 1),
+    ("uniform_width", 1),
+  ]
+  with pytest.raises(sapr.InputError, match="'nothing' matches no row"):
+    chosen(REDUCED, ["nothing"])
+  with pytest.raises(sapr.InputError, match="--seeds 7: none of these rows"):
+    chosen(REDUCED, [], [7])
+
+
+def test_a_row_brings_along_the_one_that_it_starts_from():
+  names = [row.name for row, _ in chosen(REDUCED, ["one_shot_l1=*"], [0])]
+  assert names == ["gamma=0", "one_shot_l1=uniform", "one_shot_l1=global"]
+  known = {("resnet20", name, 0) for name in ("gamma=0", "gamma=0.02", "one_shot_l1=uniform")}
+  left = chosen(REDUCED, ["gamma=0", "gamma=0.02", "one_shot_l1=*"], [0], known)
+  assert [row.name for row, _ in left] == ["gamma=0", "one_shot_l1=global"]
+  assert chosen(REDUCED, ["gamma=0"], [0], known) == []
+
+
+def test_settings_are_literals_or_text():
+  assert parse_settings(["a.b=(2,)", "c=resnet8", "d=1e-3"]) == {"a.b": (2,), "c": "resnet8", "d": 1e-3}
+  with pytest.raises(sapr.InputError, match="--set must be NAME=VALUE, got 'train"):
+    parse_settings(["train.epochs"])
+  with pytest.raises(sapr.InputError, match=r"--set train\.epoch=3: configs/default\.py has no such field"):
+    config_of(REDUCED[0], 0, None, {"train.epoch": 3})
+  with pytest.raises(sapr.InputError, match=r"--set seed=3: the rows, --seeds and --data set this"):
+    config_of(REDUCED[0], 0, None, {"seed": 3})

@@ -1,0 +1,45 @@
+"""What the study runs in this package beside the method."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import sapr_jax as sapr
+from configs import digits
+from sapr_jax.method import l1_norm, macs_budget, split_by_group
+from sapr_jax.training import Variant
+from study import ours, parts
+from study.rows import config_of, grid
+from study.sizes import SIZES
+
+
+def test_channels_are_chosen_within_layers_or_among_all(tiny):
+  norms, budget = l1_norm(tiny.params, tiny.graph), macs_budget(tiny.graph, 0.5)
+  masks = {
+    name: sapr.project_to_budget(tiny.graph, criterion(norms), budget) for name, criterion in ours.CRITERIA.items()
+  }
+  assert {mask.mean() for mask in masks["uniform"].values()} == {0.5}
+  assert len({mask.mean() for mask in masks["global"].values()}) > 1
+
+
+def test_the_schedule_from_scratch_has_all_epochs():
+  phase = ours.scratch_phase(config_of(grid(SIZES["full"])[0], 0, None, {}))
+  assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
+
+
+def test_a_generator_chooses_by_what_it_has_learned(tmp_path):
+  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {"model.width_multiplier": 0.25, "data.train_images": 320, "eval_batch_size": 64, "prune.round_to": 1}
+    | {"prune.start_epoch": 28, "generator.learning_rate": 0.1}
+  )
+  setup = parts.build(config, tmp_path)
+  scores = parts.generator_scores(setup, setup.variables, Variant())
+  outputs = setup.generator_outputs(setup.initial_generator().variables)
+  untrained = split_by_group(jax.device_get(outputs), setup.graph)
+  orders = [{name: np.argsort(score).tolist() for name, score in s.items()} for s in (scores, untrained)]
+  assert {name: len(score) for name, score in scores.items()} == {g.name: g.size for g in setup.graph.groups}
+  assert orders[0] != orders[1]
