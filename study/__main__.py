@@ -35,10 +35,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sapr_jax import training
 from sapr_jax.errors import InputError, InterruptedRunError, one_line
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.progress import say
+from sapr_jax.runtime import keep_memory, say, use_compilation_cache
+from sapr_jax.training import check_config
 from study import page, records, work
 from study.rows import chosen, grid, job_of
 from study.sizes import SIZES
@@ -101,8 +100,8 @@ def _study(args: argparse.Namespace) -> int:
   for job in jobs:
     check_config(job.config)
   records.check_folder(folder, head)
-  training.keep_memory()
-  training.use_compilation_cache()
+  keep_memory()
+  use_compilation_cache()
   try:
     with work.stoppable(args.minutes):
       left, failed = work.run_all(jobs, lambda: records.update(file, head, folder))

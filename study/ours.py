@@ -15,16 +15,10 @@ from ml_collections import ConfigDict
 from sapr_jax import artifacts, models, report, training
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import ChannelGraph, Masks, count_macs, prune
-from sapr_jax.method import (
-  Scores,
-  l1_norm,
-  macs_budget,
-  project_to_budget,
-  rank_within_groups,
-  relative_to_group_mean,
-)
+from sapr_jax.method import Scores, l1_norm, rank_within_groups, relative_to_group_mean
+from sapr_jax.training import Experiment
 from sapr_jax.training import workdir as layout
-from sapr_jax.training.setup import Setup, initial_network
+from sapr_jax.training.experiment import first_network
 from study import parts
 from study.parts import Variables
 from study.rows import Job
@@ -43,36 +37,39 @@ References:
 
 def run_method(job: Job) -> None:
   """Runs the method, in the variant of the row."""
-  training.run(job.config, job.workdir, variant=variant_of(job.row.name, job.config))
+  variant = variant_of(job.row.name)
+  training.run(job.config, job.workdir, proposer=variant.proposer, weighting=variant.weighting)
 
 
 def run_one_shot(job: Job) -> None:
   """Cuts the dense network of a finished run by the L1 norms of its filters, and fine-tunes it."""
   assert job.source is not None
-  setup = parts.build(job.config, job.workdir)
+  experiment = parts.build(job.config, job.workdir)
   _, variables = artifacts.load(job.source / layout.DENSE)
-  model, small = prune(setup.model, variables, setup.graph, _masks(setup, _l1_scores(job, setup, variables)))
-  tuned = parts.train_plainly(setup, job.workdir, model, small)
-  _write_summary(job, setup, dense=(setup.model, variables), subnetwork=(model, small), pruned=(model, tuned))
+  model, small = prune(
+    experiment.model, variables, experiment.graph, experiment.project(_l1_scores(job, experiment, variables))
+  )
+  tuned = parts.train_plainly(experiment, job.workdir, model, small)
+  _write_summary(job, experiment, dense=(experiment.model, variables), subnetwork=(model, small), pruned=(model, tuned))
 
 
 def run_uniform_width(job: Job) -> None:
   """Trains a network whose layers all are narrower, from scratch, for the epochs of training and fine-tuning."""
   config = job.config.copy_and_resolve_references()
   config.finetune = scratch_phase(config)
-  setup = parts.build(config, job.workdir)
+  experiment = parts.build(config, job.workdir)
   narrow = config.copy_and_resolve_references()
-  narrow.model.width_multiplier = nearest_width(setup)
-  model, variables = initial_network(narrow, setup.feed.num_classes, setup.input_shape)
-  _write_summary(job, setup, pruned=(model, parts.train_plainly(setup, job.workdir, model, variables)))
+  narrow.model.width_multiplier = nearest_width(experiment)
+  model, variables = first_network(narrow, experiment.passes.feed.num_classes, experiment.input_shape)
+  _write_summary(job, experiment, pruned=(model, parts.train_plainly(experiment, job.workdir, model, variables)))
 
 
 def run_recalibration(job: Job) -> None:
   """Measures the sub-network of a finished run again, with running statistics of its own; trains nothing."""
   assert job.source is not None
-  setup = parts.build(job.config, job.workdir)
-  variables, masks = parts.end_of_training(setup, job.source)
-  _measure_recalibrated(job, setup, variables, lambda: masks)
+  experiment = parts.build(job.config, job.workdir)
+  variables, masks = parts.end_of_training(experiment, job.source)
+  _measure_recalibrated(job, experiment, variables, lambda: masks)
 
 
 def run_selection(job: Job) -> None:
@@ -82,15 +79,15 @@ def run_selection(job: Job) -> None:
   run, all of them with these weights.
   """
   assert job.source is not None
-  setup = parts.build(job.config, job.workdir)
+  experiment = parts.build(job.config, job.workdir)
   _, variables = artifacts.load(job.source / layout.DENSE)
 
   def choose() -> Masks:
     if job.row.choice == "generator":
-      return _masks(setup, parts.generator_scores(setup, variables, variant_of(job.row.name, job.config)))
-    return _masks(setup, _l1_scores(job, setup, variables))
+      return experiment.project(parts.generator_scores(experiment, variables, variant_of(job.row.name)))
+    return experiment.project(_l1_scores(job, experiment, variables))
 
-  _measure_recalibrated(job, setup, variables, choose)
+  _measure_recalibrated(job, experiment, variables, choose)
 
 
 KINDS: Mapping[str, Callable[[Job], None]] = {
@@ -103,15 +100,8 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
 """`Row.kind` -> what runs it. Each leaves `summary.json` in the work directory when it is done, and records."""
 
 
-def _l1_scores(job: Job, setup: Setup, variables: Variables) -> Scores:
-  return CRITERIA[job.row.choice](l1_norm(variables["params"], setup.graph))
-
-
-def _masks(setup: Setup, scores: Scores) -> Masks:
-  """Projects scores onto the budget of the configuration."""
-  limits, graph = setup.config.prune, setup.graph
-  budget = macs_budget(graph, limits.p)
-  return project_to_budget(graph, scores, budget, min_width=limits.min_width, round_to=limits.round_to)
+def _l1_scores(job: Job, experiment: Experiment, variables: Variables) -> Scores:
+  return CRITERIA[job.row.choice](l1_norm(variables["params"], experiment.graph))
 
 
 def scratch_phase(config: ConfigDict) -> ConfigDict:
@@ -127,35 +117,37 @@ def budget_macs(graph: ChannelGraph, p: float) -> float:
   return graph.macs() - (1.0 - p) * graph.prunable_macs()
 
 
-def nearest_width(setup: Setup) -> float:
+def nearest_width(experiment: Experiment) -> float:
   """Returns the width multiplier at which the dense network comes nearest to the budget."""
-  config = setup.config
+  config = experiment.config
   widths = [config.model.width_multiplier * k / 64 for k in range(1, 65)]
 
   def macs(width: float) -> int:
-    model = models.create(config.model.name, num_classes=setup.feed.num_classes, width_multiplier=width)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(setup.input_shape))
-    return count_macs(model, variables, setup.input_shape)
+    model = models.create(config.model.name, num_classes=experiment.passes.feed.num_classes, width_multiplier=width)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(experiment.input_shape))
+    return count_macs(model, variables, experiment.input_shape)
 
-  target = budget_macs(setup.graph, config.prune.p)
+  target = budget_macs(experiment.graph, config.prune.p)
   above = min(bisect.bisect_left(widths, target, key=macs), len(widths) - 1)
   return min(widths[max(above - 1, 0)], widths[above], key=lambda width: abs(macs(width) - target))
 
 
-def _measure_recalibrated(job: Job, setup: Setup, variables: Variables, choose: Callable[[], Masks]) -> None:
+def _measure_recalibrated(job: Job, experiment: Experiment, variables: Variables, choose: Callable[[], Masks]) -> None:
   """Chooses channels, cuts the network, gives the sub-network running statistics of its own, and measures it."""
   layout.make_workdir(job.workdir, job.config)
   started = time.monotonic()
-  model, small = prune(setup.model, variables, setup.graph, choose())
-  small = parts.recalibrated(setup, model, small)
-  _write_summary(job, setup, time.monotonic() - started, subnetwork=(model, small))
+  model, small = prune(experiment.model, variables, experiment.graph, choose())
+  small = parts.recalibrated(experiment, model, small)
+  _write_summary(job, experiment, time.monotonic() - started, subnetwork=(model, small))
 
 
-def _write_summary(job: Job, setup: Setup, seconds: float = 0.0, **networks: tuple[nn.Module, Variables]) -> None:
+def _write_summary(
+  job: Job, experiment: Experiment, seconds: float = 0.0, **networks: tuple[nn.Module, Variables]
+) -> None:
   """Evaluates networks and writes the summary; "dense" without its accuracy stands for the unpruned network."""
-  summary: dict[str, Any] = {"dense": {"macs": setup.graph.macs()}}
+  summary: dict[str, Any] = {"dense": {"macs": experiment.graph.macs()}}
   for name, (model, variables) in networks.items():
-    macs, params = count_macs(model, variables, setup.input_shape), artifacts.count_params(variables)
-    summary[name] = {"macs": macs, "params": params, **parts.evaluate(setup, model, variables)}
+    macs, params = count_macs(model, variables, experiment.input_shape), artifacts.count_params(variables)
+    summary[name] = {"macs": macs, "params": params, **parts.evaluate(experiment, model, variables)}
   summary["run"] = {"seconds": seconds, "versions": report.versions(), "device": jax.devices()[0].device_kind}
   write_json(job.workdir / layout.SUMMARY, summary)

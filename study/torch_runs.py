@@ -36,12 +36,12 @@ from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.channels import trace_channels
 from sapr_jax.errors import InputError
+from sapr_jax.runtime import Interruption, say
+from sapr_jax.training import check_config
 from sapr_jax.training import workdir as layout
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.interruption import Interruption
-from sapr_jax.training.progress import say
-from sapr_jax.training.schedules import MIN_NDIM_OF_DECAYED, learning_rate_schedule
-from sapr_jax.training.setup import FINETUNE, TRAIN, initial_network
+from sapr_jax.training.experiment import first_network
+from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, learning_rate_schedule
+from sapr_jax.training.passes import Purpose
 from study.ours import budget_macs
 from study.rows import Job
 
@@ -217,7 +217,7 @@ class _Run:
     self.records: list[dict[str, Any]] = []
     self.summary: dict[str, Any] = {}
     torch.manual_seed(config.seed)  # of dropout
-    self.ours, variables = initial_network(config, images.num_classes, (1, *images.shape))
+    self.ours, variables = first_network(config, images.num_classes, (1, *images.shape))
     self.model = make_network(self.ours, variables).to(images.device)
     height, width, channels = images.shape
     self.inputs = torch.zeros(1, channels, height, width, device=images.device)
@@ -261,7 +261,9 @@ class _Run:
     """Trains the dense network, from E_start on with sparse learning if there is a strength."""
     phase = self.job.config.train
     for epoch in range(len(self.records), phase.epochs):
-      self._epoch("train", epoch, TRAIN, sparse=self.job.row.choice > 0 and epoch >= self.job.config.prune.start_epoch)
+      self._epoch(
+        "train", epoch, Purpose.TRAIN, sparse=self.job.row.choice > 0 and epoch >= self.job.config.prune.start_epoch
+      )
 
   def prune(self) -> None:
     """Cuts channels until the MACs are within the budget of our own run, unless an earlier call did."""
@@ -283,7 +285,7 @@ class _Run:
     """Trains the pruned network."""
     config = self.job.config
     for epoch in range(len(self.records) - config.train.epochs, config.finetune.epochs):
-      self._epoch("finetune", epoch, FINETUNE)
+      self._epoch("finetune", epoch, Purpose.FINETUNE)
     self.summary["pruned"] = {**self.summary["pruned"], "accuracy": self._accuracy()}
 
   def _macs(self) -> int:

@@ -6,15 +6,30 @@ row, cannot be resumed with another one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from ml_collections import ConfigDict
 
-from sapr_jax.method import share_weights
-from sapr_jax.training import Variant
+from sapr_jax.channels import ChannelGraph
+from sapr_jax.method import Scores, Weighting, relative_weights, share_weights, split_by_group
+from sapr_jax.training import Experiment, Proposer, make_proposer
+from sapr_jax.training.passes import Purpose
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """The arguments of `training.run` that make a variant; the default is the paper's.
+
+  Attributes:
+    proposer: Makes what ranks the channels.
+    weighting: Weights of the groups in the regularization.
+  """
+
+  proposer: Callable[[Experiment], Proposer] = make_proposer
+  weighting: Weighting = relative_weights
 
 
 def uniform_weights(dropped: jax.Array) -> jax.Array:
@@ -22,37 +37,77 @@ def uniform_weights(dropped: jax.Array) -> jax.Array:
   return jnp.full(dropped.shape, 1.0 / len(dropped))
 
 
-def sampled_masks(last_epoch: int) -> Callable[[np.ndarray, int, jax.Array], np.ndarray]:
-  """Returns a function that ranks channels by o + g of Eq. 1 in place of o, with other noise g in each epoch.
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """Ranks channels by o + g of Eq. 1 in place of o, with other noise g in each epoch.
 
   The masks of the last epoch are cut, so that these are the most likely ones.
+
+  Attributes:
+    inner: Gives o.
+    graph: The channel graph.
+    key: Randomness.
+    last_epoch: The last epoch of training.
   """
 
-  def add_noise(outputs: np.ndarray, epoch: int, key: jax.Array) -> np.ndarray:
-    if epoch >= last_epoch:
-      return outputs
-    return outputs + np.asarray(jax.random.gumbel(jax.random.fold_in(key, epoch), outputs.shape, outputs.dtype))
+  inner: Proposer
+  graph: ChannelGraph
+  key: jax.Array
+  last_epoch: int
 
-  return add_noise
+  def init(self) -> Any:
+    return self.inner.init()
+
+  def propose(self, state: Any, variables: Any, epoch: int) -> tuple[Any, Scores | None, dict[str, float]]:
+    state, scores, record = self.inner.propose(state, variables, epoch)
+    if scores is None or epoch >= self.last_epoch:
+      return state, scores, record
+    widest = max(group.size for group in self.graph.groups)
+    noise = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
+    noise = split_by_group(jax.device_get(noise), self.graph)
+    return state, {name: score + noise[name] for name, score in scores.items()}, record
 
 
-def _batch_statistics(config: ConfigDict) -> Variant:
-  del config
-  return Variant(batch_statistics=True)
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """Renews masks for some epochs only; then those in force stay, and nothing learns any more.
+
+  Attributes:
+    inner: Ranks the channels until then.
+    hold_epoch: From this epoch on the masks stay.
+  """
+
+  inner: Proposer
+  hold_epoch: int
+
+  def init(self) -> Any:
+    return self.inner.init()
+
+  def propose(self, state: Any, variables: Any, epoch: int) -> tuple[Any, Scores | None, dict[str, float]]:
+    return (state, None, {}) if epoch >= self.hold_epoch else self.inner.propose(state, variables, epoch)
 
 
-VARIANTS: Mapping[str, Callable[[ConfigDict], Variant]] = {
-  "weighting=share": lambda config: Variant(weighting=share_weights),
-  "weighting=uniform": lambda config: Variant(weighting=uniform_weights),
-  "masks=sampled": lambda config: Variant(masks=sampled_masks(config.train.epochs - 1)),
-  "hold_epoch=6": lambda config: Variant(renew=lambda epoch: epoch < 6),
-  "generator_statistics=batch": _batch_statistics,
-  "statistics=batch": _batch_statistics,
+def _sampled(experiment: Experiment) -> Proposer:
+  key, last_epoch = experiment.passes.key(Purpose.MASKS), experiment.config.train.epochs - 1
+  return Sampled(make_proposer(experiment), experiment.graph, key, last_epoch)
+
+
+def _batch_statistics(experiment: Experiment) -> Proposer:
+  generator: Any = make_proposer(experiment)
+  return dataclasses.replace(generator, train=True)
+
+
+VARIANTS: Mapping[str, Variant] = {
+  "weighting=share": Variant(weighting=share_weights),
+  "weighting=uniform": Variant(weighting=uniform_weights),
+  "masks=sampled": Variant(_sampled),
+  "hold_epoch=6": Variant(lambda experiment: Held(make_proposer(experiment), 6)),
+  "generator_statistics=batch": Variant(_batch_statistics),
+  "statistics=batch": Variant(_batch_statistics),
 }
-"""Last factor of a row's name -> the variant, from the configuration; all other rows run the paper's."""
+"""Last factor of a row's name -> the variant; all other rows run the paper's."""
 
 
-def variant_of(name: str, config: ConfigDict) -> Variant:
+def variant_of(name: str) -> Variant:
   """Returns the variant that a row of this name runs."""
-  factor = name.rsplit(",", 1)[-1]
-  return VARIANTS[factor](config) if factor in VARIANTS else Variant()
+  return VARIANTS.get(name.rsplit(",", 1)[-1], Variant())

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from sapr_jax.errors import InputError
-from sapr_jax.training.progress import say
+from sapr_jax.runtime import say
 from study import ours
 from study.records import is_finished, write_entry
 from study.rows import Job

@@ -14,18 +14,19 @@ _NETWORKS = {
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
 }
-_COSTS = {
-  "prunable_macs": "the prunable MACs",
-  "macs": "the network's MACs",
-  "params": "the parameters",
-}
+_COSTS = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
+
+
+def cost_in_words(name: str) -> str:
+  """Returns the name of a cost as a reader expects it: `prunable_macs` -> "the prunable MACs"."""
+  return _COSTS.get(name, name)
 
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   """Returns one line about the epoch of `record`."""
   accuracy = f"test {record['test_accuracy']:.2%}"
   if "subnetwork_accuracy" in record:
-    share = f"{record['cost_share']:.1%} of {_COSTS[record['cost']]}"
+    share = f"{record['cost_share']:.1%} of {cost_in_words(record['cost'])}"
     accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
   parts = [f"loss {record['train_loss']:.4f}", accuracy]
   if "dropped_norm_mean" in record:

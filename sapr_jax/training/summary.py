@@ -89,7 +89,7 @@ def describe(experiment: Experiment) -> str:
   return (
     f"{config.model.name} on {images}, {devices}\n"
     f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
-    f" a group; the budget keeps {budget.share:.1%} of the {report.COSTS[budget.cost.name]} (widths: multiples of"
+    f" a group; the budget keeps {budget.share:.1%} of {report.cost_in_words(budget.cost.name)} (widths: multiples of"
     f" {experiment.round_to})\n"
     f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel"
   )
