@@ -1,11 +1,9 @@
-"""What must be cut together in a Flax network, and the cutting. Knows nothing of training, data or the paper."""
+"""Channels that must be cut together in a network, and the cutting. Knows nothing of training, data or the paper."""
 
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_masks
-from sapr_jax.channels.masking import mask_params, masked_apply
-from sapr_jax.channels.pruning import prune
+from sapr_jax.channels.linen import NarrowModule, count_macs, masked_apply, prune, trace_channels
 from sapr_jax.channels.rules import register_rule
-from sapr_jax.channels.surgery import NarrowModule, map_members, prune_tree
-from sapr_jax.channels.trace import count_macs, trace_channels
+from sapr_jax.channels.trees import map_members, mask_params, prune_tree
 
 __all__ = [
   "ChannelGraph",

@@ -95,7 +95,7 @@ def atoms(axis: Axis) -> Iterator[Axis]:
 
 
 def fix(axis: Axis, reason: str) -> None:
-  """Demands that all of `axis` keep its size. The first reason given is the one that is kept."""
+  """Fixes the size of all atoms of `axis`. The first reason given is the one that is kept."""
   for atom in atoms(axis):
     atom.fixed = atom.fixed or reason
 
@@ -147,11 +147,6 @@ def _set_parts(atom: Axis, kind: Kind, *sizes: int) -> list[Axis]:
   return parts
 
 
-def _give_up(a: Axis, b: Axis) -> None:
-  fix(a, _INDIVISIBLE)
-  fix(b, _INDIVISIBLE)
-
-
 def _unify_parts(a: Axis, b: Axis, kind: Kind, divide: Callable[[Axis, int], tuple[Axis, Axis] | None]) -> None:
   """Unifies two products, or two concatenations, part by part; the larger of two parts that differ is divided."""
   left, right = _flatten([a], kind), _flatten([b], kind)
@@ -198,7 +193,8 @@ def _unify_concatenation_with_product(concatenated: Axis, multiplied: Axis) -> N
   minor = product(minors)
   pieces = _flatten([concatenated], "concatenation")
   if major.kind is not None or any(piece.size % minor.size for piece in pieces):
-    _give_up(concatenated, multiplied)
+    fix(concatenated, _INDIVISIBLE)
+    fix(multiplied, _INDIVISIBLE)
     return
   majors = _set_parts(major, "concatenation", *(piece.size // minor.size for piece in pieces))
   for piece, piece_major in zip(pieces, majors, strict=True):
@@ -206,7 +202,7 @@ def _unify_concatenation_with_product(concatenated: Axis, multiplied: Axis) -> N
 
 
 def channel_index(axis: Axis, atom: Axis) -> np.ndarray:
-  """Tells which channel of `atom` each entry of `axis` belongs to.
+  """Returns which channel of `atom` each entry of `axis` belongs to.
 
   Returns:
     int array `[axis.size]`: the channel, or -1 where the entry belongs to none.

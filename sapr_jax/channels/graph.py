@@ -1,9 +1,10 @@
-"""The channel graph: what must be cut together in a network, and what each channel costs."""
+"""The channel graph: which channels must be cut together, and what each costs. Plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels.rules import ParamKey, Place
+from sapr_jax.channels.rules import ParamKey
 from sapr_jax.errors import InputError
 
 Masks = Mapping[str, Any]
 """Group name -> 0/1 array `[group.size]`; 1 keeps the channel."""
+
+
+Role = Literal["in", "out", "vector"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class Member:
   collection: str
   path: tuple[str, ...]
   axis: int
-  role: Literal["in", "out", "vector"]
+  role: Role
   ndim: int
   channels: np.ndarray
 
@@ -89,6 +93,24 @@ class ChannelGroup:
   is_block: bool
   joined: bool
 
+  def to_json(self) -> dict[str, Any]:
+    """Returns the fields; the channels of a member are None where they are a whole axis."""
+    members = [
+      dataclasses.asdict(member) | {"channels": None if member.is_whole_axis else member.channels.tolist()}
+      for member in self.members
+    ]
+    return dataclasses.asdict(self) | {"members": members}
+
+  @classmethod
+  def from_json(cls, group: Mapping[str, Any]) -> ChannelGroup:
+    """Returns the group that `to_json` wrote."""
+
+    def member(fields: Mapping[str, Any]) -> Member:
+      channels = np.arange(group["size"]) if fields["channels"] is None else np.array(fields["channels"], np.int64)
+      return Member(**{**fields, "path": tuple(fields["path"]), "channels": channels})
+
+    return cls(**{**group, "members": tuple(map(member, group["members"])), "scope": tuple(group["scope"])})
+
   def __str__(self) -> str:
     lines = [f"{self.name}: {self.size} channels{', joined by an addition' if self.joined else ''}"]
     return "\n  ".join([*lines, *map(str, self.members)])
@@ -96,7 +118,7 @@ class ChannelGroup:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelPolynomial:
-  """A number, such as MACs, as a polynomial in the number of kept channels of each group.
+  """A cost, such as MACs, as a polynomial in the number of kept channels of each group.
 
       value = sum_t coefficients[t] * prod_j kept[factors[t, j]]
 
@@ -109,8 +131,7 @@ class ChannelPolynomial:
   def __call__(self, kept: Any) -> Any:
     """Evaluates at `kept`: a NumPy array `[K]` of int64 gives an exact Python int, a floating array a JAX scalar."""
     if isinstance(kept, np.ndarray) and kept.dtype == np.int64:
-      whole = np.append(kept, 1)
-      return int((self.coefficients * whole[self.factors].prod(axis=1)).sum())
+      return int((self.coefficients * np.append(kept, 1)[self.factors].prod(axis=1)).sum())
     kept = jnp.asarray(kept)
     extended = jnp.append(kept, jnp.ones((), kept.dtype))
     return jnp.sum(jnp.asarray(self.coefficients, kept.dtype) * jnp.prod(extended[self.factors], axis=1))
@@ -118,11 +139,11 @@ class ChannelPolynomial:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """A module whose number of output channels is a field that can be narrowed.
+  """A module whose number of output channels can be narrowed.
 
   Attributes:
     kernel: Path of its kernel in "params".
-    out_axis: The kernel's output axis, whose size is the module's field `features`.
+    out_axis: The kernel's output axis.
     multiplier: Output channels per input channel if it is a depthwise convolution, else None.
   """
 
@@ -133,20 +154,20 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelGraph:
-  """What must be cut together in a network, read off its jaxpr by `trace_channels`.
+  """The channels of a network that must be cut together, as `trace_channels` finds them.
+
+  Plain data: it can be pickled, and written as JSON (`to_json`, `from_json`). `prune` proves each cut by tracing the
+  model again.
 
   Attributes:
     groups: The groups offered for pruning, in forward order.
     fixed: (variable, axis, reason) for each output axis of a kernel that is not offered.
-    layers: Module path -> the layer whose `features` follow from the masks.
+    layers: Module path -> layer, for all modules that can be narrowed.
     shapes: Variable -> its shape in the dense network.
-    costs: What a sub-network costs, by name: "macs" of all convolutions and matrix products for one image,
-      "prunable_macs" of those that touch a group, and the number of "params".
-    results: Place of an equation of the program -> for each result its shape in the sub-network, for all equations
-      where a mask changes it.
-    jaxpr: The traced program of the dense network.
-    inputs: Abstract inputs that were traced, batch size 1.
-    apply_kwargs: Keyword arguments of `model.apply` that were used.
+    costs: Costs of a sub-network by name: "macs" of all convolutions and matrix products for one image, "prunable_macs"
+      of those that touch a group, and the number of "params".
+    inputs: Shape and dtype of the input that was traced, batch size 1.
+    apply_kwargs: Keyword arguments that the model was applied with.
   """
 
   groups: tuple[ChannelGroup, ...]
@@ -154,10 +175,52 @@ class ChannelGraph:
   layers: Mapping[tuple[str, ...], Layer]
   shapes: Mapping[ParamKey, tuple[int, ...]]
   costs: Mapping[str, ChannelPolynomial]
-  results: Mapping[Place, Sequence[Sequence[int | ChannelPolynomial]]]
-  jaxpr: Any
   inputs: jax.ShapeDtypeStruct
   apply_kwargs: Mapping[str, Any]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the graph in JSON types, for `json.dump`.
+
+    Raises:
+      InputError: If JSON cannot represent a value of `apply_kwargs`.
+    """
+    for name, value in self.apply_kwargs.items():
+      if not _is_json(value):
+        raise InputError(f"apply_kwargs[{name!r}] must be a JSON value to be written, got a {type(value).__name__}.")
+    document = {
+      "groups": [group.to_json() for group in self.groups],
+      "fixed": self.fixed,
+      "layers": [(path, dataclasses.asdict(layer)) for path, layer in self.layers.items()],
+      "shapes": list(self.shapes.items()),
+      "costs": {name: [c.coefficients.tolist(), c.factors.tolist()] for name, c in self.costs.items()},
+      "inputs": {"shape": self.inputs.shape, "dtype": self.inputs.dtype.name},
+      "apply_kwargs": dict(self.apply_kwargs),
+    }
+    return json.loads(json.dumps(document))
+
+  @classmethod
+  def from_json(cls, document: Mapping[str, Any]) -> ChannelGraph:
+    """Returns the graph that `to_json` wrote.
+
+    Raises:
+      InputError: If `document` is not such a graph.
+    """
+    try:
+      return cls(
+        groups=tuple(ChannelGroup.from_json(group) for group in document["groups"]),
+        fixed=tuple((tuple(key), axis, reason) for key, axis, reason in document["fixed"]),
+        layers={tuple(p): Layer(**layer | {"kernel": tuple(layer["kernel"])}) for p, layer in document["layers"]},
+        shapes={tuple(key): tuple(shape) for key, shape in document["shapes"]},
+        costs={
+          name: ChannelPolynomial(*(np.array(part, np.int64) for part in parts))
+          for name, parts in document["costs"].items()
+        },
+        inputs=jax.ShapeDtypeStruct(tuple(document["inputs"]["shape"]), jnp.dtype(document["inputs"]["dtype"])),
+        apply_kwargs=dict(document["apply_kwargs"]),
+      )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      reason = f"{type(error).__name__}: {error}"
+      raise InputError(f"document must be what ChannelGraph.to_json returned; reading it gave {reason}.") from error
 
   def full_masks(self) -> dict[str, np.ndarray]:
     """Returns the masks that keep every channel, as float32 arrays."""
@@ -204,7 +267,7 @@ class ChannelGraph:
     return found
 
   def explain(self) -> str:
-    """Says in one line for each kernel that is not offered why its output channels stay."""
+    """Gives for each kernel that is not offered, in one line, the reason why its output channels stay."""
     return "\n".join(f"{'/'.join(key)} axis {axis}: {reason}" for key, axis, reason in self.fixed)
 
   def __str__(self) -> str:
@@ -227,40 +290,38 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
       other values than 0 and 1 or drops its whole group.
   """
   if not isinstance(masks, Mapping):
-    raise InputError(f"masks is a {type(masks).__name__}; expected a mapping from the names in graph.groups to arrays.")
+    raise InputError(f"masks must map the names in graph.groups to arrays, got a {type(masks).__name__}.")
   names = {group.name for group in graph.groups}
   if missing := sorted(names - set(masks)):
-    raise InputError(f"masks misses the group {missing[0]!r}; graph.groups names all {len(names)} that it needs.")
+    raise InputError(f"masks misses the group {missing[0]!r}; it must name all {len(names)} of graph.groups.")
   if extra := sorted(set(masks) - names):
-    raise InputError(f"masks names an unknown group {extra[0]!r}; expected the names in graph.groups.")
+    raise InputError(f"masks names an unknown group {extra[0]!r}; it must name those of graph.groups.")
   for group in graph.groups:
     shape, kind = _shape_and_kind(masks[group.name])
     if shape != (group.size,):
-      raise InputError(f"The mask of group {group.name!r} has shape {shape}; expected ({group.size},).")
+      raise InputError(f"The mask of group {group.name!r} must have shape ({group.size},), got {shape}.")
     if kind not in "biufV":  # V: bfloat16
-      raise InputError(f"The mask of group {group.name!r} does not hold real numbers; expected 0 (drop) and 1 (keep).")
+      raise InputError(f"The mask of group {group.name!r} must hold real numbers: 0 drops a channel, 1 keeps it.")
     if allow_empty:
       continue
     if isinstance(masks[group.name], jax.core.Tracer):
       raise InputError(
-        f"The mask of group {group.name!r} is traced, so that no width is known; cut outside of jax.jit."
+        f"The mask of group {group.name!r} must be concrete to be cut, got a traced array; cut outside of jax.jit."
       )
     mask = np.asarray(masks[group.name])
     if not np.isin(mask, (0, 1)).all():
       raise InputError(f"The mask of group {group.name!r} must hold only 0 (drop) and 1 (keep).")
     if not mask.any():
-      raise InputError(
-        f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one, no layer can have none."
-      )
+      raise InputError(f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one.")
 
 
-def _shape_and_kind(mask: Any) -> tuple[tuple[int, ...] | None, str]:
-  """Returns the shape of an array-like, None if it is ragged, and the kind of its entries as NumPy abbreviates it."""
+def _shape_and_kind(mask: Any) -> tuple[tuple[int, ...] | str, str]:
+  """Returns the shape of an array-like, and the kind of its entries as NumPy abbreviates it."""
   if not hasattr(mask, "dtype"):
     try:
       mask = np.asarray(mask)
     except ValueError:
-      return None, "O"
+      return "a ragged list", "O"
   return jnp.shape(mask), np.dtype(mask.dtype).kind
 
 
@@ -275,6 +336,13 @@ def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) ->
   return ChannelPolynomial(
     np.array(list(merged.values()), np.int64), np.array(rows, np.int64).reshape(len(merged), degree)
   )
+
+
+def _is_json(value: Any) -> bool:
+  try:
+    return bool(json.loads(json.dumps(value)) == value)
+  except (TypeError, ValueError):
+    return False
 
 
 Selection = Literal["blocks", "unjoined", "exact"] | Callable[[ChannelGroup], bool]

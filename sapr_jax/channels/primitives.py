@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+
+from jax.extend.core import JaxprEqn, Var
 
 from sapr_jax.channels.atoms import Axis, concatenation, fix, mark_joined, product, unify
-from sapr_jax.channels.rules import ParamKey, Value, Walk, fixed_axes, register_rule, union, unknown
+from sapr_jax.channels.rules import (
+  AxisInterpreter,
+  ParamKey,
+  Value,
+  fixed_axes,
+  register_rule,
+  shape_of,
+  union,
+  unknown,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Elementwise
@@ -28,14 +38,14 @@ _OTHER_ELEMENTWISE = (
   *("select_n", "not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to"),
   *("shift_left", "shift_right_logical", "shift_right_arithmetic"),
 )
-# Scaling one activation by another (a gate, squeeze-and-excitation) is no residual stream.
+# Scaling one activation by another (a gate, squeeze-and-excitation) does not join them as a residual stream does.
 _NOT_JOINING = frozenset({"mul", "div"})
 
 
 @register_rule(*_ZERO_PRESERVING, *_OTHER_ELEMENTWISE)
-def elementwise(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Unifies the axes of the operands, except those that are broadcast (scalars, size 1)."""
-  shape = eqn.outvars[0].aval.shape
+  shape = shape_of(eqn.outvars[0])
   full = [operand for operand in operands if len(operand.axes) == len(shape)]
   axes = []
   for dim, size in enumerate(shape):
@@ -51,11 +61,11 @@ def elementwise(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
-def identity(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def identity(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   return list(operands)
 
 
-def _zeroed_by(eqn: Any, operands: Sequence[Value]) -> frozenset[ParamKey]:
+def _zeroed_by(eqn: JaxprEqn, operands: Sequence[Value]) -> frozenset[ParamKey]:
   name = eqn.primitive.name
   if name in _ZERO_PRESERVING or (name == "integer_pow" and eqn.params["y"] > 0):
     return operands[0].zeroed_by if len(operands) == 1 else frozenset()
@@ -72,7 +82,7 @@ def _zeroed_by(eqn: Any, operands: Sequence[Value]) -> frozenset[ParamKey]:
 
 
 @register_rule("broadcast_in_dim")
-def broadcast_in_dim(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def broadcast_in_dim(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   axes = [Axis(size) for size in eqn.params["shape"]]
   for axis, dim in zip(operands[0].axes, eqn.params["broadcast_dimensions"], strict=True):
     if axis.size == axes[dim].size:
@@ -81,9 +91,9 @@ def broadcast_in_dim(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Va
 
 
 @register_rule("reshape")
-def reshape(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def reshape(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Matches the smallest runs of dimensions with equal numbers of entries, as products."""
-  results = [Axis(size) for size in eqn.outvars[0].aval.shape]
+  results = [Axis(size) for size in shape_of(eqn.outvars[0])]
   source = [axis for axis in operands[0].axes if axis.size != 1]
   target = [axis for axis in results if axis.size != 1]
   while source and target:
@@ -96,19 +106,19 @@ def reshape(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("transpose")
-def transpose(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def transpose(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   return [dataclasses.replace(operands[0], axes=tuple(operands[0].axes[i] for i in eqn.params["permutation"]))]
 
 
 @register_rule("squeeze")
-def squeeze(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def squeeze(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   gone = eqn.params["dimensions"]
   axes = tuple(axis for dim, axis in enumerate(operands[0].axes) if dim not in gone)
   return [dataclasses.replace(operands[0], axes=axes)]
 
 
 @register_rule("concatenate")
-def concatenate(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def concatenate(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   along = eqn.params["dimension"]
   axes = list(operands[0].axes)
   for operand in operands[1:]:
@@ -120,7 +130,7 @@ def concatenate(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("stack")
-def stack(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def stack(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   axes = list(operands[0].axes)
   for operand in operands[1:]:
     for axis, other in zip(axes, operand.axes, strict=True):
@@ -130,7 +140,7 @@ def stack(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("tile")
-def tile(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def tile(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   axes = []
   for times, axis in zip(eqn.params["reps"], operands[0].axes, strict=True):
     repetitions = Axis(times, fixed="it counts repetitions" if axis.size > 1 else None)
@@ -143,10 +153,10 @@ def tile(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _replace_axes(eqn: Any, value: Value, touched: Sequence[bool], reason: str) -> Value:
+def _replace_axes(result: Var, value: Value, touched: Sequence[bool], reason: str) -> Value:
   """Fixes the touched axes of `value` and gives it new, fixed ones in their place; keeps the others."""
   axes = []
-  for axis, is_touched, size in zip(value.axes, touched, eqn.outvars[0].aval.shape, strict=True):
+  for axis, is_touched, size in zip(value.axes, touched, shape_of(result), strict=True):
     if is_touched:
       fix(axis, reason)
     axes.append(Axis(size, fixed=reason) if is_touched else axis)
@@ -156,7 +166,7 @@ def _replace_axes(eqn: Any, value: Value, touched: Sequence[bool], reason: str) 
 @register_rule(
   "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"
 )
-def reduction(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def reduction(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Fixes what is reduced: a dropped channel need not be zero, nor would an average divide by the new number."""
   axes = []
   for dim, axis in enumerate(operands[0].axes):
@@ -168,57 +178,50 @@ def reduction(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-def cumulation(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def cumulation(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   touched = [dim == eqn.params["axis"] for dim in range(len(operands[0].axes))]
-  return [_replace_axes(eqn, operands[0], touched, f"`{eqn.primitive.name}` runs along it")]
+  return [_replace_axes(eqn.outvars[0], operands[0], touched, f"`{eqn.primitive.name}` runs along it")]
 
 
 @register_rule("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def reduce_window(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def reduce_window(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Pooling: axes with a window of one are left alone."""
   if len(operands) > 2 or any(axis.size != 1 for operand in operands[1:] for axis in operand.axes):
-    return unknown(walk, eqn, operands)
-  params = eqn.params
-  dims = range(len(operands[0].axes))
-  base = params.get("base_dilation") or [1] * len(dims)
-  touched = [
-    params["window_dimensions"][i] != 1
-    or params["window_strides"][i] != 1
-    or tuple(params["padding"][i]) != (0, 0)
-    or base[i] != 1
-    for i in dims
-  ]
-  return [_replace_axes(eqn, operands[0], touched, "it is pooled over")]
+    return unknown(interpreter, eqn, operands)
+  ones = (1,) * len(operands[0].axes)
+  params = {"base_dilation": ones, **eqn.params}
+  factors = zip(params["window_dimensions"], params["window_strides"], params["base_dilation"] or ones, strict=True)
+  touched = [set(f) != {1} or tuple(p) != (0, 0) for f, p in zip(factors, params["padding"], strict=True)]
+  return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is pooled over")]
 
 
 @register_rule("pad")
-def pad(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def pad(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Fixes a padded axis: the amount is a number in the model's code, which pruning cannot change."""
   touched = [tuple(amounts) != (0, 0, 0) for amounts in eqn.params["padding_config"]]
-  return [_replace_axes(eqn, operands[0], touched, "it is padded by a number of entries that the model's code fixes")]
+  return [
+    _replace_axes(
+      eqn.outvars[0], operands[0], touched, "it is padded by a number of entries that the model's code fixes"
+    )
+  ]
 
 
-@register_rule("slice")
-def slice_(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+@register_rule("slice", "dynamic_slice")
+def slice_(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Fixes a sliced axis: the bounds are numbers in the model's code."""
-  shape = eqn.outvars[0].aval.shape
+  shape = shape_of(eqn.outvars[0])
   touched = [axis.size != size for axis, size in zip(operands[0].axes, shape, strict=True)]
-  return [_replace_axes(eqn, operands[0], touched, "it is sliced at bounds that the model's code fixes")]
-
-
-@register_rule("dynamic_slice")
-def dynamic_slice(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  return slice_(walk, eqn, operands[:1])
+  return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is sliced at bounds that the model's code fixes")]
 
 
 @register_rule("gather")
-def gather(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def gather(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Keeps the axes that are taken whole; fixes the others, and those of the indices."""
   value, indices = operands
   numbers, taken = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
   reason = "its entries are picked by indices"
   gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-  results = list(fixed_axes(eqn.outvars[0].aval.shape, reason))
+  results = list(fixed_axes(shape_of(eqn.outvars[0]), reason))
   places = iter(numbers.offset_dims)
   for dim, axis in enumerate(value.axes):
     place = None if dim in gone else next(places)
@@ -232,30 +235,20 @@ def gather(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("split")
-def split(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def split(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  touched = [dim == eqn.params["axis"] for dim in range(len(operands[0].axes))]
   reason = "it is split at bounds that the model's code fixes"
-  along = eqn.params["axis"]
-  fix(operands[0].axes[along], reason)
-  return [
-    Value(
-      tuple(
-        Axis(var.aval.shape[dim], fixed=reason) if dim == along else axis for dim, axis in enumerate(operands[0].axes)
-      ),
-      producers=operands[0].producers,
-    )
-    for var in eqn.outvars
-  ]
+  return [_replace_axes(var, operands[0], touched, reason) for var in eqn.outvars]
 
 
 @register_rule("rev")
-def rev(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def rev(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   touched = [dim in eqn.params["dimensions"] for dim in range(len(operands[0].axes))]
   # Reversal moves zeros along the reversed axes only, so on the others the value still inherits them.
-  value = _replace_axes(eqn, operands[0], touched, "it is reversed")
+  value = _replace_axes(eqn.outvars[0], operands[0], touched, "it is reversed")
   return [dataclasses.replace(value, zeroed_by=operands[0].zeroed_by)]
 
 
 @register_rule("iota", "rng_bit_generator", "random_bits", "random_seed", "random_wrap")
-def constant(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  del operands
-  return [Value(fixed_axes(var.aval.shape, "it indexes a constant")) for var in eqn.outvars]
+def constant(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  return [Value(fixed_axes(shape_of(var), "it indexes a constant")) for var in eqn.outvars]

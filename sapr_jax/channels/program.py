@@ -1,115 +1,102 @@
-"""The program of a network, and whether the pruned network is the same program but for its shapes."""
+"""Traced programs, what a front end provides, and whether two programs are the same but for their shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.graph import ChannelGraph, Masks
-from sapr_jax.channels.rules import Place, inner_jaxprs
+from sapr_jax.channels.rules import Place, inner_jaxprs, shape_of
 
 
-def trace_program(
-  model: nn.Module, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct, apply_kwargs: Mapping[str, Any]
-) -> tuple[Any, dict[tuple[str, ...], int]]:
-  """Traces `model.apply`.
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A traced network.
 
-  Returns:
-    The closed jaxpr, whose inputs are the leaves of `variables` and then the image; and the field `features` of the
-    modules that have it as an integer, by their paths.
+  Attributes:
+    closed: Its closed jaxpr. The inputs are the leaves of the variables, then the image.
+    features: Module path -> number of output channels, for all modules that have it as a field.
   """
-  features: dict[tuple[str, ...], int] = {}
 
-  def note_features(next_fun, args, kwargs, context):
-    value = getattr(context.module, "features", None)
-    if isinstance(value, int):
-      features[context.module.path] = value
-    return next_fun(*args, **kwargs)
-
-  def apply(variables, x):
-    with nn.intercept_methods(note_features):
-      return model.apply(variables, x, **apply_kwargs)
-
-  return jax.make_jaxpr(apply)(abstract(variables), inputs), features
+  closed: ClosedJaxpr
+  features: Mapping[tuple[str, ...], int]
 
 
-def abstract(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the shapes and dtypes of variables, as `jax.ShapeDtypeStruct`s."""
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), dict(variables))
+@dataclasses.dataclass(frozen=True)
+class FrontEnd:
+  """The functions that a module library provides; all else in `channels` is the same for each.
+
+  Attributes:
+    trace: (model, variables, inputs, apply_kwargs) -> its program in evaluation mode. Variables and inputs may be
+      `jax.ShapeDtypeStruct`s.
+    apply: (model, variables, inputs, apply_kwargs) -> its outputs, any pytree of arrays.
+    narrow: (model, graph, masks) -> the model with the layers that `masks` leaves.
+  """
+
+  trace: Callable[[Any, Mapping[str, Any], jax.ShapeDtypeStruct, Mapping[str, Any]], Program]
+  apply: Callable[[Any, Mapping[str, Any], jax.Array, Mapping[str, Any]], Any]
+  narrow: Callable[[Any, ChannelGraph, Masks], Any]
 
 
 class ProgramError(Exception):
   """The small model cannot be run, or its arrays have other shapes than the graph says."""
 
 
-def compare_programs(small: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks) -> str | None:
-  """Compares the program of the small model with the dense one's.
+Shapes = Mapping[Place, Sequence[tuple[int, ...]]]
+
+
+def difference(dense: ClosedJaxpr, small: ClosedJaxpr, shapes: Shapes) -> str | None:
+  """Compares the program of a small model with the dense one's.
 
   Args:
-    small: The small model.
-    variables: Its variables, or their shapes.
-    graph: The graph of the dense network.
-    masks: Which of its channels the small model has.
+    dense: Program of the dense model.
+    small: Program of the small model.
+    shapes: Place of an equation -> shapes of its results in the small model, where they differ from the dense ones.
 
   Returns:
-    None if they are the same, which proves that the small model computes what the masked one does; else where they
-    differ, in words. A difference may still be harmless.
+    None if the programs are the same, which proves that the small model computes what the masked one does. Otherwise
+    the first difference, in words; it may still be harmless.
 
   Raises:
     ProgramError: If the small model is certainly wrong, with the reason.
   """
-  try:
-    program, _ = trace_program(small, variables, graph.inputs, graph.apply_kwargs)
-  except Exception as error:  # the model's own code may fail in any way
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ProgramError(f"the small model does not run: {reason}") from error
-  for x, y in zip(graph.jaxpr.consts, program.consts, strict=False):
-    if jnp.shape(x) != jnp.shape(y) or not np.array_equal(x, y):
+  for x, y in zip(dense.consts, small.consts, strict=False):
+    if not np.array_equal(x, y, equal_nan=True):
       return "a constant array differs"
-  kept = graph.kept(masks)
-  shapes = {
-    place: [tuple(size if isinstance(size, int) else size(kept) for size in result) for result in results]
-    for place, results in graph.results.items()
-  }
-  return _compare(graph.jaxpr.jaxpr, program.jaxpr, shapes, ())
+  return _compare(dense.jaxpr, small.jaxpr, shapes, ())
 
 
-Shapes = Mapping[Place, Sequence[tuple[int, ...]]]
-
-
-def _compare(a: Any, b: Any, shapes: Shapes, outer: Place) -> str | None:
+def _compare(a: Jaxpr, b: Jaxpr, shapes: Shapes, outer: Place) -> str | None:
   if len(a.eqns) != len(b.eqns):
     return f"its program has {len(b.eqns)} operations instead of {len(a.eqns)}"
-  partner = dict(zip((*a.invars, *a.constvars), (*b.invars, *b.constvars), strict=False))
+  partner: dict[Var, Var] = dict(zip((*a.invars, *a.constvars), (*b.invars, *b.constvars), strict=False))
   for i, (x, y) in enumerate(zip(a.eqns, b.eqns, strict=True)):
+    place = (*outer, i)
+    name = x.primitive.name
     if x.primitive is not y.primitive or len(x.invars) != len(y.invars):
-      return f"`{y.primitive.name}` stands in place of `{x.primitive.name}`"
-    difference = _compare_operands(x.primitive.name, x.invars, y.invars, partner) or _compare_params(
-      x, y, shapes, (*outer, i)
-    )
-    if difference:
-      return difference
-    expected = shapes.get((*outer, i), [var.aval.shape for var in x.outvars])
-    for shape, var in zip(expected, y.outvars, strict=True):
-      if shape != var.aval.shape:
-        raise ProgramError(f"`{x.primitive.name}` gives an array {list(var.aval.shape)} instead of {list(shape)}")
+      return f"`{y.primitive.name}` stands in place of `{name}`"
+    if found := _compare_operands(name, x.invars, y.invars, partner) or _compare_params(x, y, shapes, place):
+      return found
+    for shape, var in zip(shapes.get(place, list(map(shape_of, x.outvars))), y.outvars, strict=True):
+      if shape != shape_of(var):
+        raise ProgramError(f"`{name}` gives an array {list(shape_of(var))} instead of {list(shape)}")
     partner.update(zip(x.outvars, y.outvars, strict=True))
   return _compare_operands("return", a.outvars, b.outvars, partner)
 
 
-def _compare_operands(name: str, a: Sequence[Any], b: Sequence[Any], partner: Mapping[Any, Any]) -> str | None:
+def _compare_operands(
+  name: str, a: Sequence[Var | Literal], b: Sequence[Var | Literal], partner: Mapping[Var, Var]
+) -> str | None:
   for u, v in zip(a, b, strict=True):
-    if hasattr(u, "val") != hasattr(v, "val"):
-      return f"`{name}` has another operand"
-    if hasattr(u, "val"):
-      if not np.array_equal(u.val, v.val):
+    if isinstance(u, Literal) and isinstance(v, Literal):
+      if not np.array_equal(u.val, v.val, equal_nan=True):
         return f"`{name}` uses {v.val} where the dense model uses {u.val}"
-    elif partner.get(u) is not v:
+    elif isinstance(u, Literal) or partner.get(u) is not v:
       return f"`{name}` has another operand"
   return None
 
@@ -120,17 +107,21 @@ _SHAPE_PARAMS = frozenset(
 )
 
 
-def _compare_params(x: Any, y: Any, shapes: Shapes, place: Place) -> str | None:
+def _compare_params(x: JaxprEqn, y: JaxprEqn, shapes: Shapes, place: Place) -> str | None:
   for name in x.params.keys() & y.params.keys() - _SHAPE_PARAMS:
     u, v = x.params[name], y.params[name]
-    # Others are functions and objects that JAX makes anew at each trace.
-    if isinstance(u, bool | int | float | str | tuple) and not _holds_jaxpr(u) and u != v:
+    # Others are functions and objects that differ at each trace.
+    if isinstance(u, bool | int | float | str | tuple) and not _holds_jaxpr(u) and not _equal(u, v):
       return f"`{x.primitive.name}` has {name}={v} instead of {u}"
   for inner_x, inner_y in zip(inner_jaxprs(x), inner_jaxprs(y), strict=True):
-    if difference := _compare(inner_x, inner_y, shapes, place):
-      return difference
+    if found := _compare(inner_x, inner_y, shapes, place):
+      return found
   return None
 
 
 def _holds_jaxpr(param: Any) -> bool:
-  return isinstance(param, tuple) and any(hasattr(entry, "eqns") or hasattr(entry, "jaxpr") for entry in param)
+  return isinstance(param, tuple) and any(isinstance(entry, ClosedJaxpr | Jaxpr) for entry in param)
+
+
+def _equal(u: Any, v: Any) -> bool:
+  return u == v or (u != u and v != v)  # NaN is equal to NaN

@@ -1,34 +1,37 @@
-"""What each JAX primitive says about channels: one small rule per primitive, in `primitives` and `layers`.
+"""The interpreter that assigns an `Axis` to each dimension of each traced array, by one rule for each JAX primitive.
 
-A rule gets the `Walk`, an equation of the jaxpr and the `Value`s of its operands, and returns the `Value`s of its
-results, having called `unify` and `fix` on the way. A primitive without a rule fixes every axis it touches: never
-wrong, at worst less prunable. `register_rule` adds one for a primitive that this package does not know.
+A rule takes the `AxisInterpreter`, an equation of the jaxpr and the `Value`s of its operands. It calls `unify` and
+`fix`, and returns the `Value`s of the results. The rules are in `primitives` and `contractions`; `register_rule` adds
+others. A primitive without a rule fixes every axis it touches: never wrong, at worst less prunable.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.atoms import Axis, fix
 
 ParamKey = tuple[str, ...]
-"""Where a variable lies: its collection, then the names of modules, then its own: ("params", "conv1", "kernel")."""
+"""Path of a variable: its collection, the names of its modules, its own name: ("params", "conv1", "kernel")."""
 
 Place = tuple[int, ...]
+"""Where an equation is: its index in its jaxpr, after the indices of the equations that hold that jaxpr."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """What is known of one traced array.
+  """Axes and origin of one traced array.
 
   Attributes:
     axes: One `Axis` per dimension.
-    zeroed_by: Variables whose zeros it inherits: where one of them is zero at channel c, so is this value. A kernel
-      that is only cast or transposed has itself here; what comes out of a layer has nothing.
-    producers: Ids of the layers (convolutions, matrix products, the input is one too) it was computed from without
-      another layer in between. Empty if it does not depend on the input.
+    zeroed_by: Variables whose zeros it inherits: where one of them is zero at channel c, so is this value. For a kernel
+      that is only cast or transposed, the kernel itself; empty for the output of a layer.
+    producers: Ids of the nearest layers before it (convolutions and matrix products; the input counts as one). Empty if
+      it does not depend on the input.
   """
 
   axes: tuple[Axis, ...]
@@ -56,18 +59,21 @@ class Contraction:
   constant: int
   multiplier: int | None = None
 
+  @property
+  def macs(self) -> int:
+    return self.constant * math.prod(axis.size for axis in self.factors)
+
 
 @dataclasses.dataclass
-class Walk:
-  """What the walk over the jaxpr collects; rules add to it.
+class AxisInterpreter:
+  """Evaluates a jaxpr on `Value`s in place of arrays.
 
   Attributes:
-    contractions: In forward order.
-    results: Place of an equation -> the axes of its results. A place is the index of the equation in its jaxpr, after
-      those of the equations that hold the jaxpr.
-    repetitions: How often the code now walked runs for one image (the length of enclosing scans).
+    contractions: All contractions found, in forward order.
+    results: Place of an equation -> the axes of each of its results.
+    repetitions: How often the current equation runs for one image (the length of enclosing scans).
     next_producer: Id of the next layer; the network's input has id 0.
-    place: Place of the equation now walked.
+    place: Place of the current equation.
   """
 
   contractions: list[Contraction] = dataclasses.field(default_factory=list)
@@ -76,31 +82,31 @@ class Walk:
   next_producer: int = 1
   place: Place = ()
 
-  def walk_jaxpr(self, jaxpr: Any, operands: Sequence[Value]) -> list[Value]:
+  def run(self, jaxpr: Jaxpr, operands: Sequence[Value]) -> list[Value]:
     """Applies the rules to all equations of `jaxpr`, whose inputs are `operands`; returns the values of its outputs."""
-    values: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
+    values: dict[Var, Value] = dict(zip(jaxpr.invars, operands, strict=True))
     outer = self.place
 
-    def read(atom: Any) -> Value:
-      if hasattr(atom, "val") or atom not in values:
+    def read(var: Var | Literal) -> Value:
+      if isinstance(var, Literal) or var not in values:
         # An array in the model's code keeps its shape, whatever is cut around it.
-        return Value(fixed_axes(atom.aval.shape, "it meets a constant array of the model's code"))
-      return values[atom]
+        return Value(fixed_axes(shape_of(var), "it meets a constant array of the model's code"))
+      return values[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
       self.place = (*outer, i)
-      results = RULES.get(eqn.primitive.name, unknown)(self, eqn, [read(atom) for atom in eqn.invars])
-      self.results[(*outer, i)] = [value.axes for value in results]
+      results = RULES.get(eqn.primitive.name, unknown)(self, eqn, [read(var) for var in eqn.invars])
+      self.results[self.place] = [value.axes for value in results]
       values.update(zip(eqn.outvars, results, strict=True))
     self.place = outer
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(var) for var in jaxpr.outvars]
 
   def new_producer(self) -> frozenset[int]:
     self.next_producer += 1
     return frozenset({self.next_producer - 1})
 
 
-Rule = Callable[[Walk, Any, Sequence[Value]], list[Value]]
+Rule = Callable[[AxisInterpreter, JaxprEqn, Sequence[Value]], list[Value]]
 RULES: dict[str, Rule] = {}
 
 
@@ -108,9 +114,12 @@ def register_rule(*primitives: str) -> Callable[[Rule], Rule]:
   """Registers the decorated function as the rule of the named primitives, in place of an earlier one.
 
   Example:
+    >>> import dataclasses
+    >>> from sapr_jax import register_rule
     >>> @register_rule("my_activation")
-    ... def my_activation(walk, eqn, operands):
-    ...   return [dataclasses.replace(operands[0], zeroed_by=frozenset())]
+    ... def my_activation(interpreter, eqn, operands):
+    ...   (x,) = operands
+    ...   return [dataclasses.replace(x, zeroed_by=frozenset())]  # the same axes, but f(0) need not be 0
   """
 
   def register(rule: Rule) -> Rule:
@@ -130,22 +139,26 @@ def union(sets: Sequence[frozenset]) -> frozenset:
   return frozenset().union(*sets)
 
 
-def unknown(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def unknown(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Fixes all axes of the operands; the results' axes are new and fixed."""
   reason = f"it goes through `{eqn.primitive.name}`, for which there is no rule"
   for operand in operands:
     for axis in operand.axes:
       fix(axis, reason)
   producers = union([operand.producers for operand in operands])
-  return [Value(fixed_axes(var.aval.shape, reason), producers=producers) for var in eqn.outvars]
+  return [Value(fixed_axes(shape_of(var), reason), producers=producers) for var in eqn.outvars]
 
 
-def inner_jaxprs(eqn: Any) -> list[Any]:
+def shape_of(var: Var | Literal) -> tuple[int, ...]:
+  return getattr(var.aval, "shape", ())  # a token has no shape
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
   """Returns the jaxprs among the parameters of `eqn`."""
   found = []
   for param in eqn.params.values():
-    for candidate in param if isinstance(param, list | tuple) else (param,):
-      jaxpr = getattr(candidate, "jaxpr", candidate)
-      if hasattr(jaxpr, "eqns") and hasattr(jaxpr, "invars"):
+    for entry in param if isinstance(param, list | tuple) else (param,):
+      jaxpr = entry.jaxpr if isinstance(entry, ClosedJaxpr) else entry
+      if isinstance(jaxpr, Jaxpr):
         found.append(jaxpr)
   return found

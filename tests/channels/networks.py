@@ -17,6 +17,14 @@ def norm(**kwargs: Any) -> nn.BatchNorm:
   return nn.BatchNorm(use_running_average=True, **kwargs)
 
 
+class TwoDense(nn.Module):
+  """The smallest network: `[n] -> 2 channels -> [1]`."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, use_bias=False, name="down")(nn.relu(nn.Dense(2, name="up")(x)))
+
+
 class Vgg(nn.Module):
   """Plain convolutions, then flatten and two Dense layers."""
 

@@ -12,7 +12,7 @@ import networks
 import numpy as np
 import pytest
 
-from sapr_jax.channels import count_macs, mask_params, prune, trace_channels
+from sapr_jax.channels import count_macs, prune, trace_channels
 from sapr_jax.errors import InputError
 
 
@@ -126,8 +126,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_groups_and_laws(name):
   case = CASES[name]
-  assert offered(case.model, case.select) == case.groups
-  laws.check_laws(case.model, case.select, case.seeds)
+  graph = laws.check_laws(case.model, case.select, case.seeds)
+  assert {group.name: group.size for group in graph.groups} == case.groups
 
 
 # What stands between two convolutions, and whether the channels there can be cut. Where not, a word of the reason.
@@ -221,8 +221,8 @@ def test_groups_of_the_deep_networks(model, count):
 @pytest.mark.parametrize(
   ("model", "reason"),
   [
-    (networks.TiedAutoencoder(), "used once more, as output channels"),
-    (networks.OwnLayers(standardize=True), "no kernel that a mask could zero"),
+    (networks.TiedAutoencoder(), "used a second time, as output channels"),
+    (networks.OwnLayers(standardize=True), "not a kernel that a mask could zero"),
   ],
 )
 def test_networks_without_any_group_say_why(model, reason):
@@ -279,11 +279,10 @@ def test_a_harmless_number_computed_from_a_width_is_no_error():
   laws.check_masked_is_pruned(model, graph, variables, laws.random_masks(graph, 0), 1e-4, np.float32)
 
 
-@pytest.mark.parametrize("select", ["unjoined", "exact"])
-def test_bfloat16_computation(select):
+def test_bfloat16_computation():
   model = networks.DtypeNet()
   variables = laws.random_variables(model, 0, np.float32)
-  graph = trace_channels(model, variables, laws.SHAPE, select=select)
+  graph = trace_channels(model, variables, laws.SHAPE, select="exact")
   assert {group.name: group.size for group in graph.groups} == {"conv0": 6, "conv1": 5}
   laws.check_masked_is_pruned(model, graph, variables, laws.random_masks(graph, 0), 0.05, np.float32)
 
@@ -306,23 +305,6 @@ def test_an_addition_of_two_layers_is_a_join():
   assert "conv1" in offered(model, "exact")
 
 
-def test_dictionary_of_outputs_agrees():
-  model = networks.SetupNet()
-  variables = laws.random_variables(model, 0, np.float32)
-  graph = trace_channels(model, variables, laws.SHAPE)
-  masks = laws.random_masks(graph, 0)
-  small, small_variables = prune(model, variables, graph, masks)
-  images = laws.random_images(0, np.float32)
-  got = small.apply(small_variables, images)
-  want = model.apply({"params": mask_params(variables["params"], graph, masks), **_statistics(variables)}, images)
-  assert set(got) == {"a", "nested"}
-  assert laws.relative_error(got, want) < 1e-4
-
-
-def _statistics(variables):
-  return {name: tree for name, tree in variables.items() if name != "params"}
-
-
 def test_a_normalization_of_as_many_but_other_groups_is_refused():
   """Twelve of sixteen channels still make four groups: the small model would run, and compute something else."""
   model = networks.Between(lambda x: nn.GroupNorm(4)(x), features=16)
@@ -330,3 +312,21 @@ def test_a_normalization_of_as_many_but_other_groups_is_refused():
   assert "conv1" not in graph.full_masks()
   reason = next(why for key, _, why in graph.fixed if key[1] == "conv1")
   assert "does not follow when it is cut (`reshape` gives an array" in reason
+
+
+def pad_with_nan(x):
+  windows = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
+  padded = jnp.pad(windows, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=jnp.nan)
+  return jnp.take(padded, jnp.arange(8), 1, mode="fill", fill_value=jnp.nan)[:, :7, :7]
+
+
+def test_nan_equals_nan_in_the_proof():
+  """NaN as a constant, and as the value that fills a gather: without outputs to compare, only the proof can pass."""
+  model = networks.Between(pad_with_nan)
+  variables = laws.random_variables(model, 0, np.float32)
+  variables["params"]["fc"]["bias"] *= jnp.nan
+  graph = trace_channels(model, variables, laws.SHAPE, select="exact")
+  masks = {name: np.append(mask[1:], 0) for name, mask in graph.full_masks().items()}
+  assert "conv1" in masks
+  small, _ = prune(model, variables, graph, masks)
+  assert dict(small.widths)["conv1"] == (("features", 7),)

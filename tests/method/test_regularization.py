@@ -171,7 +171,7 @@ def test_masks_that_do_not_fit_are_refused(tiny, two):
   for masks, message in (
     ({k: v for k, v in two.items() if k != name}, f"misses the group '{name}'"),
     ({**two, "other": np.ones(3)}, "unknown group 'other'"),
-    ({**two, name: np.ones(5)}, rf"'{name}' has shape \(5,\); expected \(4,\)"),
+    ({**two, name: np.ones(5)}, rf"'{name}' must have shape \(4,\), got \(5,\)"),
   ):
     with pytest.raises(sapr.InputError, match=message):
       sapr.partial_group_lasso(tiny.params, tiny.graph, masks)
@@ -297,9 +297,9 @@ def test_gamma_may_be_a_hyperparameter_of_the_state(tiny, two, grads):
 def test_parameters_that_do_not_fit_are_refused(tiny, two):
   other = {**tiny.params, "stage1_block1": {"conv1": {"kernel": jnp.zeros((3, 3, 4, 5))}}}
   for function in (sapr.mask_params, sapr.partial_group_lasso, lambda *a: sapr.prox_partial_group_lasso(*a, 0.1)):
-    with pytest.raises(sapr.InputError, match=r"params lacks stage1_block1/.*; expected variables\['params'\]"):
+    with pytest.raises(sapr.InputError, match=r"params lacks stage1_block1/.*; it must be variables\['params'\]"):
       function(tiny.variables, tiny.graph, two)
-    with pytest.raises(sapr.InputError, match=r"conv1/kernel of shape \(3, 3, 4, 5\).* traced with \(3, 3, 4, 4\)"):
+    with pytest.raises(sapr.InputError, match=r"conv1/kernel must have shape \(3, 3, 4, 4\).*, got \(3, 3, 4, 5\)"):
       function(other, tiny.graph, two)
 
 

@@ -1,14 +1,25 @@
-"""Rules for the primitives that contract channels, and for those that hold a jaxpr."""
+"""Rules for convolutions and matrix products, and for primitives that hold a jaxpr."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+
+from jax.extend.core import JaxprEqn
 
 from sapr_jax.channels.atoms import Axis, fix, product, unify
-from sapr_jax.channels.rules import Contraction, Value, Walk, fixed_axes, inner_jaxprs, register_rule, union, unknown
+from sapr_jax.channels.rules import (
+  AxisInterpreter,
+  Contraction,
+  Value,
+  fixed_axes,
+  inner_jaxprs,
+  register_rule,
+  shape_of,
+  union,
+  unknown,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contractions
@@ -16,11 +27,11 @@ from sapr_jax.channels.rules import Contraction, Value, Walk, fixed_axes, inner_
 
 
 @register_rule("conv_general_dilated")
-def conv_general_dilated(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  """Ties the kernel's input axis to the operand, its output axis to the result; a depthwise one ties all three."""
+def conv_general_dilated(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Ties the kernel's input axis to the operand and its output axis to the result; if depthwise, all three."""
   params = eqn.params
   if params["batch_group_count"] != 1:
-    return unknown(walk, eqn, operands)
+    return unknown(interpreter, eqn, operands)
   lhs, rhs = operands
   numbers = params["dimension_numbers"]
   batch, feature, *space = (lhs.axes[i] for i in numbers.lhs_spec)
@@ -40,7 +51,7 @@ def conv_general_dilated(walk: Walk, eqn: Any, operands: Sequence[Value]) -> lis
     unify(feature, product([group, kernel_in]))
     unify(kernel_out, product([group, per_group if depthwise else Axis(per_group.size)]))
 
-  shape = eqn.outvars[0].aval.shape
+  shape = shape_of(eqn.outvars[0])
   out: list[Axis] = list(fixed_axes(shape, "it is a spatial dimension of a convolution"))
   out[numbers.out_spec[0]], out[numbers.out_spec[1]] = batch, kernel_out
   # Each input position of a transposed convolution meets the whole window; of an ordinary one, each output position.
@@ -48,22 +59,22 @@ def conv_general_dilated(walk: Walk, eqn: Any, operands: Sequence[Value]) -> lis
   positions = [a.size for a in space] if dilated else [shape[i] for i in numbers.out_spec[2:]]
   producers = lhs.producers | rhs.producers
   if producers:
-    walk.contractions.append(
+    interpreter.contractions.append(
       Contraction(
         kernel=frozenset() if rhs.producers else rhs.zeroed_by,
         reduced=((feature, kernel_in),) if multiplier is None else (),
         free=(kernel_out,),
         factors=(kernel_in, kernel_out),
-        constant=walk.repetitions * math.prod(positions) * math.prod(axis.size for axis in window),
+        constant=interpreter.repetitions * math.prod(positions) * math.prod(axis.size for axis in window),
         multiplier=multiplier,
       )
     )
-  return [Value(tuple(out), producers=walk.new_producer() if producers else frozenset())]
+  return [Value(tuple(out), producers=interpreter.new_producer() if producers else frozenset())]
 
 
 @register_rule("dot_general")
-def dot_general(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  """Unifies the contracted and the batch axes of the operands; the kernel is a variable, not an activation."""
+def dot_general(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Unifies the contracted and the batch axes of the operands. The operand that is a variable is the kernel."""
   lhs, rhs = operands
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
   for i, j in (*zip(lhs_contract, rhs_contract, strict=True), *zip(lhs_batch, rhs_batch, strict=True)):
@@ -83,16 +94,16 @@ def dot_general(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
     for axis, _ in contracted:
       fix(axis, "two variables are multiplied along it")
     return [Value((*batch, *lhs_free, *rhs_free), lhs.zeroed_by | rhs.zeroed_by)]
-  walk.contractions.append(
+  interpreter.contractions.append(
     Contraction(
       kernel=kernel,
       reduced=tuple(contracted),
       free=tuple(free),
       factors=(*batch, *(axis for axis, _ in contracted), *lhs_free, *rhs_free),
-      constant=walk.repetitions,
+      constant=interpreter.repetitions,
     )
   )
-  return [Value((*batch, *lhs_free, *rhs_free), producers=walk.new_producer())]
+  return [Value((*batch, *lhs_free, *rhs_free), producers=interpreter.new_producer())]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,35 +115,35 @@ def dot_general(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
   "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
   "custom_vjp_call_jaxpr",
 )  # fmt: skip
-def call(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
+def call(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   inner = inner_jaxprs(eqn)
   if len(inner) != 1 or len(inner[0].invars) != len(operands):
-    return unknown(walk, eqn, operands)
-  return walk.walk_jaxpr(inner[0], operands)
+    return unknown(interpreter, eqn, operands)
+  return interpreter.run(inner[0], operands)
 
 
 @register_rule("scan")
-def scan(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  """Walks the body once: what is carried keeps its channels, what is stacked has them in every slice."""
+def scan(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Runs the body once: what is carried keeps its channels, what is stacked has them in every slice."""
   (jaxpr,) = inner_jaxprs(eqn)
-  # What is stacked has one dimension more outside than inside. JAX versions tell the numbers differently.
-  num_carry = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
-  num_fixed = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
+  # Stacked arrays have one dimension more outside than inside. Counted, as JAX releases name the numbers differently.
+  num_carry = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
+  num_fixed = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
   num_consts = num_fixed - num_carry
   sliced = []
   for value in operands[num_fixed:]:
     fix(value.axes[0], "a scan runs along it")
     sliced.append(dataclasses.replace(value, axes=value.axes[1:]))
-  # What starts as a constant may depend on the input after one turn.
+  # A carry that starts as a constant may depend on the input after one iteration.
   everything = union([operand.producers for operand in operands])
   carry = [
     Value(value.axes, producers=value.producers or (everything if value.axes else frozenset()))
     for value in operands[num_consts:num_fixed]
   ]
   length = int(eqn.params["length"])
-  walk.repetitions *= length
-  results = walk.walk_jaxpr(jaxpr, [*operands[:num_consts], *carry, *sliced])
-  walk.repetitions //= max(length, 1)
+  interpreter.repetitions *= length
+  results = interpreter.run(jaxpr, [*operands[:num_consts], *carry, *sliced])
+  interpreter.repetitions //= max(length, 1)
   for before, after in zip(carry, results[:num_carry], strict=True):
     for a, b in zip(before.axes, after.axes, strict=True):
       unify(a, b)
@@ -146,22 +157,17 @@ def scan(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 @register_rule("cond", "while")
-def control_flow(walk: Walk, eqn: Any, operands: Sequence[Value]) -> list[Value]:
-  """Fixes all it touches; counts the costliest branch of a `cond`, and one turn of a `while`."""
-  results = unknown(walk, eqn, operands)
+def control_flow(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Fixes all it touches; counts the costliest branch of a `cond`, and one iteration of a `while`."""
+  results = unknown(interpreter, eqn, operands)
   best: list[Contraction] = []
   producers = union([operand.producers for operand in operands])
   reason = f"it goes through `{eqn.primitive.name}`"
   for jaxpr in inner_jaxprs(eqn):
-    before = len(walk.contractions)
-    walk.walk_jaxpr(jaxpr, [Value(fixed_axes(var.aval.shape, reason), producers=producers) for var in jaxpr.invars])
-    branch = walk.contractions[before:]
-    del walk.contractions[before:]
-    if _total(branch) > _total(best):
-      best = branch
-  walk.contractions.extend(best)
+    before = len(interpreter.contractions)
+    interpreter.run(jaxpr, [Value(fixed_axes(shape_of(var), reason), producers=producers) for var in jaxpr.invars])
+    branch = interpreter.contractions[before:]
+    del interpreter.contractions[before:]
+    best = max(best, branch, key=lambda found: sum(contraction.macs for contraction in found))
+  interpreter.contractions.extend(best)
   return results
-
-
-def _total(contractions: Sequence[Contraction]) -> int:
-  return sum(c.constant * math.prod(axis.size for axis in c.factors) for c in contractions)

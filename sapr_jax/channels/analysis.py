@@ -1,48 +1,75 @@
-"""What the walk over the program found, judged once all axes are known: layers, groups, what stays and why."""
+"""Finds the channel groups of a traced network: its layers, what can be cut, what stays and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+# Imported for the rules that they register.
+import sapr_jax.channels.contractions
+import sapr_jax.channels.primitives  # noqa: F401
 from sapr_jax.channels.atoms import Axis, atoms, channel_index, find, fix, fix_repeated_factors
-from sapr_jax.channels.graph import SELECTIONS, ChannelGroup, Layer, Member, Selection
-from sapr_jax.channels.rules import Contraction, ParamKey
+from sapr_jax.channels.graph import ChannelGroup, ChannelPolynomial, Layer, Member, Role, polynomial
+from sapr_jax.channels.program import Program
+from sapr_jax.channels.rules import AxisInterpreter, Contraction, ParamKey, Place, Value, fixed_axes
+from sapr_jax.channels.trees import path_of
 
 Axes = Mapping[ParamKey, tuple[Axis, ...]]
-Roles = Mapping[tuple[ParamKey, int], str]
+Roles = Mapping[tuple[ParamKey, int], Role]
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
-  """What can be cut in a network.
+class Analysis:
+  """The channels of a network.
 
   Attributes:
-    roles: Axis of a variable -> "in" or "out", for kernels.
-    layers: Module path -> layer whose `features` can be narrowed.
+    axes: Variable -> its axes.
+    results: Place of an equation -> the axes of each of its results.
+    contractions: Convolutions and matrix products, in forward order.
+    roles: Axis of a kernel -> whether it is summed over ("in") or makes output channels ("out").
+    layers: Module path -> layer that can be narrowed.
     groups: (atom, group) for all atoms that can be cut, in forward order.
   """
 
+  axes: Axes
+  results: Mapping[Place, Sequence[tuple[Axis, ...]]]
+  contractions: Sequence[Contraction]
   roles: Roles
   layers: Mapping[tuple[str, ...], Layer]
   groups: Sequence[tuple[Axis, ChannelGroup]]
 
 
-def judge(contractions: Sequence[Contraction], axes: Axes, features: Mapping[tuple[str, ...], int]) -> Judgement:
-  """Fixes what cannot be cut exactly, and gathers the rest in groups.
+def interpret(
+  program: Program, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct
+) -> tuple[Axes, AxisInterpreter]:
+  """Returns the axes of all variables, and the interpreter after it ran the program."""
+  axes: dict[ParamKey, tuple[Axis, ...]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+    axes[path_of(path)] = tuple(map(Axis, jnp.shape(leaf)))
+  operands = [Value(variable, zeroed_by=frozenset({key})) for key, variable in axes.items()]
+  operands.append(Value(fixed_axes(inputs.shape, "it is the network's input"), producers=frozenset({0})))
+  interpreter = AxisInterpreter()
+  for value in interpreter.run(program.closed.jaxpr, operands):
+    for axis in value.axes:
+      fix(axis, "it is the network's output")
+  return axes, interpreter
 
-  Args:
-    contractions: What the walk found.
-    axes: The axes of all variables, as the walk left them.
-    features: Module path -> its field `features`.
-  """
-  _fix_unmaskable(contractions, axes)
-  roles = _roles(contractions, axes)
-  layers = _layers(contractions, axes, roles, features)
+
+def analyze(program: Program, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct) -> Analysis:
+  """Fixes what cannot be cut exactly, and gathers the rest in groups."""
+  axes, interpreter = interpret(program, variables, inputs)
+  found = interpreter.contractions
+  _fix_unmaskable(found, axes)
+  roles = _roles(found, axes)
+  layers = _layers(found, axes, roles, program.features)
   _fix_unprunable(axes, roles, layers)
-  return Judgement(roles, layers, _groups(contractions, axes, roles))
+  return Analysis(axes, interpreter.results, found, roles, layers, _groups(found, axes, roles))
 
 
 def _fix_unmaskable(contractions: Sequence[Contraction], axes: Axes) -> None:
@@ -59,21 +86,21 @@ def _has_atom(axes: Sequence[Axis], atom: Axis) -> bool:
 
 
 def _roles(contractions: Sequence[Contraction], axes: Axes) -> Roles:
-  """Tells for each axis of a kernel whether it is summed over ("in") or makes output channels ("out").
+  """Returns the role of each axis of a kernel.
 
   Where a kernel is computed from several variables (`gain * kernel`), the parameter with most axes has the role.
   """
-  roles: dict[tuple[ParamKey, int], str] = {}
+  roles: dict[tuple[ParamKey, int], Role] = {}
   for contraction in contractions:
-    for role, used in (("in", [kernel for _, kernel in contraction.reduced]), ("out", contraction.free)):
-      for axis in used:
-        holders = {key: found for key in contraction.kernel if (found := _positions(axes[key], axis))}
-        if not holders:
-          continue
-        main = max(holders, key=lambda key: (key[0] == "params", len(axes[key]), key))
-        for i in holders[main]:
-          if roles.setdefault((main, i), role) != role:
-            fix(axes[main][i], "a kernel has it as input channels and, used once more, as output channels")
+    used: list[tuple[Role, Axis]] = [("in", kernel) for _, kernel in contraction.reduced]
+    for role, axis in used + [("out", axis) for axis in contraction.free]:
+      holders = {key: found for key in contraction.kernel if (found := _positions(axes[key], axis))}
+      if not holders:
+        continue
+      main = max(holders, key=lambda key: (key[0] == "params", len(axes[key]), key))
+      for i in holders[main]:
+        if roles.setdefault((main, i), role) != role:
+          fix(axes[main][i], "a kernel has it as input channels and, used a second time, as output channels")
   return roles
 
 
@@ -107,7 +134,7 @@ def _fix_unprunable(axes: Axes, roles: Roles, layers: Mapping[tuple[str, ...], L
     for i, axis in enumerate(variable):
       fix_repeated_factors(axis)
       if roles.get((key, i)) == "out" and not _is_narrowed(axis, layers.get(key[1:-1]), axes):
-        fix(axis, f"{'/'.join(key[1:-1]) or 'the model'} has no integer field `features` that sets it")
+        fix(axis, f"no field of {'/'.join(key[1:-1]) or 'the model'} sets its size")
       for atom in atoms(axis):
         if atom.size == 1:
           fix(atom, "it is a single channel")
@@ -160,71 +187,81 @@ def _groups(contractions: Sequence[Contraction], axes: Axes, roles: Roles) -> li
 
 def _member(axes: Axes, roles: Roles, key: ParamKey, i: int, atom: Axis) -> Member:
   channels = channel_index(axes[key][i], atom)
-  role: Any = roles.get((key, i), "vector")
-  return Member(collection=key[0], path=key[1:], axis=i, role=role, ndim=len(axes[key]), channels=channels)
+  return Member(key[0], key[1:], i, roles.get((key, i), "vector"), len(axes[key]), channels)
 
 
 def _common_prefix(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-  prefix = paths[0]
-  for path in paths[1:]:
-    length = next(
-      (i for i, (a, b) in enumerate(zip(prefix, path, strict=False)) if a != b), min(len(prefix), len(path))
-    )
-    prefix = prefix[:length]
-  return prefix
+  same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+  return tuple(names[0] for names in same)
 
 
 Terms = list[tuple[int, tuple[int, ...]]]
 """A polynomial: (coefficient, indices of groups) monomials."""
 
 
-def macs_terms(contraction: Contraction, order: Mapping[int, int]) -> Terms:
-  """Expands the MACs of a contraction. `order` is the index of the group of an atom, by the atom's id."""
-  return [(contraction.constant * c, f) for c, f in product_terms(contraction.factors, order)]
+def costs(analysis: Analysis, offered: Sequence[Axis]) -> dict[str, ChannelPolynomial]:
+  """Returns `ChannelGraph.costs`; `offered` are the atoms of the groups, in their order."""
+  order = {id(atom): k for k, atom in enumerate(offered)}
+  macs = [[(c.constant * n, f) for n, f in _product_terms(c.factors, order)] for c in analysis.contractions]
+  prunable = [terms for terms in macs if any(factors for _, factors in terms)]
+  params = [_product_terms(variable, order) for key, variable in analysis.axes.items() if key[0] == "params"]
+  found = {"macs": macs, "prunable_macs": prunable, "params": params}
+  return {name: polynomial(list(itertools.chain(*terms)), len(order)) for name, terms in found.items()}
 
 
-def product_terms(axes: Sequence[Axis], order: Mapping[int, int]) -> Terms:
+def _product_terms(axes: Sequence[Axis], order: Mapping[int, int]) -> Terms:
   """Expands the product of the sizes of `axes`."""
   terms: Terms = [(1, ())]
   for axis in axes:
-    terms = [(c * d, f + g) for c, f in terms for d, g in size_terms(axis, order)]
+    terms = [(c * d, f + g) for c, f in terms for d, g in _size_terms(axis, order)]
   return terms
 
 
-def size_terms(axis: Axis, order: Mapping[int, int]) -> Terms:
+def _size_terms(axis: Axis, order: Mapping[int, int]) -> Terms:
   """Expands the size of an axis."""
   axis = find(axis)
   if axis.kind is None:
     return [(1, (order[id(axis)],))] if id(axis) in order else [(axis.size, ())]
   if axis.kind == "concatenation":
-    return list(itertools.chain(*(size_terms(part, order) for part in axis.parts)))
-  return product_terms(axis.parts, order)
+    return list(itertools.chain(*(_size_terms(part, order) for part in axis.parts)))
+  return _product_terms(axis.parts, order)
+
+
+def shapes_after_cut(analysis: Analysis, kept: Sequence[tuple[Axis, int]]) -> dict[Place, list[tuple[int, ...]]]:
+  """Returns the shapes of the results where cutting changes one: place of an equation -> shapes of its results.
+
+  `kept` gives the number of channels that each atom keeps.
+  """
+  sizes = {id(atom): size for atom, size in kept}
+
+  def size(axis: Axis) -> int:
+    axis = find(axis)
+    if id(axis) not in sizes:
+      combine = sum if axis.kind == "concatenation" else math.prod
+      sizes[id(axis)] = combine(size(part) for part in axis.parts) if axis.parts else axis.size
+    return sizes[id(axis)]
+
+  found = {}
+  for place, results in analysis.results.items():
+    shapes = [tuple(map(size, axes)) for axes in results]
+    if shapes != [tuple(axis.size for axis in axes) for axes in results]:
+      found[place] = shapes
+  return found
 
 
 def reasons_left_out(
-  axes: Axes, roles: Roles, order: Mapping[int, int], select: Selection | str
+  analysis: Analysis, offered: Sequence[Axis], left_out_by_choice: str
 ) -> tuple[tuple[ParamKey, int, str], ...]:
-  """Returns why the output axes of kernels are not offered."""
+  """Returns `ChannelGraph.fixed`; `offered` are the atoms of the groups."""
+  chosen = {id(atom) for atom in offered}
   reasons = []
-  for (key, i), role in roles.items():
-    left_out = [atom for atom in atoms(axes[key][i]) if id(atom) not in order]
+  for (key, i), role in analysis.roles.items():
+    left_out = [atom for atom in atoms(analysis.axes[key][i]) if id(atom) not in chosen]
     if role == "out" and left_out:
       fixed = next((atom.fixed for atom in left_out if atom.fixed), None)
-      reasons.append((key, i, fixed or f"it can be cut exactly, but select={select!r} leaves it out"))
-  kernels = {key for key, _ in roles}
-  for key, variable in axes.items():
+      reasons.append((key, i, fixed or left_out_by_choice))
+  kernels = {key for key, _ in analysis.roles}
+  for key, variable in analysis.axes.items():
     if key[0] == "params" and len(variable) > 1 and key not in kernels:
-      reasons.append((key, len(variable) - 1, "it is no kernel that a mask could zero exactly"))
+      reasons.append((key, len(variable) - 1, "it is not a kernel that a mask could zero exactly"))
   return tuple(reasons)
-
-
-def no_group_message(select: Selection | str, found: Sequence[ChannelGroup], axes: Axes, roles: Roles) -> str:
-  would = [f"{name!r} would offer {n}" for name, test in SELECTIONS.items() if (n := sum(map(test, found)))]
-  reasons: dict[str, list[str]] = {}
-  for key, _, reason in reasons_left_out(axes, roles, {}, select):
-    if not reason.startswith("it can be cut exactly"):
-      names = reasons.setdefault(reason, [])
-      names.extend({"/".join(key[1:-1])} - set(names))
-  why = "; ".join(f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {r}" for r, names in reasons.items())
-  advice = f"select={', '.join(would)}" if would else "no other choice would find one either"
-  return f"select={select!r} finds no channel group to prune; {advice}." + (f" Fixed: {why}." if why else "")

@@ -1,11 +1,10 @@
-"""Cutting: pure functions from the trees of the dense network to those of the pruned one."""
+"""Masking and cutting: pure functions from the trees of the dense network to trees of the masked or pruned one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,35 +13,6 @@ from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_masks
 from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")
-Widths = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-
-
-class NarrowModule(nn.Module):
-  """Runs an unchanged Flax module with fewer channels in some of its layers.
-
-  Its variables lie at the same paths as those of `base`, only smaller; use it like any module (init, apply, jit, grad).
-
-  Attributes:
-    base: The module as its author wrote it.
-    widths: Path of a layer, with slashes -> its changed fields: `(("block1/conv1", (("features", 13),)), ...)`.
-  """
-
-  base: nn.Module
-  widths: Widths
-
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    changes = {path: dict(fields) for path, fields in self.widths}
-    root = len(self.path)
-
-    def narrow(next_fun, args, kwargs, context):
-      layer = context.module
-      fields = changes.get("/".join(layer.path[root:])) if hasattr(layer, "features") else None
-      if fields is None or all(getattr(layer, name) == value for name, value in fields.items()):
-        return next_fun(*args, **kwargs)
-      return getattr(layer.clone(parent=layer.scope, **fields), context.method_name)(*args, **kwargs)
-
-    with nn.intercept_methods(narrow):
-      return self.base.copy(parent=self.scope)(*args, **kwargs)
 
 
 def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], params: Tree, graph: ChannelGraph) -> Tree:
@@ -69,29 +39,46 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
     missing.discard(path)
     if jnp.shape(leaf) != graph.shapes[("params", *path)]:
       traced = graph.shapes[("params", *path)]
-      raise InputError(f"params has {'/'.join(path)} of shape {jnp.shape(leaf)}; the graph was traced with {traced}.")
+      raise InputError(f"params: {'/'.join(path)} must have shape {traced} as it was traced, got {jnp.shape(leaf)}.")
     return change(leaf, members[path])
 
   changed = jax.tree_util.tree_map_with_path(visit, params)
   if missing:
-    raise InputError(
-      f"params lacks {'/'.join(min(missing))}; expected variables['params'] of the network that was traced."
-    )
+    raise InputError(f"params lacks {'/'.join(min(missing))}; it must be variables['params'] of the traced network.")
   return changed
 
 
-def path_of(place: Any) -> tuple[str, ...]:
-  """Returns the dictionary keys and names of fields on the way to a leaf."""
-  names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in place)
-  return tuple(str(name) for name in names if name is not None)
+def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
+  """Returns the parameters with which the dense network behaves as the sub-network.
+
+  A group's mask multiplies the input axis of the kernels that read it. That gates the feature map exactly and asks
+  nothing of the normalizations, biases and activations in between; gradients flow to the masks likewise.
+
+  Args:
+    params: Parameters of the dense network.
+    graph: Its channel graph.
+    masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
+
+  Raises:
+    InputError: If `masks` or `params` does not fit `graph`.
+  """
+  check_masks(graph, masks)
+
+  def mask(leaf: Any, members: Sequence[tuple[str, Member]]) -> Any:
+    for name, member in members:
+      if member.role == "in":
+        leaf = jnp.asarray(leaf)
+        leaf = leaf * member.along_axis(jnp.asarray(masks[name]), 1).astype(leaf.dtype)
+    return leaf
+
+  return map_members(mask, params, graph)
 
 
 def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
-  """Slices every array in `tree` that stands for a variable of the dense network.
+  """Slices every array in `tree` that has the path and the shape of a variable of the dense network.
 
-  Works on variables and on anything that holds trees of their shape: the momentum in an optimizer state, an exponential
-  moving average. An array counts if the last keys of its place are the path of a variable, with or without its
-  collection, and its shape is that variable's.
+  Works on variables, and on any tree that holds others of the same structure: the momentum in an optimizer state, an
+  exponential moving average. Only the last keys of an array's path must match, with or without the collection.
 
   Args:
     tree: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -105,7 +92,7 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
     InputError: If `masks` does not fit `graph` or drops a whole group.
   """
   check_masks(graph, masks, allow_empty=False)
-  keep = _kept_entries(graph, masks)
+  keep = kept_entries(graph, masks)
   collections = sorted({key[0] for key in graph.shapes}, key=lambda name: name != "params")
 
   def cut(place: Any, leaf: Any) -> Any:
@@ -131,7 +118,7 @@ def _take(array: Any, kept: Mapping[int, np.ndarray]) -> Any:
   return jnp.asarray(cut) if isinstance(array, jax.Array) else cut
 
 
-def _kept_entries(graph: ChannelGraph, masks: Masks) -> dict[tuple[str, ...], dict[int, np.ndarray]]:
+def kept_entries(graph: ChannelGraph, masks: Masks) -> dict[tuple[str, ...], dict[int, np.ndarray]]:
   """Returns variable -> axis -> indices of the entries that stay."""
   keep: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
   for group in graph.groups:
@@ -143,19 +130,12 @@ def _kept_entries(graph: ChannelGraph, masks: Masks) -> dict[tuple[str, ...], di
   return {key: {axis: np.flatnonzero(kept) for axis, kept in axes.items()} for key, axes in keep.items()}
 
 
-def narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
-  """Returns the module with the widths that `masks` leaves."""
-  keep = _kept_entries(graph, masks)
-  base, widths = (model.base, {p: dict(f) for p, f in model.widths}) if isinstance(model, NarrowModule) else (model, {})
-  for path, layer in graph.layers.items():
-    entries = keep.get(("params", *layer.kernel), {}).get(layer.out_axis)
-    if entries is None or entries.size == graph.shapes[("params", *layer.kernel)][layer.out_axis]:
-      continue
-    fields = {"features": int(entries.size)}
-    if layer.multiplier is not None:
-      fields["feature_group_count"] = int(entries.size) // layer.multiplier
-    widths["/".join(path)] = fields
-  return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
+def abstract(tree: Tree) -> Tree:
+  """Returns a tree of the shapes and dtypes of arrays, as `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
 
 
-__all__ = ["NarrowModule", "map_members", "narrow", "path_of", "prune_tree"]
+def path_of(place: Any) -> tuple[str, ...]:
+  """Returns the dictionary keys and names of fields on the way to a leaf."""
+  names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in place)
+  return tuple(str(name) for name in names if name is not None)

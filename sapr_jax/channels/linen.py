@@ -1,0 +1,237 @@
+"""The front end for Flax linen: everything in `channels` that knows what a linen module is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from sapr_jax.channels.analysis import interpret
+from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
+from sapr_jax.channels.program import FrontEnd, Program
+from sapr_jax.channels.pruning import Dense, abstract_image, cut, find_graph
+from sapr_jax.channels.trees import abstract, kept_entries, mask_params
+from sapr_jax.errors import InputError
+
+Widths = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+
+_OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+"""Fields of layers that put another operation in place of the linear one, as for quantization."""
+
+
+def trace_channels(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  input_shape: Sequence[int],
+  *,
+  select: Selection = "blocks",
+  apply_kwargs: Mapping[str, Any] | None = None,
+  input_dtype: Any = jnp.float32,
+) -> ChannelGraph:
+  """Finds the channels of `model` that can be cut together without changing what is computed from the others.
+
+  `model.apply(variables, x, **apply_kwargs)` is traced abstractly (nothing is computed, and `variables` may be
+  `jax.ShapeDtypeStruct`s). Channels that go through an operation without a rule are fixed: the graph is never
+  wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons. A narrower model is traced too, and
+  channels are fixed that the model's own code cannot do without (a reshape to a constant number of channels).
+
+  Args:
+    model: A Flax linen module that maps images to any pytree of arrays, in evaluation mode.
+    variables: Its variables: `{"params": ..., "batch_stats": ...}`.
+    input_shape: Shape of its input, `[batch, height, width, channels]`; the batch is traced as 1.
+    select: Which of the groups that can be cut exactly are offered. "blocks" is the paper's choice: groups inside one
+      sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
+      head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
+      `ChannelGroup`.
+    apply_kwargs: Further arguments of `apply` that choose the evaluation mode, such as `{"train": False}`.
+    input_dtype: Dtype of the input.
+
+  Returns:
+    The graph of the groups offered.
+
+  Raises:
+    InputError: If `variables` or `input_shape` does not fit `model`, `select` is unknown, or it offers no group; the
+      message says which choice would.
+
+  References:
+    Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
+  """
+  inputs = abstract_image(input_shape, input_dtype)
+  return find_graph(Dense(LINEN, model, variables, inputs, dict(apply_kwargs or {})), select)
+
+
+def count_macs(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  input_shape: Sequence[int],
+  *,
+  apply_kwargs: Mapping[str, Any] | None = None,
+  input_dtype: Any = jnp.float32,
+) -> int:
+  """Counts the multiply-accumulates of all convolutions and matrix products of `model` for one image.
+
+  Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
+  """
+  inputs = abstract_image(input_shape, input_dtype)
+  _, interpreter = interpret(_trace(model, variables, inputs, apply_kwargs or {}), variables, inputs)
+  return sum(contraction.macs for contraction in interpreter.contractions)
+
+
+def prune(
+  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks
+) -> tuple[nn.Module, dict[str, Any]]:
+  """Cuts the dropped channels out of a network.
+
+  The result computes what the masked network computes. This is proved: both models are traced, and the small one must
+  be the same program as the dense one, with the shapes that the masks give. If it is another program (the model's code
+  may compute a number from a width, as in `y * y.shape[-1] ** -0.5`), both are run on random inputs and must agree.
+
+  Args:
+    model: The dense network.
+    variables: Its variables, all collections.
+    graph: Its channel graph.
+    masks: Group name -> 0/1 array `[group.size]`, concrete; 1 keeps.
+
+  Returns:
+    (`NarrowModule`, its variables). Nothing in the arguments is changed.
+
+  Raises:
+    InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model
+      would compute something else; the message names the variable or the group.
+  """
+  return cut(LINEN, model, variables, graph, masks)
+
+
+def masked_apply(
+  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, *args: Any, **kwargs: Any
+) -> Any:
+  """Runs the dense network as the sub-network, so that gradients to the masks cost little.
+
+  Equals `model.apply` with the parameters of `mask_params`. There the gradient to the masks needs the gradient of every
+  masked kernel, a third of a training step. Here the input of a plain `nn.Conv` or `nn.Dense` is masked instead.
+
+  Args:
+    model: The dense network.
+    variables: Its variables, all collections.
+    graph: Its channel graph.
+    masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
+    *args: Of the network.
+    **kwargs: Of the network, or of `flax.linen.Module.apply`.
+
+  Returns:
+    The same as `model.apply`.
+
+  Raises:
+    InputError: If `masks` or the parameters do not fit `graph`.
+  """
+  full: Any = variables.get("params") if isinstance(variables, Mapping) else None
+  masked: Any = mask_params(full, graph, masks)
+  members = graph.members_by_variable("params")
+
+  def gate(next_fun, args, kwargs, context):
+    layer = context.module
+    path = (*layer.path, "kernel")
+    if context.method_name != "__call__" or len(args) != 1 or kwargs or path not in members or not _is_plain(layer):
+      return next_fun(*args, **kwargs)
+    own, member = dict(layer.variables["params"]), members[path][0][1]
+    is_changed = own["kernel"] is not member.get(masked)  # by a wrapper, or this is a program within the program
+    if is_changed or own["kernel"].shape[-1] != layer.features:  # a NarrowModule has yet to narrow the layer
+      return next_fun(*args, **kwargs)
+    x = args[0]
+    for name, member in members[path]:
+      if member.role == "in":
+        x = x * member.along_axis(jnp.asarray(masks[name]), 1).reshape(-1).astype(x.dtype)
+    return layer.clone(parent=None, name=None).apply({"params": own | {"kernel": member.get(full)}}, x)
+
+  with nn.intercept_methods(gate):
+    return model.apply({**variables, "params": masked}, *args, **kwargs)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+  """Returns whether the layer is linear in its input, and the input's last axis is the input axis of its kernel."""
+  if type(layer) is not nn.Dense and not (type(layer) is nn.Conv and layer.feature_group_count == 1):
+    return False
+  own_operation = any(getattr(layer, name, None) is not None for name in _OPERATIONS)
+  return not own_operation and getattr(layer, "promote_dtype", promote_dtype) is promote_dtype
+
+
+class NarrowModule(nn.Module):
+  """Runs an unchanged Flax module with fewer channels in some of its layers.
+
+  Its variables have the same paths as those of `base`, and smaller shapes. It is used like any module.
+
+  Attributes:
+    base: The module as its author wrote it.
+    widths: Path of a layer, with slashes -> its changed fields: `(("block1/conv1", (("features", 13),)), ...)`.
+  """
+
+  base: nn.Module
+  widths: Widths
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    changes = {path: dict(fields) for path, fields in self.widths}
+    root = len(self.path)
+
+    def narrow(next_fun, args, kwargs, context):
+      layer = context.module
+      fields = changes.get("/".join(layer.path[root:])) if hasattr(layer, "features") else None
+      if fields is None or all(getattr(layer, name) == value for name, value in fields.items()):
+        return next_fun(*args, **kwargs)
+      return getattr(layer.clone(parent=layer.scope, **fields), context.method_name)(*args, **kwargs)
+
+    with nn.intercept_methods(narrow):
+      return self.base.copy(parent=self.scope)(*args, **kwargs)
+
+
+def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
+  """Returns the module with the widths that `masks` leaves."""
+  keep = kept_entries(graph, masks)
+  base, widths = (model.base, {p: dict(f) for p, f in model.widths}) if isinstance(model, NarrowModule) else (model, {})
+  for path, layer in graph.layers.items():
+    kernel = ("params", *layer.kernel)
+    entries = keep.get(kernel, {}).get(layer.out_axis)
+    if entries is None or entries.size == graph.shapes[kernel][layer.out_axis]:
+      continue
+    fields = {"features": int(entries.size)}
+    if layer.multiplier is not None:
+      fields["feature_group_count"] = int(entries.size) // layer.multiplier
+    widths["/".join(path)] = fields
+  return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
+
+
+def _trace(
+  model: nn.Module, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct, apply_kwargs: Mapping[str, Any]
+) -> Program:
+  """Traces `model.apply`, and notes the field `features` of its modules."""
+  features: dict[tuple[str, ...], int] = {}
+
+  def note_features(next_fun, args, kwargs, context):
+    value = getattr(context.module, "features", None)
+    if isinstance(value, int):
+      features[context.module.path] = value
+    return next_fun(*args, **kwargs)
+
+  def apply(variables, x):
+    with nn.intercept_methods(note_features):
+      return model.apply(variables, x, **apply_kwargs)
+
+  try:
+    return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), inputs), features)
+  except flax.errors.FlaxError as error:
+    reason = " ".join(str(error).partition(" (https://")[0].split())
+    raise InputError(
+      f"The model, its variables and an input of shape {inputs.shape} do not fit together: {reason} Pass the variables"
+      " of this model, all collections, made for such inputs."
+    ) from error
+
+
+def _apply(model: nn.Module, variables: Mapping[str, Any], inputs: jax.Array, apply_kwargs: Mapping[str, Any]) -> Any:
+  return model.apply(variables, inputs, **apply_kwargs)
+
+
+LINEN = FrontEnd(_trace, _apply, _narrow)
