@@ -40,6 +40,7 @@ from sapr_jax.runtime import Interruption, say
 from sapr_jax.training import check_config
 from sapr_jax.training import workdir as layout
 from sapr_jax.training.experiment import first_network
+from sapr_jax.training.feed import data_spec
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, learning_rate_schedule
 from sapr_jax.training.passes import Purpose
 from study.ours import budget_macs
@@ -80,15 +81,7 @@ class Images:
   """The images of our own run with this configuration, on the device, and its batches."""
 
   def __init__(self, config: Any):
-    fields = config.data
-    dataset = data.load_dataset(
-      fields.source,
-      name=fields.name,
-      path=fields.path,
-      train_images=fields.train_images,
-      test_images=fields.test_images,
-      seed=config.seed,
-    )
+    dataset = data.load_dataset(data_spec(config))
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.shape, self.num_classes = dataset.image_shape, dataset.num_classes
     self._config, (mean, std) = config, dataset.channel_statistics()
@@ -102,12 +95,12 @@ class Images:
     """Batches in an epoch of a phase."""
     return len(self._splits["train"][1]) // phase.batch_size
 
-  def training(self, phase: Any, epoch: int, stream: int) -> Any:
+  def training(self, phase: Any, epoch: int, purpose: int) -> Any:
     """Yields (inputs, labels) of an epoch, augmented, in the order of our own run."""
     images, labels = self._splits["train"]
     seed = self._config.seed
-    generator = torch.Generator().manual_seed((seed * 10 + stream) * 10_000 + epoch)
-    for indices in data.epoch_batches(len(labels), phase.batch_size, seed=seed, epoch=epoch, stream=stream):
+    generator = torch.Generator().manual_seed((seed * 10 + purpose) * 10_000 + epoch)
+    for indices in data.epoch_batches(len(labels), phase.batch_size, seed=seed, epoch=epoch, purpose=purpose):
       chosen = torch.from_numpy(indices).long().to(self.device)
       batch = augment(images[chosen], generator, padding=self._config.data.crop_padding, flip=self._config.data.flip)
       yield self._normalized(batch), labels[chosen]

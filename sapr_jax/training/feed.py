@@ -61,8 +61,13 @@ def open_feed(config: Any, mesh: Mesh) -> Feed:
   Raises:
     InputError: If it cannot be read.
   """
+  return StreamedFeed(config) if config.data.stream else ResidentFeed(config, mesh)
+
+
+def data_spec(config: Any) -> data.DataSpec:
+  """Returns the data set that `config.data` names."""
   fields = config.data
-  spec = data.DataSpec(
+  return data.DataSpec(
     source=fields.source,
     name=fields.name,
     path=fields.path,
@@ -70,14 +75,13 @@ def open_feed(config: Any, mesh: Mesh) -> Feed:
     test_images=fields.test_images,
     seed=config.seed,
   )
-  return StreamedFeed(spec, config) if fields.stream else ResidentFeed(spec, config, mesh)
 
 
 class ResidentFeed:
   """The whole data set on every device, as uint8: a batch is an array of indices, and a call runs many steps."""
 
-  def __init__(self, spec: data.DataSpec, config: Any, mesh: Mesh):
-    dataset = data.load_dataset(spec)
+  def __init__(self, config: Any, mesh: Mesh):
+    dataset = data.load_dataset(data_spec(config))
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, dataset.image_shape
     mean, std = dataset.channel_statistics()
@@ -119,9 +123,9 @@ class ResidentFeed:
 class StreamedFeed:
   """Images that are decoded, cropped and flipped on the host while the devices compute."""
 
-  def __init__(self, spec: data.DataSpec, config: Any):
+  def __init__(self, config: Any):
     fields = config.data
-    self._dataset = dataset = data.open_dataset(spec)
+    self._dataset = dataset = data.open_dataset(data_spec(config))
     self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, (fields.image_size, fields.image_size, 3)

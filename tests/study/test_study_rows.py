@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from sapr_jax.training.checks import check_config
+from sapr_jax.training import check_config
 from study.__main__ import parse_settings
 from study.rows import chosen, config_of, gamma_name, grid
 from study.sizes import SIZES
-from study.variants import VARIANTS, sampled_masks, uniform_weights, variant_of
+from study.variants import VARIANTS, Held, Sampled, Variant, uniform_weights, variant_of
 
 FULL, REDUCED, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "fifth"))
 
@@ -62,20 +62,39 @@ def test_an_ablation_changes_the_main_row_by_its_variant_alone():
 
 def test_every_variant_has_a_row_whose_name_ends_with_it():
   rows = [row for size in SIZES for row in grid(SIZES[size])]
-  config = config_of(rows[0], 0, None, {})
   assert {name for name in VARIANTS for row in rows if row.name.endswith(name)} == VARIANTS.keys()
-  assert variant_of("gamma=0.04,generator_statistics=batch", config).batch_statistics
-  assert not variant_of("gamma=0.04,generator_data=0.5", config).batch_statistics
-  assert [variant_of("gamma=0.04,hold_epoch=6", config).renew(epoch) for epoch in (5, 6)] == [True, False]
+  assert variant_of("gamma=0.04,generator_statistics=batch") is VARIANTS["generator_statistics=batch"]
+  assert variant_of("gamma=0.04,generator_data=0.5") == Variant()
+  assert variant_of("gamma=0.04,weighting=uniform").weighting is uniform_weights
 
 
-def test_sampled_masks_are_reproducible_and_likely_at_the_end():
-  outputs, masks = np.zeros((3, 16), np.float32), sampled_masks(last_epoch=11)
-  keys = [jax.random.key(seed) for seed in (0, 1)]
-  np.testing.assert_array_equal(masks(outputs, 5, keys[0]), masks(outputs, 5, keys[0]))
-  assert (masks(outputs, 5, keys[0]) != masks(outputs, 6, keys[0])).all()
-  assert (masks(outputs, 5, keys[0]) != masks(outputs, 5, keys[1])).all()
-  np.testing.assert_array_equal(masks(outputs, 11, keys[0]), outputs)
+class Zeros:
+  """Ranks no channel above another."""
+
+  def __init__(self, graph):
+    self.graph = graph
+
+  def init(self):
+    return ()
+
+  def propose(self, state, variables, epoch):
+    return state, {group.name: np.zeros(group.size, np.float32) for group in self.graph.groups}, {"seen": epoch}
+
+
+def test_sampled_masks_are_reproducible_and_likely_at_the_end(tiny):
+  def scores(seed, epoch):
+    proposer = Sampled(Zeros(tiny.graph), tiny.graph, jax.random.key(seed), last_epoch=11)
+    return np.concatenate(list(proposer.propose((), None, epoch)[1].values()))
+
+  np.testing.assert_array_equal(scores(0, 5), scores(0, 5))
+  assert (scores(0, 5) != scores(0, 6)).all() and (scores(0, 5) != scores(1, 5)).all()
+  assert not scores(0, 11).any()
+
+
+def test_held_masks_are_proposed_no_more(tiny):
+  held = Held(Zeros(tiny.graph), hold_epoch=6)
+  assert held.propose((), None, 5)[1] is not None
+  assert held.propose((), None, 6) == ((), None, {})
 
 
 def test_uniform_weights_do_not_depend_on_what_is_dropped():

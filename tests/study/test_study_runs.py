@@ -9,10 +9,11 @@ import pytest
 import sapr_jax as sapr
 from configs import digits
 from sapr_jax.method import l1_norm, macs_budget, split_by_group
-from sapr_jax.training import Variant
+from sapr_jax.training import make_proposer
 from study import ours, parts
 from study.rows import config_of, grid
 from study.sizes import SIZES
+from study.variants import Variant
 
 
 def test_channels_are_chosen_within_layers_or_among_all(tiny):
@@ -36,10 +37,10 @@ def test_a_generator_chooses_by_what_it_has_learned(tmp_path):
     {"model.width_multiplier": 0.25, "data.train_images": 320, "eval_batch_size": 64, "prune.round_to": 1}
     | {"prune.start_epoch": 28, "generator.learning_rate": 0.1}
   )
-  setup = parts.build(config, tmp_path)
-  scores = parts.generator_scores(setup, setup.variables, Variant())
-  outputs = setup.generator_outputs(setup.initial_generator().variables)
-  untrained = split_by_group(jax.device_get(outputs), setup.graph)
+  run = parts.build(config, tmp_path)
+  scores = parts.generator_scores(run, run.variables, Variant())
+  proposer = make_proposer(run)
+  untrained = split_by_group(jax.device_get(proposer.generator.apply(proposer.init().variables)), run.graph)
   orders = [{name: np.argsort(score).tolist() for name, score in s.items()} for s in (scores, untrained)]
-  assert {name: len(score) for name, score in scores.items()} == {g.name: g.size for g in setup.graph.groups}
+  assert {name: len(score) for name, score in scores.items()} == {g.name: g.size for g in run.graph.groups}
   assert orders[0] != orders[1]
