@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
   config.prune.hold_epoch = placeholder(int)  # epochs after which the masks are final; unset: renewed before every one
   config.prune.gamma = 5e-4  # strength of the partial regularization
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
-  config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum; uniform: 1 / K
+  config.prune.weighting = "relative"  # N_k / N with N the mean; share: the sum
   config.prune.masks = "likely"  # those in force: likely: ranked by o; sampled: by o + g of Eq. 1, the last ones by o
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps

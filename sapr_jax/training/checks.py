@@ -147,7 +147,7 @@ def _check_prune(config: ConfigDict) -> None:
       f" {epochs}, or None."
     )
   _one_of(config, "prune.form", ("penalty", "proximal"))
-  _one_of(config, "prune.weighting", ("relative", "share", "uniform"))
+  _one_of(config, "prune.weighting", ("relative", "share"))
   _one_of(config, "prune.masks", ("likely", "sampled"))
   _one_of(config, "prune.select", ("blocks", "unjoined", "exact"))
   _whole(config, "prune.min_width", 1)

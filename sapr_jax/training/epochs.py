@@ -12,7 +12,7 @@ import numpy as np
 
 from sapr_jax import data
 from sapr_jax.channels import Masks
-from sapr_jax.method import project_to_budget, split_by_group
+from sapr_jax.method import macs_budget, project_to_budget, split_by_group
 from sapr_jax.training import setup as setup_lib
 from sapr_jax.training import steps as steps_lib
 from sapr_jax.training.devices import MappedSteps, replicate
@@ -92,7 +92,8 @@ def masks_in_force(setup: Setup, generator: GeneratorState, *, epoch: int) -> di
     key = jax.random.fold_in(setup.key(setup_lib.MASKS), epoch)
     outputs = outputs + np.asarray(jax.random.gumbel(key, outputs.shape, outputs.dtype))
   scores = split_by_group(outputs, setup.graph)
-  return project_to_budget(setup.graph, scores, prune.p, min_width=prune.min_width, round_to=setup.round_to)
+  budget = macs_budget(setup.graph, prune.p)
+  return project_to_budget(setup.graph, scores, budget, min_width=prune.min_width, round_to=setup.round_to)
 
 
 def renew_statistics(

@@ -6,7 +6,7 @@ from typing import Any
 
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.errors import InputError
-from sapr_jax.method import check_budget
+from sapr_jax.method import check_budget, macs_budget
 
 DEFAULT_ROUND_TO = {
   "cpu": 8,  # measured, see docs/performance.md: faster than uneven widths at the same MACs, 16 is no better
@@ -25,7 +25,7 @@ def resolve_round_to(prune: Any, graph: ChannelGraph, platform: str) -> int:
     return prune.round_to
   value = default_round_to(platform, min(group.size for group in graph.groups))
   try:
-    check_budget(graph, prune.p, min_width=prune.min_width, round_to=value)
+    check_budget(graph, macs_budget(graph, prune.p), min_width=prune.min_width, round_to=value)
   except InputError:
     return 1
   return value

@@ -19,10 +19,13 @@ from sapr_jax.channels import ChannelGraph, mask_params, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import (
   ArchitectureGenerator,
-  add_partial_group_lasso,
   channel_norms,
   check_budget,
-  partial_regularization,
+  macs_budget,
+  regularize_by_penalty,
+  regularize_by_prox,
+  relative_weights,
+  share_weights,
 )
 from sapr_jax.training import cpu, processes, schedules, state, steps
 from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
@@ -85,11 +88,10 @@ class Setup:
     phase, prune = self.config.train, self.config.prune
     schedule = self.weight_schedule(phase)
     sgd = schedules.sgd(phase, schedule)
+    weighting = {"relative": relative_weights, "share": share_weights}[prune.weighting]
     if prune.form == "penalty":
-      return optax.chain(add_partial_group_lasso(self.graph, prune.gamma, weighting=prune.weighting), sgd)
-    proximal = partial_regularization(
-      self.graph, schedule, prune.gamma, momentum=phase.momentum, weighting=prune.weighting
-    )
+      return optax.chain(regularize_by_penalty(self.graph, prune.gamma, weighting=weighting), sgd)
+    proximal = regularize_by_prox(self.graph, schedule, prune.gamma, momentum=phase.momentum, weighting=weighting)
     return optax.chain(sgd, proximal)
 
   @functools.cached_property
@@ -158,7 +160,7 @@ def build(config: Any) -> Setup:
   graph = trace_channels(model, variables, input_shape, select=config.prune.select)
   # A budget that no masks can meet shows now, not at E_start.
   round_to = resolve_round_to(config.prune, graph, mesh.devices.flat[0].platform)
-  check_budget(graph, config.prune.p, min_width=config.prune.min_width, round_to=round_to)
+  check_budget(graph, macs_budget(graph, config.prune.p), min_width=config.prune.min_width, round_to=round_to)
   return Setup(
     config=config,
     mesh=mesh,

@@ -18,7 +18,7 @@ import optax
 
 from sapr_jax import data
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
-from sapr_jax.method import ArchitectureGenerator, SearchMetrics, architecture_loss
+from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss, macs_budget
 from sapr_jax.training.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.state import GeneratorState, NetworkState
 
@@ -171,7 +171,7 @@ def generator_step(
 ) -> Step:
   """Builds the step that trains the generator with the weights fixed; the carry is a `GeneratorState`.
 
-  The loss is the cross-entropy of the network with sampled masks plus `macs_weight` times `macs_penalty`. All devices
+  The loss is the cross-entropy of the network with sampled masks plus `macs_weight` times `budget_penalty`. All devices
   sample the same masks.
 
   Args:
@@ -188,6 +188,8 @@ def generator_step(
       each device's part of the batch; otherwise it is in evaluation mode, with the dense network's running ones.
   """
 
+  options = SearchOptions(macs_budget(graph, p), macs_weight, bias, temperature)
+
   def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, dict[str, jax.Array]]:
     mask_key, image_key, dropout_key = jax.random.split(jax.random.fold_in(shared.key, state.step), 3)
     images, labels = shared.read(batch)
@@ -200,17 +202,8 @@ def generator_step(
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
-      return architecture_loss(
-        generator,
-        {**state.variables, "params": params},
-        graph,
-        network_loss,
-        mask_key,
-        p=p,
-        macs_weight=macs_weight,
-        bias=bias,
-        temperature=temperature,
-      )
+      variables = {**state.variables, "params": params}
+      return architecture_loss(generator, variables, graph, network_loss, mask_key, options)
 
     grads, metrics = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
@@ -220,7 +213,7 @@ def generator_step(
       constants=state.constants,
       opt_state=opt_state,
     )
-    return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.macs_share})
+    return new_state, mean_over_devices({"loss": metrics.loss, "macs_share": metrics.cost_share})
 
   return step
 
