@@ -72,7 +72,7 @@ def test_the_regularization_comes_once_however_many_pieces(variables):
   for accumulate in (1, 2):
     changes = []
     for gamma in (0.0, 10.0):
-      tx = optax.chain(sapr.add_partial_group_lasso(graph, gamma), optax.sgd(0.1))
+      tx = optax.chain(sapr.regularize_by_penalty(graph, gamma), optax.sgd(0.1))
       step = steps.weight_step(Tiny(), tx, PREPROCESSING, accumulate=accumulate)
       mapped = devices.MappedSteps(step, devices.data_mesh())
       ((after, _),) = mapped.run(jax.tree.map(jnp.copy, network_state(variables, tx)), shared, [np.arange(12)[None]])

@@ -11,7 +11,7 @@ from configs import default
 from sapr_jax import models
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import trace_channels
-from sapr_jax.method import check_budget
+from sapr_jax.method import check_budget, macs_budget
 from sapr_jax.training import workdir
 from sapr_jax.training.rounding import DEFAULT_ROUND_TO, default_round_to, resolve_round_to
 from sapr_jax.training.run import _with_first_rounding
@@ -47,7 +47,7 @@ def test_the_experiments_meet_their_budget_on_a_gpu(name, rounded):
   model, shape = models.create(config.model.name), (1, 32, 32, 3)
   graph = trace_channels(model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), shape)
   assert resolve_round_to(config.prune, graph, "gpu") == rounded
-  check_budget(graph, config.prune.p, round_to=rounded)
+  check_budget(graph, macs_budget(graph, config.prune.p), round_to=rounded)
 
 
 def test_a_budget_that_multiples_cannot_meet_is_met_without():

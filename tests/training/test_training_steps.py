@@ -121,7 +121,8 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   masks[name][1] = 0
   kernel = lambda params: np.asarray(params["stage1_block1"]["conv1"]["kernel"])  # noqa: E731
 
-  tx = optax.chain(optax.sgd(1e-3), sapr.partial_regularization(tiny.graph, 1e-3, gamma=50.0, weighting="share"))
+  prox = sapr.regularize_by_prox(tiny.graph, 1e-3, gamma=50.0, weighting=sapr.share_weights)
+  tx = optax.chain(optax.sgd(1e-3), prox)
   step = devices.MappedSteps(steps.weight_step(tiny.model, tx, PREPROCESSING), mesh)
 
   def stepped(masks):
