@@ -26,7 +26,7 @@ from benchmarks.measuring import record, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from benchmarks.training_pieces import pieces, weight_tx
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import ArchitectureGenerator, macs_penalty, sample_masks, split_by_group
+from sapr_jax.method import ArchitectureGenerator, budget_penalty, macs_budget, sample_masks, split_by_group
 from sapr_jax.training import cpu, state, steps
 
 IMAGES = pathlib.Path("docs/images")
@@ -172,7 +172,7 @@ def generator_functions(graph: ChannelGraph) -> dict[str, tuple[Callable[[Any], 
 
   def penalty(params: Any) -> jax.Array:
     masks = split_by_group(sample_masks(jax.random.key(1), outputs(params)), graph)
-    return macs_penalty(graph, masks, 0.5)
+    return budget_penalty(graph, masks, macs_budget(graph, 0.5))
 
   params = variables["params"]
   return {"generator": (lambda p: outputs(p).sum(), params), "generator_and_masks": (penalty, params)}

@@ -27,9 +27,10 @@ from benchmarks.measuring import median_ratio, positive, record_some, shown, tab
 from benchmarks.performance_page import provenance
 from sapr_jax.method import (
   ArchitectureGenerator,
-  add_partial_group_lasso,
-  partial_regularization,
+  macs_budget,
   project_to_budget,
+  regularize_by_penalty,
+  regularize_by_prox,
   split_by_group,
 )
 from sapr_jax.training import keep_memory, state, steps
@@ -136,9 +137,9 @@ def step_pieces(made: training_pieces.Pieces, p: float) -> dict[str, tuple[train
   """Returns name -> (pieces, step, its first carry) of all that runs on the device."""
   graph, params = made.graph, made.variables["params"]
   plain = training_pieces.weight_tx(None)
-  penalty = add_partial_group_lasso(graph, training_pieces.GAMMA)
+  penalty = regularize_by_penalty(graph, training_pieces.GAMMA)
   method = optax.chain(penalty, plain)
-  proximal = partial_regularization(
+  proximal = regularize_by_prox(
     graph, training_pieces.LEARNING_RATE, training_pieces.GAMMA, momentum=training_pieces.MOMENTUM
   )
   generator, generator_tx = ArchitectureGenerator.for_graph(graph), optax.adamw(1e-3, weight_decay=1e-2)
@@ -206,7 +207,8 @@ def masks_call(made: training_pieces.Pieces, p: float) -> Callable[[], Any]:
 
   def call() -> Any:
     scores = split_by_group(jax.device_get(outputs(variables)), made.graph)
-    return jax.block_until_ready(replicate(project_to_budget(made.graph, scores, p), made.mesh))
+    masks = project_to_budget(made.graph, scores, macs_budget(made.graph, p))
+    return jax.block_until_ready(replicate(masks, made.mesh))
 
   return call
 

@@ -296,7 +296,7 @@ def abstract_state(network: str) -> tuple[int, Any]:
   import optax
 
   from sapr_jax import models, trace_channels
-  from sapr_jax.method import ArchitectureGenerator, partial_regularization
+  from sapr_jax.method import ArchitectureGenerator, regularize_by_prox
   from sapr_jax.training import schedules, state
 
   config = read_config(network)
@@ -305,7 +305,7 @@ def abstract_state(network: str) -> tuple[int, Any]:
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
   graph = trace_channels(model, variables, (1, size, size, 3))
   tx = optax.chain(
-    schedules.sgd(config.train, optax.constant_schedule(0.1)), partial_regularization(graph, 0.1, 1e-3, momentum=0.9)
+    schedules.sgd(config.train, optax.constant_schedule(0.1)), regularize_by_prox(graph, 0.1, 1e-3, momentum=0.9)
   )
   generator = ArchitectureGenerator.for_graph(graph)
   generator_tx = optax.adamw(1e-3)
@@ -362,7 +362,7 @@ def measure_steps(devices: int, steps: int = 6) -> list[float]:
   import optax
 
   from sapr_jax import models, trace_channels
-  from sapr_jax.method import partial_regularization
+  from sapr_jax.method import regularize_by_prox
   from sapr_jax.training import state
   from sapr_jax.training import steps as training_steps
   from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
@@ -372,7 +372,7 @@ def measure_steps(devices: int, steps: int = 6) -> list[float]:
   model, shape = models.create("resnet20", num_classes=10), (1, 32, 32, 3)
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(shape))
   graph = trace_channels(model, variables, shape)
-  tx = optax.chain(optax.sgd(0.1, momentum=0.9), partial_regularization(graph, 0.1, 1e-3, momentum=0.9))
+  tx = optax.chain(optax.sgd(0.1, momentum=0.9), regularize_by_prox(graph, 0.1, 1e-3, momentum=0.9))
   preprocessing = training_steps.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=4, flip=True)
   mapped = MappedSteps(training_steps.weight_step(model, tx, preprocessing), mesh)
   rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sapr_jax import models, trace_channels
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import partial_regularization, project_to_budget
+from sapr_jax.method import macs_budget, project_to_budget, regularize_by_prox
 from sapr_jax.training import steps
 from sapr_jax.training.devices import data_mesh, replicate
 
@@ -59,14 +59,14 @@ def weight_tx(graph: ChannelGraph | None) -> optax.GradientTransformationExtraAr
   sgd = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
   if graph is None:
     return optax.with_extra_args_support(sgd)
-  return optax.chain(sgd, partial_regularization(graph, LEARNING_RATE, GAMMA, momentum=MOMENTUM))
+  return optax.chain(sgd, regularize_by_prox(graph, LEARNING_RATE, GAMMA, momentum=MOMENTUM))
 
 
 def random_masks(graph: ChannelGraph, p: float, *, round_to: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
   """Projects scores drawn from a normal distribution onto the budget: uneven widths, as a generator's are."""
   rng = np.random.default_rng(seed)
   scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
-  return project_to_budget(graph, scores, p, round_to=round_to)
+  return project_to_budget(graph, scores, macs_budget(graph, p), round_to=round_to)
 
 
 def random_variables(model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> Any:

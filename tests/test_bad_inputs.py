@@ -246,7 +246,7 @@ def project(p: Any = 0.5, scores: Callable[[dict[str, Any], str], Any] = lambda 
     graph = files.tiny.graph
     ranked = {group.name: np.arange(group.size, dtype=float) for group in graph.groups}
     scores(ranked, graph.groups[0].name)
-    return sapr.project_to_budget(graph, ranked, p, **limits)
+    return sapr.project_to_budget(graph, ranked, sapr.macs_budget(graph, p), **limits)
 
   return act
 
@@ -360,9 +360,9 @@ ROWS = [
   field("train.weight_decay", -1.0, r"train\.weight_decay=-1\.0 is out of range; expected a number of at least 0"),
   field("train.weight_decay_of", "bias", r"weight_decay_of='bias' is unknown; expected one of all, kernels, convol"),
   field("finetune.epochs", -1, r"finetune\.epochs=-1 is out of range; expected at least 0"),
-  field("prune.p", 0.0, r"p=0\.0 is not a share of the MACs to keep; expected 0 < p <= 1"),
-  field("prune.p", 1.01, r"p=1\.01 is not a share"),
-  field("prune.p", float("nan"), r"p=nan is not a share"),
+  field("prune.p", 0.0, r"p must be a number in \(0, 1\], got 0\.0"),
+  field("prune.p", 1.01, r"p must be a number in \(0, 1\], got 1\.01"),
+  field("prune.p", float("nan"), r"p must be a number in \(0, 1\], got nan"),
   field("prune.p", None, r"prune\.p=None is no number"),
   field("prune.start_epoch", 30, r"prune\.start_epoch=30 leaves no epoch .* expected 0 to train\.epochs - 1 = 29"),
   field("prune.gamma", -1e-3, r"prune\.gamma=-0\.001 is out of range"),
@@ -371,7 +371,7 @@ ROWS = [
   field("prune.hold_epoch", 7.5, r"prune\.hold_epoch=7\.5 is out of range"),
   field("generator.statistics", "mean", r"generator\.statistics='mean' is unknown; expected one of running, batch"),
   field("prune.form", "prox", r"prune\.form='prox' is unknown; expected one of penalty, proximal"),
-  field("prune.weighting", "sum", r"prune\.weighting='sum' is unknown; expected one of relative, share, uniform"),
+  field("prune.weighting", "sum", r"prune\.weighting='sum' is unknown; expected one of relative, share"),
   field("prune.select", "all", r"prune\.select='all' is unknown; expected one of blocks, unjoined, exact"),
   field("prune.min_width", 0, r"prune\.min_width=0 is out of range"),
   field("prune.round_to", 0, r"prune\.round_to=0 is out of range"),
@@ -391,19 +391,21 @@ ROWS = [
     "a config of one field", lambda f: training.run(ConfigDict({"seed": 0}), f.workdir), r"model\.name is missing in"
   ),
   # Budgets
-  Row("p too small", run_tiny(prune__p=1e-6), r"p=1e-06 cannot be met: the smallest widths .* already take 0\.31"),
-  Row("min_width too large", run_tiny(prune__min_width=16), r"p=0\.49 cannot be met: .*min_width=16"),
-  Row("round_to leaves all", run_tiny(prune__round_to=64), r"p=0\.49 cannot be met: .*round_to=64"),
-  Row("p of text", project("0.5"), r"p=0\.5 is not a share of the MACs"),
-  Row("p of two numbers", project(np.array([0.5, 0.6])), r"p=\[0\.5 0\.6\] is not a share of the MACs"),
-  Row("fractional min_width", project(min_width=1.5), r"min_width=1\.5 is out of range; expected a whole number"),
-  Row("round_to of zero", project(round_to=0), r"round_to=0 is out of range"),
-  Row("scores with NaN", project(scores=lambda s, n: s.update({n: np.full(4, np.nan)})), r"scores of .* hold a NaN"),
+  Row("p too small", run_tiny(prune__p=1e-6), r"The budget must be at least .* \(0\.31.* of all\)"),
+  Row("min_width too large", run_tiny(prune__min_width=16), r"smallest widths \(min_width=16, .*got .*\(0\.4900\)"),
+  Row("round_to leaves all", run_tiny(prune__round_to=64), r"smallest widths \(.*round_to=64\), got .*\(0\.4900\)"),
+  Row("p of text", project("0.5"), r"p must be a number in \(0, 1\], got 0\.5"),
+  Row("p of two numbers", project(np.array([0.5, 0.6])), r"p must be a number .*got \[0\.5 0\.6\]"),
+  Row("fractional min_width", project(min_width=1.5), r"min_width must be an integer of at least 1, got 1\.5"),
+  Row("round_to of zero", project(round_to=0), r"round_to must be an integer of at least 1, got 0"),
+  Row("scores with NaN", project(scores=lambda s, n: s.update({n: np.full(4, np.nan)})), r"scores of .* got a NaN"),
   Row(
-    "scores of another shape", project(scores=lambda s, n: s.update({n: np.ones(3)})), r"have shape \(3,\); expected"
+    "scores of another shape",
+    project(scores=lambda s, n: s.update({n: np.ones(3)})),
+    r"must have shape \(4,\), got \(3,\)",
   ),
-  Row("scores lack a group", project(scores=lambda s, n: s.pop(n)), r"scores misses the group 'stage1_block1/conv1'"),
-  Row("scores of no group", project(scores=lambda s, n: s.update(x=np.ones(3))), r"scores names an unknown group 'x'"),
+  Row("scores lack a group", project(scores=lambda s, n: s.pop(n)), r"got none for 'stage1_block1/conv1'"),
+  Row("scores of no group", project(scores=lambda s, n: s.update(x=np.ones(3))), r"got an unknown group 'x'"),
   # Masks
   Row(
     "a mask of another shape", prune(first=np.ones(3)), r"mask of group 'stage1_.*' must have shape \(4,\), got \(3,\)"
@@ -623,7 +625,7 @@ COMMANDS = [
   ([DIGITS, "surplus"], r"unexpected argument 'surplus'"),
   ([DIGITS, "--nonsense"], r"Unknown command line flag 'nonsense'"),
   ([DIGITS, "--config.model.nam=resnet8"], r'Did you mean "name"'),
-  ([DIGITS, "--config.prune.p=1.5"], r"p=1\.5 is not a share"),
+  ([DIGITS, "--config.prune.p=1.5"], r"p must be a number in \(0, 1\], got 1\.5"),
   ([DIGITS, "--config.train.epochs.x=1"], r"no such field.*train\.epochs\.x"),
   ([DIGITS, "--config.train=1"], r"--config\.train=1: .*not a dict"),
   ([DIGITS, "--config.train.epochs=many"], r"--config\.train\.epochs=many: invalid literal for int"),

@@ -14,16 +14,16 @@ README = (ROOT / "README.md").read_text()
 
 
 def run_example(page, folder):
-  """Runs the Python of a page as a script outside the package; returns its lines of output."""
-  (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-  (folder / "example.py").write_text(example)
+  """Runs the Python of a page as one script outside the package; returns its lines of output."""
+  examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+  (folder / "example.py").write_text("\n".join(examples))
   done = subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return done.stdout.splitlines()
 
 
 def test_the_example_of_the_readme(tmp_path):
-  difference, macs = run_example(README, tmp_path)[-2:]
+  *_, difference, macs = run_example(README, tmp_path)
   assert float(difference) < 1e-4
   dense, small = (int(number) for number in macs.split(" -> "))
   assert 0.4 * dense < small < 0.55 * dense
@@ -32,12 +32,14 @@ def test_the_example_of_the_readme(tmp_path):
 
 def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
-  dense, pruned = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)[-2:]
+  *_, dense, pruned, shares, time = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
   rows = [re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in (dense, pruned)]
   dense_macs, pruned_macs = (int(macs.replace(",", "")) for macs, _ in rows)
   assert 0.49 * dense_macs < pruned_macs < 0.52 * dense_macs
   dense_accuracy, pruned_accuracy = (float(accuracy) for _, accuracy in rows)
   assert dense_accuracy > 90 and pruned_accuracy > 75
+  assert all(0.45 < float(share) <= 0.5 for share in shares.split())
+  assert 2.0 < float(time.removesuffix(" ms")) <= 2.2
 
 
 def test_the_commands_name_fields_and_files_that_exist():

@@ -1,6 +1,20 @@
-"""The paper's method: generator, partial regularization, budget. Knows `channels`, nothing of data or devices."""
+"""The paper's method, and importances without learning: scores, costs, budgets, partial regularization.
 
-from sapr_jax.method.budget import check_budget, check_share, macs_penalty, project_to_budget
+Knows `channels`, nothing of data or devices.
+"""
+
+from sapr_jax.method.budget import (
+  Budget,
+  budget_penalty,
+  check_budget,
+  check_share,
+  macs_budget,
+  make_budget,
+  params_budget,
+  project_to_budget,
+)
+from sapr_jax.method.channel_norms import channel_norms
+from sapr_jax.method.cost import COSTS, Cost
 from sapr_jax.method.generator import (
   ArchitectureGenerator,
   keep_probability,
@@ -8,34 +22,62 @@ from sapr_jax.method.generator import (
   sample_masks,
   split_by_group,
 )
-from sapr_jax.method.regularization import (
-  PartialRegularizationState,
-  add_partial_group_lasso,
-  channel_norms,
-  group_weights,
-  partial_group_lasso,
-  partial_regularization,
-  prox_partial_group_lasso,
+from sapr_jax.method.importance import (
+  IMPORTANCES,
+  Scores,
+  batch_norm_scale,
+  l1_norm,
+  l2_norm,
+  rank_within_groups,
+  relative_to_group_mean,
+  taylor,
 )
-from sapr_jax.method.search import SearchMetrics, architecture_loss
+from sapr_jax.method.importance import random as random_scores
+from sapr_jax.method.regularization import (
+  Weighting,
+  partial_group_lasso,
+  prox_partial_group_lasso,
+  relative_weights,
+  share_weights,
+)
+from sapr_jax.method.search import SearchMetrics, SearchOptions, architecture_loss
+from sapr_jax.method.transforms import RegularizeByProxState, regularize_by_penalty, regularize_by_prox
 
 __all__ = [
+  "COSTS",
+  "IMPORTANCES",
   "ArchitectureGenerator",
-  "PartialRegularizationState",
+  "Budget",
+  "Cost",
+  "RegularizeByProxState",
+  "Scores",
   "SearchMetrics",
-  "add_partial_group_lasso",
+  "SearchOptions",
+  "Weighting",
   "architecture_loss",
+  "batch_norm_scale",
+  "budget_penalty",
   "channel_norms",
   "check_budget",
   "check_share",
-  "group_weights",
   "keep_probability",
-  "macs_penalty",
+  "l1_norm",
+  "l2_norm",
+  "macs_budget",
+  "make_budget",
   "most_likely_masks",
+  "params_budget",
   "partial_group_lasso",
-  "partial_regularization",
   "project_to_budget",
   "prox_partial_group_lasso",
+  "random_scores",
+  "rank_within_groups",
+  "regularize_by_penalty",
+  "regularize_by_prox",
+  "relative_to_group_mean",
+  "relative_weights",
   "sample_masks",
+  "share_weights",
   "split_by_group",
+  "taylor",
 ]

@@ -1,10 +1,11 @@
-"""The MACs budget: the penalty that leads the generator to it, and the projection that meets it."""
+"""A budget on what a sub-network costs: the penalty that leads the generator to it, the projection that meets it."""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,83 +13,213 @@ import numpy as np
 
 from sapr_jax.channels import ChannelGraph, Masks
 from sapr_jax.errors import InputError
+from sapr_jax.method.cost import COSTS, Cost
+
+_MACS_OF = {"prunable": "prunable_macs", "network": "macs"}
 
 
-def macs_penalty(graph: ChannelGraph, masks: Masks, p: float) -> jax.Array:
-  """Penalizes masks whose MACs exceed the budget.
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """An upper limit on a cost. `macs_budget`, `params_budget` and `make_budget` make one, and check it.
 
-      log(max(T, p T_total) / (p T_total))
+  Attributes:
+    cost: What is limited.
+    limit: The most that a sub-network may cost.
+    full: What the dense network costs.
+  """
 
-  where T are the MACs with `masks` of the layers that touch a channel group and T_total those of the dense network. It
-  is zero within the budget, and its gradient does not depend on the size of the network.
+  cost: Cost
+  limit: float
+  full: float
+
+  @property
+  def share(self) -> float:
+    """The limit as a share of the dense network's cost."""
+    return self.limit / self.full
+
+
+def macs_budget(
+  graph: ChannelGraph,
+  p: float | None = None,
+  *,
+  amount: float | None = None,
+  of: Literal["prunable", "network"] = "prunable",
+) -> Budget:
+  """Limits the multiply-accumulates for one image.
+
+  Args:
+    graph: The channel graph.
+    p: Share of the dense network's MACs to keep, in (0, 1].
+    amount: Number of MACs to keep, in place of `p`.
+    of: "prunable" counts the layers that touch a channel group, as the paper does; "network" counts all of them.
+
+  Raises:
+    InputError: If both or neither of `p` and `amount` are given, or one is out of range; see `make_budget`.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(2, (3, 3))])
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 10, 10, 3)))
+    >>> graph = sapr.trace_channels(model, variables, (1, 10, 10, 3), select="unjoined")
+    >>> sapr.macs_budget(graph, 0.5).limit
+    18000.0
+    >>> sapr.macs_budget(graph, amount=9_000, of="network").share
+    0.25
+  """
+  if of not in _MACS_OF:
+    raise InputError(f"of must be one of {', '.join(map(repr, _MACS_OF))}, got {of!r}.")
+  return make_budget(graph, _MACS_OF[of], share=p, amount=amount)
+
+
+def params_budget(graph: ChannelGraph, p: float | None = None, *, amount: float | None = None) -> Budget:
+  """Limits the number of parameters of the whole network, to the share `p` of the dense one's or to `amount`.
+
+  Raises:
+    InputError: If both or neither of `p` and `amount` are given, or one is out of range; see `make_budget`.
+  """
+  return make_budget(graph, "params", share=p, amount=amount)
+
+
+def make_budget(
+  graph: ChannelGraph, cost: str | Cost, share: float | None = None, amount: float | None = None
+) -> Budget:
+  """Limits any cost.
+
+  Args:
+    graph: The channel graph.
+    cost: A name in `COSTS`, or a cost of your own.
+    share: Share of the dense network's cost to keep, in (0, 1].
+    amount: The limit itself, in place of `share`.
+
+  Raises:
+    InputError: If `cost` is unknown, both or neither of `share` and `amount` are given, `share` is not in (0, 1],
+      `amount` exceeds the dense network's cost, or the limit is below the cost of one channel a group.
+  """
+  if isinstance(cost, str):
+    if cost not in COSTS:
+      raise InputError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}.")
+    cost = COSTS[cost](graph)
+  if (share is None) == (amount is None):
+    raise InputError(
+      f"A budget must be given as a share or as an amount, got {'neither' if share is None else 'both'}; write"
+      " macs_budget(graph, 0.5) or macs_budget(graph, amount=30e6)."
+    )
+  full = float(cost(graph.kept()))
+  if share is not None:
+    check_share(share)
+    limit = float(share) * full
+  else:
+    if not _is_number(amount) or not 0.0 < float(amount) <= full:  # type: ignore[arg-type]
+      raise InputError(f"amount must be above 0 and at most {_text(full)} {cost.name}, all there are, got {amount}.")
+    limit = float(amount)  # type: ignore[arg-type]
+  budget = Budget(cost, limit, full)
+  check_budget(graph, budget)
+  return budget
+
+
+def check_share(p: Any) -> None:
+  """Raises InputError unless p is a number in (0, 1]."""
+  if not _is_number(p) or not 0.0 < float(p) <= 1.0:
+    raise InputError(f"p must be a number in (0, 1], got {p}; it is the share of the cost to keep.")
+
+
+def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, round_to: int = 1) -> None:
+  """Checks that the smallest widths meet the budget; arguments as in `project_to_budget`.
+
+  Raises:
+    InputError: If `min_width` or `round_to` is not an integer of at least 1, or the smallest widths exceed the budget.
+  """
+  if not isinstance(budget, Budget):
+    raise InputError(f"budget must be a Budget, got {budget!r}; macs_budget(graph, 0.5) makes one of half the MACs.")
+  for name, value in (("min_width", min_width), ("round_to", round_to)):
+    if not isinstance(value, int | np.integer) or value < 1:
+      raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+  least = budget.cost(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups], np.int64))
+  if least > budget.limit:
+    raise InputError(
+      f"The budget must be at least {_text(least)} {budget.cost.name} ({least / budget.full:.4f} of all), the cost of"
+      f" the smallest widths (min_width={min_width}, round_to={round_to}), got {_text(budget.limit)}"
+      f" ({budget.share:.4f}); raise it, or lower min_width or round_to."
+    )
+
+
+def budget_penalty(graph: ChannelGraph, masks: Masks, budget: Budget) -> jax.Array:
+  """Penalizes masks whose cost exceeds the budget.
+
+      log(max(T, limit) / limit)
+
+  where T is the cost with `masks`. It is zero within the budget, and its gradient does not depend on the size of the
+  network.
 
   Args:
     graph: The channel graph.
     masks: Group name -> array `[group.size]`, differentiable.
-    p: Share of the prunable MACs to keep, in (0, 1].
+    budget: The budget; its limit may be traced.
 
   Returns:
     Scalar, at least 0.
 
   Raises:
-    InputError: If p is a number and not in (0, 1], or `masks` does not fit `graph`.
+    InputError: If `masks` does not fit `graph`.
   """
-  check_share(p)
-  budget = p * graph.prunable_macs()
-  return jnp.log(jnp.maximum(graph.prunable_macs(masks), budget) / budget)
+  return jnp.log(jnp.maximum(budget.cost(graph.kept(masks)), budget.limit) / budget.limit)
 
 
 def project_to_budget(
-  graph: ChannelGraph, scores: Mapping[str, Any], p: float, *, min_width: int = 1, round_to: int = 1
+  graph: ChannelGraph, scores: Mapping[str, Any], budget: Budget, *, min_width: int = 1, round_to: int = 1
 ) -> dict[str, np.ndarray]:
-  """Keeps the highest-ranked channels that the MACs budget allows.
+  """Keeps the highest-ranked channels that the budget allows.
 
   All channels of the network are ranked together by score. The threshold is lowered as far as the budget allows, and
   then single steps of the groups that still fit are added in order of rank, so that what is left of the budget is less
   than any group's next step.
 
+  The result never exceeds the budget, and no group could take one more step, whatever the cost. A cost that falls
+  somewhere as a width grows, as a measured latency may, can make the search stop at a higher threshold than need be.
+
   Args:
     graph: The channel graph.
-    scores: Group name -> `[group.size]`, higher is kept first: the generator's outputs.
-    p: Share of the prunable MACs to keep, in (0, 1].
+    scores: Group name -> `[group.size]`, higher is kept first: the generator's outputs, or one of `IMPORTANCES`.
+    budget: What the sub-network may cost.
     min_width: Channels that each group keeps at least (all of a group that has fewer).
     round_to: Widths are multiples of this, or the group's full size.
 
   Returns:
-    Group name -> 0/1 float32 array `[group.size]`, whose `graph.prunable_macs` is at most p times the dense one's.
+    Group name -> 0/1 float32 array `[group.size]`, whose cost is at most `budget.limit`.
 
   Raises:
-    InputError: If p is not in (0, 1], the scores do not fit `graph` or hold a NaN, `min_width` or `round_to` is below
-      1, or even the least widths exceed the budget.
+    InputError: If the scores do not fit `graph` or hold a NaN, `min_width` or `round_to` is not an integer of at least
+      1, or even the smallest widths exceed the budget.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)])
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 3)))
+    >>> graph = sapr.trace_channels(model, variables, (1, 3), select="unjoined")
+    >>> sapr.project_to_budget(graph, {"layers_0": [0.1, 0.4, 0.3, 0.2]}, sapr.macs_budget(graph, 0.5))
+    {'layers_0': array([0., 1., 1., 0.], dtype=float32)}
   """
-  check_budget(graph, p, min_width=min_width, round_to=round_to)
+  check_budget(graph, budget, min_width=min_width, round_to=round_to)
   _check_scores(graph, scores)
   ladders = [_widths(group.size, min_width, round_to) for group in graph.groups]
   order = [np.argsort(-np.asarray(scores[group.name], np.float64), kind="stable") for group in graph.groups]
   ranked = [np.asarray(scores[g.name], np.float64)[o] for g, o in zip(graph.groups, order, strict=True)]
-  budget = p * graph.prunable_macs()
-
-  def macs(steps: np.ndarray) -> int:
-    return graph.costs["prunable_macs"](np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)]))
-
-  steps = np.zeros(len(ladders), np.int64)
   # A step is taken at the score of the last channel that it adds.
-  prices = [
-    [scores_k[ladder[s + 1] - 1] for s in range(len(ladder) - 1)]
-    for ladder, scores_k in zip(ladders, ranked, strict=True)
-  ]
-  thresholds = np.unique([price for row in prices for price in row])[::-1]
-  low, high = 0, len(thresholds)  # keeping the steps of the first `low` thresholds fits
-  while low < high:
-    middle = (low + high + 1) // 2
-    if macs(_steps_above(prices, thresholds[middle - 1])) <= budget:
-      low = middle
-    else:
-      high = middle - 1
-  if low:
-    steps = _steps_above(prices, thresholds[low - 1])
-  while (step := _next_step(steps, prices, macs, budget)) is not None:
-    steps[step] += 1
+  prices = [s[np.array(ladder[1:], np.int64) - 1] for s, ladder in zip(ranked, ladders, strict=True)]
+
+  def fits(steps: np.ndarray) -> bool:
+    widths = np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)], np.int64)
+    return budget.cost(widths) <= budget.limit
+
+  steps = _steps_of_lowest_threshold(prices, fits)
+  while (group_index := _next_step(steps, prices, fits)) is not None:
+    steps[group_index] += 1
 
   masks = {}
   for group, ladder, chosen, taken in zip(graph.groups, ladders, order, steps, strict=True):
@@ -98,66 +229,57 @@ def project_to_budget(
   return masks
 
 
-def check_budget(graph: ChannelGraph, p: float, *, min_width: int = 1, round_to: int = 1) -> None:
-  """Checks that some masks meet the budget; arguments as in `project_to_budget`.
-
-  Raises:
-    InputError: If p is not in (0, 1], `min_width` or `round_to` is below 1, or the least widths exceed the budget.
-  """
-  check_share(p)
-  for name, value in (("min_width", min_width), ("round_to", round_to)):
-    if not isinstance(value, int | np.integer) or value < 1:
-      raise InputError(f"{name}={value!r} is out of range; expected a whole number of at least 1.")
-  least = graph.costs["prunable_macs"](
-    np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups])
-  )
-  if least > p * graph.prunable_macs():
-    raise InputError(
-      f"p={p} cannot be met: the smallest widths (min_width={min_width}, round_to={round_to}) already take"
-      f" {least / graph.prunable_macs():.4f} of the prunable MACs; raise p or lower min_width and round_to."
-    )
-
-
-def check_share(p: Any) -> None:
-  """Raises InputError unless p is in (0, 1]; a traced p is not looked at."""
-  if isinstance(p, jax.core.Tracer):
-    return
-  if jnp.ndim(p) or not isinstance(p, numbers.Real | np.ndarray | jax.Array) or not 0.0 < float(p) <= 1.0:
-    raise InputError(f"p={p} is not a share of the MACs to keep; expected 0 < p <= 1.")
-
-
-def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
-  if extra := sorted(map(str, set(scores) - {group.name for group in graph.groups})):
-    raise InputError(f"scores names an unknown group {extra[0]!r}; expected the names in graph.groups.")
-  for group in graph.groups:
-    if group.name not in scores:
-      raise InputError(f"scores misses the group {group.name!r}; expected one array for each of graph.groups.")
-    if np.shape(scores[group.name]) != (group.size,):
-      raise InputError(
-        f"The scores of group {group.name!r} have shape {np.shape(scores[group.name])}; expected ({group.size},)."
-      )
-    if np.isnan(scores[group.name]).any():
-      raise InputError(f"The scores of group {group.name!r} hold a NaN; the generator or what it learns from diverged.")
-
-
 def _widths(size: int, min_width: int, round_to: int) -> list[int]:
   """Returns the widths that a group may take, ascending."""
   widths = [width for width in range(min_width, size) if width % round_to == 0]
   return [*widths, size]
 
 
-def _steps_above(prices: list[list[float]], threshold: float) -> np.ndarray:
-  return np.array([sum(1 for price in row if price >= threshold) for row in prices], np.int64)
+def _steps_of_lowest_threshold(prices: Sequence[np.ndarray], fits: Callable[[np.ndarray], bool]) -> np.ndarray:
+  """Returns how many steps each group takes at the lowest threshold that fits; none at all if no threshold does."""
+  thresholds = np.unique(np.concatenate(prices))[::-1]
+
+  def steps_above(count: int) -> np.ndarray:
+    return np.array([np.sum(row >= thresholds[count - 1]) if count else 0 for row in prices], np.int64)
+
+  low, high = 0, len(thresholds)  # taking the steps of the first `low` thresholds fits
+  while low < high:
+    middle = (low + high + 1) // 2
+    if fits(steps_above(middle)):
+      low = middle
+    else:
+      high = middle - 1
+  return steps_above(low)
 
 
-def _next_step(
-  steps: np.ndarray, prices: list[list[float]], macs: Callable[[np.ndarray], int], budget: float
-) -> int | None:
+def _next_step(steps: np.ndarray, prices: Sequence[np.ndarray], fits: Callable[[np.ndarray], bool]) -> int | None:
   """Returns the group whose next step has the highest score among those that fit."""
   candidates = sorted((k for k, row in enumerate(prices) if steps[k] < len(row)), key=lambda k: -prices[k][steps[k]])
   for k in candidates:
     trial = steps.copy()
     trial[k] += 1
-    if macs(trial) <= budget:
+    if fits(trial):
       return k
   return None
+
+
+def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
+  if extra := sorted(map(str, set(scores) - {group.name for group in graph.groups})):
+    raise InputError(f"scores must name the groups in graph.groups, got an unknown group {extra[0]!r}.")
+  for group in graph.groups:
+    if group.name not in scores:
+      raise InputError(f"scores must have one array for each of graph.groups, got none for {group.name!r}.")
+    shape = np.shape(scores[group.name])
+    if shape != (group.size,):
+      raise InputError(f"The scores of group {group.name!r} must have shape ({group.size},), got {shape}.")
+    if np.isnan(scores[group.name]).any():
+      raise InputError(f"The scores of group {group.name!r} must be numbers, got a NaN; what they come from diverged.")
+
+
+def _is_number(value: Any) -> bool:
+  return jnp.ndim(value) == 0 and isinstance(value, numbers.Real | np.ndarray | jax.Array)
+
+
+def _text(amount: float) -> str:
+  """Writes an amount of any cost: MACs in full, milliseconds with their decimals."""
+  return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"

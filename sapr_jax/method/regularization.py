@@ -1,57 +1,60 @@
 """Partial regularization: a group lasso on the channels that the masks drop, and on no others.
 
+`partial_group_lasso` is the penalty, `prox_partial_group_lasso` its proximal operator; `transforms` makes an optax
+transform of either.
+
 References:
   Gao et al., ICCV 2023, supplement B, Eq. 2.
 """
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks, map_members
+from sapr_jax.channels import ChannelGraph, Masks, Member, map_members
 from sapr_jax.errors import InputError
+from sapr_jax.method.channel_norms import channel_norms, is_kernel, output_first, safe_sqrt, sum_by_channel
 
 Params = TypeVar("Params")
-Weighting = Literal["share", "relative", "uniform"]
+Weighting = Callable[[jax.Array], jax.Array]
+"""Number of dropped channels of each group, `[K]` -> weight of each group in Eq. 2, `[K]`."""
 
 
-def group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting = "relative") -> dict[str, jax.Array]:
-  """Returns the factor of each group in Eq. 2.
+def relative_weights(dropped: jax.Array) -> jax.Array:
+  """Returns N_k / N with N the mean of the N_k: weights whose mean is 1.
 
-  Args:
-    graph: The channel graph.
-    masks: Group name -> 0/1 array `[group.size]`.
-    weighting: With N_k the number of channels that group k drops and K the number of groups: "relative" is N_k / N with
-      N the mean of the N_k; "share" is N_k / N with N their sum, K times less; "uniform" is 1 / K. The paper leaves N
-      open; docs/method.md says why the mean is the default.
+  The paper leaves N open; docs/method.md says why the mean is the default. If nothing is dropped, all weights are 0.
 
-  Returns:
-    Group name -> scalar.
-
-  Raises:
-    InputError: If `weighting` is unknown or `masks` does not fit `graph`.
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> sapr.relative_weights(jnp.array([2.0, 0.0, 4.0]))
+    Array([1., 0., 2.], dtype=float32)
   """
-  if weighting not in ("share", "relative", "uniform"):
-    raise InputError(f"weighting={weighting!r} is unknown; expected share, relative or uniform.")
-  check_masks(graph, masks)
-  num_groups = len(graph.groups)
-  if weighting == "uniform":
-    return {group.name: jnp.full((), 1.0 / num_groups) for group in graph.groups}
-  dropped = {group.name: group.size - jnp.sum(jnp.asarray(masks[group.name])) for group in graph.groups}
-  total = sum(dropped.values())
-  scale = num_groups if weighting == "relative" else 1.0
-  # Nothing dropped: all weights are zero, not 0 / 0.
-  return {name: scale * count / jnp.maximum(total, 1.0) for name, count in dropped.items()}
+  return dropped.size * dropped / _sum_of_all(dropped)
+
+
+def share_weights(dropped: jax.Array) -> jax.Array:
+  """Returns N_k / N with N the sum of the N_k: weights whose sum is 1, K times less than `relative_weights`.
+
+  If nothing is dropped, all weights are 0.
+  """
+  return dropped / _sum_of_all(dropped)
+
+
+def _sum_of_all(dropped: jax.Array) -> jax.Array:
+  """Returns the divisor of each weight, `[K]`: the sum of `dropped`, at least 1."""
+  total = jnp.maximum(jnp.sum(dropped), 1.0)
+  # Without the barrier XLA would multiply by 1 / total, which rounds twice.
+  return jax.lax.optimization_barrier(jnp.broadcast_to(total, dropped.shape))
 
 
 def partial_group_lasso(
-  params: Any, graph: ChannelGraph, masks: Masks, *, weighting: Weighting = "relative"
+  params: Any, graph: ChannelGraph, masks: Masks, *, weighting: Weighting = relative_weights
 ) -> jax.Array:
   """Sums the norms of the channels that `masks` drops.
 
@@ -66,7 +69,7 @@ def partial_group_lasso(
     params: Parameters of the dense network.
     graph: Which axis of which parameter belongs to which channel group.
     masks: Group name -> 0/1 array `[group.size]`; 1 keeps the channel.
-    weighting: The factor of each group, see `group_weights`.
+    weighting: N_k of each group `[K]` -> N_k / N, or any other weights `[K]`.
 
   Returns:
     Scalar, not yet multiplied by gamma.
@@ -75,10 +78,23 @@ def partial_group_lasso(
     InputError: If `masks` misses a group, names an unknown one, or has an entry that is not `[group.size]`; the message
       names the group and both shapes.
 
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(2, use_bias=False), nn.relu, nn.Dense(1, use_bias=False)])
+    >>> params = {
+    ...   "layers_0": {"kernel": jnp.array([[3.0, 1.0], [4.0, 0.0]])},
+    ...   "layers_2": {"kernel": jnp.array([[2.0], [6.0]])},
+    ... }
+    >>> graph = sapr.trace_channels(model, {"params": params}, (1, 2), select="unjoined")
+    >>> sapr.partial_group_lasso(params, graph, {"layers_0": jnp.array([0.0, 1.0])})  # ||(3, 4)|| + ||(2)||
+    Array(7., dtype=float32)
+
   References:
     Gao et al., ICCV 2023, supplement B, Eq. 2.
   """
-  weights = group_weights(graph, masks, weighting)
+  weights = _group_weights(graph, masks, weighting)
   norms = channel_norms(params, graph)
   return sum(
     (weights[group.name] * jnp.sum((1.0 - jnp.asarray(masks[group.name])) * norm)
@@ -88,7 +104,12 @@ def partial_group_lasso(
 
 
 def prox_partial_group_lasso(
-  params: Params, graph: ChannelGraph, masks: Masks, step_size: Any, *, weighting: Weighting = "relative"
+  params: Params,
+  graph: ChannelGraph,
+  masks: Masks,
+  step_size: float | jax.Array,
+  *,
+  weighting: Weighting = relative_weights,
 ) -> Params:
   """Applies the proximal operator of `step_size * partial_group_lasso`: shrinks dropped channels toward zero.
 
@@ -103,7 +124,7 @@ def prox_partial_group_lasso(
     graph: Which axis of which parameter belongs to which channel group.
     masks: Group name -> 0/1 array `[group.size]`; 1 keeps the channel.
     step_size: The optimizer's effective learning rate times gamma.
-    weighting: The factor of each group, see `group_weights`.
+    weighting: N_k of each group `[K]` -> N_k / N, or any other weights `[K]`.
 
   Returns:
     New parameters.
@@ -114,192 +135,34 @@ def prox_partial_group_lasso(
   References:
     Gao et al., ICCV 2023, supplement B, Eq. 2; Yuan and Lin, 2006, for the operator.
   """
-  weights = group_weights(graph, masks, weighting)
+  weights = _group_weights(graph, masks, weighting)
 
   def shrink(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
-    for name, member in _kernel_axes(members):
-      scale = _shrinkage(kernel, member, jnp.asarray(masks[name]), step_size * weights[name])
-      kernel = jnp.where(scale == 1.0, kernel, kernel * scale)
+    for name, member in output_first(members):
+      if is_kernel(member):
+        scale = _shrinkage(kernel, member, jnp.asarray(masks[name]), step_size * weights[name])
+        kernel = jnp.where(scale == 1.0, kernel, kernel * scale)
     return kernel
 
   return map_members(shrink, params, graph)
 
 
-class PartialRegularizationState(NamedTuple):
-  """State of `partial_regularization`.
-
-  Attributes:
-    step: Number of steps taken, int32 scalar.
-  """
-
-  step: jax.Array
-
-
-def add_partial_group_lasso(
-  graph: ChannelGraph, gamma: float, *, weighting: Weighting = "relative"
-) -> optax.GradientTransformationExtraArgs:
-  """An optax transform that adds the gradient of `gamma * partial_group_lasso` to the gradients.
-
-  As if the penalty were a term of the loss: put it first in a chain, as `optax.add_decayed_weights`, and pass the masks
-  to `update`; without masks it does nothing. The weights of dropped channels end oscillating about zero, with an
-  amplitude of about learning_rate / (1 - momentum) * gamma. `partial_regularization` is the proximal form, which makes
-  them exactly zero; from there, a channel that later masks keep has almost no gradient to come back with.
-  docs/method.md compares the two. An optimizer that rescales gradients, such as Adam, rescales this one too: there the
-  proximal form keeps the meaning of gamma.
-
-  Args:
-    graph: The channel graph of the network.
-    gamma: Strength of the regularization.
-    weighting: The factor of each group, see `group_weights`.
-
-  Returns:
-    A transform whose `update(grads, state, params, masks=masks)` returns the gradients of loss and penalty; `params` is
-    the whole tree that the graph was traced with.
-
-  Raises:
-    InputError: If gamma is negative or not a number.
-
-  Example:
-    >>> tx = optax.chain(add_partial_group_lasso(graph, gamma=5e-4), optax.sgd(0.1, momentum=0.9))
-    >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
-  """
-  _check_gamma(gamma)
-
-  def init(params: Any) -> optax.EmptyState:
-    del params
-    return optax.EmptyState()
-
-  def update(
-    updates: Any, state: optax.EmptyState, params: Any = None, *, masks: Masks | None = None, **extra: Any
-  ) -> tuple[Any, optax.EmptyState]:
-    del extra
-    if masks is None:
-      return updates, state
-    if params is None:
-      raise InputError("add_partial_group_lasso needs the parameters: tx.update(grads, state, params, masks=masks).")
-
-    def penalty(params: Any) -> jax.Array:
-      return gamma * partial_group_lasso(params, graph, masks, weighting=weighting)
-
-    def add(update: Any, slope: Any) -> Any:
-      # As in optax: a parameter may have no gradient, and one of integers has none of its own.
-      return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
-
-    gradient = jax.grad(penalty, allow_int=True)(params)
-    return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
-
-  return optax.GradientTransformationExtraArgs(init, update)
+def _group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting) -> dict[str, jax.Array]:
+  """Returns group name -> its weight, scalar."""
+  if not callable(weighting):
+    raise InputError(
+      f"weighting must be a function of the numbers of dropped channels, got {weighting!r}; pass"
+      " sapr_jax.relative_weights or sapr_jax.share_weights."
+    )
+  dropped = jnp.asarray(graph.kept(), jnp.float32) - jnp.asarray(graph.kept(masks), jnp.float32)
+  weights = jnp.asarray(weighting(dropped))
+  if weights.shape != dropped.shape:
+    raise InputError(f"weighting must return one weight for each group, {dropped.shape}, got shape {weights.shape}.")
+  return {group.name: weights[k] for k, group in enumerate(graph.groups)}
 
 
-def partial_regularization(
-  graph: ChannelGraph,
-  learning_rate: float | Callable[[Any], Any],
-  gamma: float,
-  *,
-  momentum: float = 0.0,
-  weighting: Weighting = "relative",
-) -> optax.GradientTransformationExtraArgs:
-  """The proximal form: an optax transform that applies the proximal step after the optimizer's own.
-
-  Put it last in a chain and pass the masks to `update`; without masks it does nothing. The threshold follows the
-  effective learning rate, `learning_rate / (1 - momentum)`: a penalty in the loss would go through the momentum buffer,
-  and gamma shall mean the same in both forms. After an optimizer whose momentum is a mean of gradients,
-  such as Adam, leave `momentum` at 0.
-
-  Args:
-    graph: The channel graph of the network.
-    learning_rate: The optimizer's learning rate: a number or a schedule of the step.
-    gamma: Strength of the regularization.
-    momentum: The optimizer's momentum.
-    weighting: The factor of each group, see `group_weights`.
-
-  Returns:
-    A transform whose `update(updates, state, params, masks=masks)` returns the updates that lead to the shrunk weights.
-
-  Raises:
-    InputError: If gamma is negative or not a number, or momentum is not in [0, 1).
-
-  Example:
-    >>> tx = optax.chain(
-    ...   optax.sgd(0.1, momentum=0.9), partial_regularization(graph, 0.1, gamma=5e-4, momentum=0.9)
-    ... )
-    >>> updates, opt_state = tx.update(grads, opt_state, params, masks=masks)
-  """
-  _check_gamma(gamma)
-  if not 0 <= momentum < 1:
-    raise InputError(f"momentum={momentum} is out of range; expected a number in [0, 1).")
-
-  def init(params: Any) -> PartialRegularizationState:
-    del params
-    return PartialRegularizationState(jnp.zeros((), jnp.int32))
-
-  def update(
-    updates: Any, state: PartialRegularizationState, params: Any = None, *, masks: Masks | None = None, **extra: Any
-  ) -> tuple[Any, PartialRegularizationState]:
-    del extra
-    new_state = PartialRegularizationState(optax.safe_increment(state.step))
-    if masks is None:
-      return updates, new_state
-    if params is None:
-      raise InputError("partial_regularization needs the parameters: tx.update(updates, state, params, masks=masks).")
-    rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-    moved = optax.apply_updates(params, updates)
-    step_size = rate / (1.0 - momentum) * gamma
-    shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)
-    # What the operator left alone keeps its update bit for bit.
-    updates = jax.tree.map(lambda u, p, m, s: jnp.where(s == m, u, s - p), updates, params, moved, shrunk)
-    return updates, new_state
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_gamma(gamma: Any) -> None:
-  if isinstance(gamma, numbers.Real) and not float(gamma) >= 0:  # a traced one cannot be checked
-    raise InputError(f"gamma={gamma} is out of range; expected at least 0.")
-
-
-def channel_norms(params: Any, graph: ChannelGraph) -> dict[str, list[jax.Array]]:
-  """Returns the Euclidean norm of each channel in each kernel of its group.
-
-  Returns:
-    Group name -> one array `[group.size]` for each regularized kernel, producers and readers.
-  """
-  norms: dict[str, list[jax.Array]] = {group.name: [] for group in graph.groups}
-
-  def note(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
-    for name, member in _kernel_axes(members):
-      norms[name].append(_safe_sqrt(_sum_of_squares(kernel, member)))
-    return kernel
-
-  map_members(note, params, graph)
-  return norms
-
-
-def _kernel_axes(members: Sequence[tuple[str, Member]]) -> list[tuple[str, Member]]:
-  """Returns the regularized axes of a parameter, output axes first; none if it is not a kernel."""
-  kernels = [(name, member) for name, member in members if member.role in ("in", "out")]
-  return sorted(kernels, key=lambda entry: entry[1].role != "out")
-
-
-def _sum_of_squares(kernel: jax.Array, member: Member) -> jax.Array:
-  """Returns `[group.size]`: the squared norm of each channel's slice."""
-  others = tuple(axis for axis in range(kernel.ndim) if axis != member.axis)
-  squares = jnp.sum(jnp.square(kernel), axis=others)
-  if member.is_whole_axis:
-    return squares
-  size = int(member.channels.max()) + 1
-  # Entries of no channel (-1) are collected in one segment more, and left out.
-  return jax.ops.segment_sum(squares, jnp.where(member.channels < 0, size, member.channels), size + 1)[:size]
-
-
-def _safe_sqrt(squares: jax.Array) -> jax.Array:
-  """Square root with gradient zero at zero."""
-  positive = squares > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
-
-
-def _shrinkage(kernel: jax.Array, member: Member, mask: jax.Array, threshold: Any) -> jax.Array:
+def _shrinkage(kernel: jax.Array, member: Member, mask: jax.Array, threshold: jax.Array) -> jax.Array:
   """Returns the factors that the proximal operator multiplies with, shaped to broadcast; exactly 1 where kept."""
-  norms = _safe_sqrt(_sum_of_squares(kernel, member))
+  norms = safe_sqrt(sum_by_channel(jnp.square(kernel), member))
   factors = jnp.maximum(0.0, 1.0 - threshold / jnp.where(norms > 0, norms, 1.0))
   return member.along_axis(jnp.where(mask > 0, 1.0, factors).astype(kernel.dtype), 1.0)

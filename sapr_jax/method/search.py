@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import jax
 
 from sapr_jax.channels import ChannelGraph, Masks
-from sapr_jax.method.budget import macs_penalty
+from sapr_jax.method.budget import Budget, budget_penalty
 from sapr_jax.method.generator import ArchitectureGenerator, sample_masks, split_by_group
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+  """Constants of the search.
+
+  Attributes:
+    budget: What the sub-network may cost.
+    budget_weight: lambda, the weight of `budget_penalty`.
+    bias: b of Eq. 1.
+    temperature: tau of Eq. 1.
+  """
+
+  budget: Budget
+  budget_weight: float = 4.0
+  bias: float = 3.0
+  temperature: float = 0.4
 
 
 @flax.struct.dataclass
 class SearchMetrics:
-  """What `architecture_loss` is made of.
+  """Parts of `architecture_loss`.
 
   Attributes:
     loss: The loss of the sampled sub-network, scalar.
-    macs_share: Its share of the prunable MACs, scalar.
+    cost_share: Its cost, as a share of the dense network's; scalar.
   """
 
   loss: jax.Array
-  macs_share: jax.Array
+  cost_share: jax.Array
 
 
 def architecture_loss(
   generator: ArchitectureGenerator,
-  variables: Any,
+  variables: Mapping[str, Any],
   graph: ChannelGraph,
   loss_fn: Callable[[Masks], jax.Array],
   key: jax.Array,
-  *,
-  p: float,
-  macs_weight: float = 4.0,
-  bias: float = 3.0,
-  temperature: float = 0.4,
+  options: SearchOptions,
 ) -> tuple[jax.Array, SearchMetrics]:
-  """Draws a sub-network and says how good and how cheap it is.
+  """Draws a sub-network and computes how good and how cheap it is.
 
-      loss_fn(v) + lambda log(max(T(v), p T_total) / (p T_total)),   v drawn by Eq. 1
+      loss_fn(v) + lambda log(max(T(v), limit) / limit),   v drawn by Eq. 1
 
   Differentiate it with respect to `variables["params"]`; the weights of the network stay as they are.
 
@@ -50,19 +64,33 @@ def architecture_loss(
     graph: The channel graph of the network.
     loss_fn: Masks -> the loss of the sub-network on a batch, scalar, without a change of anything; see `masked_apply`.
     key: Randomness of the draw.
-    p: Share of the prunable MACs to keep, in (0, 1].
-    macs_weight: lambda.
-    bias: b of Eq. 1.
-    temperature: tau of Eq. 1.
+    options: Budget and constants.
 
   Returns:
     (the objective, its parts).
 
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)]), jnp.ones((8, 2))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> graph = sapr.trace_channels(model, variables, (1, 2), select="unjoined")
+    >>> generator = sapr.ArchitectureGenerator.for_graph(graph)
+    >>> agn = generator.init(jax.random.key(1))
+    >>> loss_fn = lambda masks: jnp.mean(sapr.masked_apply(model, variables, graph, masks, x) ** 2)
+    >>> options = sapr.SearchOptions(sapr.macs_budget(graph, 0.5))
+    >>> loss, metrics = sapr.architecture_loss(generator, agn, graph, loss_fn, jax.random.key(2), options)
+    >>> float(metrics.cost_share)
+    1.0
+
   References:
-    Gao et al., ICCV 2023, supplement A, Eq. 1; `macs_penalty` for the second term.
+    Gao et al., ICCV 2023, supplement A, Eq. 1; `budget_penalty` for the second term.
   """
   outputs: Any = generator.apply(variables)
-  masks = split_by_group(sample_masks(key, outputs, bias=bias, temperature=temperature), graph)
+  masks = split_by_group(sample_masks(key, outputs, bias=options.bias, temperature=options.temperature), graph)
   loss = loss_fn(masks)
-  share = graph.prunable_macs(masks) / graph.prunable_macs()
-  return loss + macs_weight * macs_penalty(graph, masks, p), SearchMetrics(loss, share)
+  budget = options.budget
+  share = budget.cost(graph.kept(masks)) / budget.full
+  return loss + options.budget_weight * budget_penalty(graph, masks, budget), SearchMetrics(loss, share)

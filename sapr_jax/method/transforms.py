@@ -1,0 +1,177 @@
+"""The partial group lasso as an optax transform, in two forms of one thing: by its penalty and by its prox.
+
+`regularize_by_penalty` stands before the optimizer and adds a gradient; `regularize_by_prox` stands after it and
+shrinks weights. gamma means the same in both. docs/method.md compares them.
+
+References:
+  Gao et al., ICCV 2023, supplement B, Eq. 2.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sapr_jax.channels import ChannelGraph, Masks
+from sapr_jax.errors import InputError
+from sapr_jax.method.regularization import (
+  Weighting,
+  partial_group_lasso,
+  prox_partial_group_lasso,
+  relative_weights,
+)
+
+
+def regularize_by_penalty(
+  graph: ChannelGraph, gamma: float | jax.Array, *, weighting: Weighting = relative_weights
+) -> optax.GradientTransformationExtraArgs:
+  """Regularizes by the penalty: adds the gradient of `gamma * partial_group_lasso` to the gradients.
+
+  As if the penalty were a term of the loss: put it first in a chain, as `optax.add_decayed_weights`, and pass the masks
+  to `update`; without masks it does nothing. The weights of dropped channels end oscillating about zero, with an
+  amplitude of about learning_rate / (1 - momentum) * gamma. An optimizer that rescales gradients, such as Adam,
+  rescales this one too. `regularize_by_prox` is the other form: it keeps the meaning of gamma with such an optimizer
+  and makes weights exactly zero, but a channel that later masks keep then has almost no gradient to come back with.
+
+  Args:
+    graph: The channel graph of the network.
+    gamma: Strength of the regularization.
+    weighting: The weight of each group, see `partial_group_lasso`.
+
+  Returns:
+    A transform whose `update(grads, state, params, masks=masks)` returns the gradients of loss and penalty; `params` is
+    the whole tree that the graph was traced with.
+
+  Raises:
+    InputError: If gamma is negative or not a number.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(2, use_bias=False), nn.relu, nn.Dense(1, use_bias=False)])
+    >>> params = {"layers_0": {"kernel": jnp.ones((1, 2))}, "layers_2": {"kernel": jnp.ones((2, 1))}}
+    >>> graph = sapr.trace_channels(model, {"params": params}, (1, 1), select="unjoined")
+    >>> tx = optax.chain(sapr.regularize_by_penalty(graph, gamma=0.25), optax.sgd(1.0))
+    >>> grads, masks = optax.tree.zeros_like(params), {"layers_0": jnp.array([1.0, 0.0])}
+    >>> updates, opt_state = tx.update(grads, tx.init(params), params, masks=masks)
+    >>> optax.apply_updates(params, updates)["layers_0"]["kernel"]
+    Array([[1.  , 0.75]], dtype=float32)
+  """
+  _check_gamma(gamma)
+
+  def init(params: Any) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+  def update(
+    updates: Any, state: optax.EmptyState, params: Any = None, *, masks: Masks | None = None, **extra: Any
+  ) -> tuple[Any, optax.EmptyState]:
+    del extra
+    if masks is None:
+      return updates, state
+    if params is None:
+      raise InputError("regularize_by_penalty needs the parameters: tx.update(grads, state, params, masks=masks).")
+
+    def penalty(params: Any) -> jax.Array:
+      return gamma * partial_group_lasso(params, graph, masks, weighting=weighting)
+
+    def add(update: Any, slope: Any) -> Any:
+      # As in optax: a parameter may have no gradient, and one of integers has none of its own.
+      return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
+
+    gradient = jax.grad(penalty, allow_int=True)(params)
+    return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+class RegularizeByProxState(NamedTuple):
+  """State of `regularize_by_prox`.
+
+  Attributes:
+    step: Number of steps taken, int32 scalar.
+  """
+
+  step: jax.Array
+
+
+def regularize_by_prox(
+  graph: ChannelGraph,
+  learning_rate: float | Callable[[Any], Any],
+  gamma: float | jax.Array,
+  *,
+  momentum: float = 0.0,
+  weighting: Weighting = relative_weights,
+) -> optax.GradientTransformationExtraArgs:
+  """Regularizes by the proximal operator: applies `prox_partial_group_lasso` after the optimizer's own step.
+
+  Put it last in a chain and pass the masks to `update`; without masks it does nothing. The threshold follows the
+  effective learning rate, `learning_rate / (1 - momentum)`: in `regularize_by_penalty`, the other form, the gradient
+  goes through the momentum buffer, and gamma shall mean the same in both. After an optimizer whose momentum is a mean
+  of gradients, such as Adam, leave `momentum` at 0.
+
+  Args:
+    graph: The channel graph of the network.
+    learning_rate: The optimizer's learning rate: a number or a schedule of the step.
+    gamma: Strength of the regularization.
+    momentum: The optimizer's momentum.
+    weighting: The weight of each group, see `partial_group_lasso`.
+
+  Returns:
+    A transform whose `update(updates, state, params, masks=masks)` returns the updates that lead to the shrunk weights.
+
+  Raises:
+    InputError: If gamma is negative or not a number, or momentum is not in [0, 1).
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(2, use_bias=False), nn.relu, nn.Dense(1, use_bias=False)])
+    >>> params = {"layers_0": {"kernel": jnp.ones((1, 2))}, "layers_2": {"kernel": jnp.ones((2, 1))}}
+    >>> graph = sapr.trace_channels(model, {"params": params}, (1, 1), select="unjoined")
+    >>> tx = optax.chain(optax.sgd(1.0), sapr.regularize_by_prox(graph, 1.0, gamma=0.25))
+    >>> grads, masks = optax.tree.zeros_like(params), {"layers_0": jnp.array([1.0, 0.0])}
+    >>> updates, opt_state = tx.update(grads, tx.init(params), params, masks=masks)
+    >>> optax.apply_updates(params, updates)["layers_0"]["kernel"]
+    Array([[1.  , 0.75]], dtype=float32)
+  """
+  _check_gamma(gamma)
+  if not 0 <= momentum < 1:
+    raise InputError(f"momentum must be in [0, 1), got {momentum}; give the momentum of the optimizer before it.")
+
+  def init(params: Any) -> RegularizeByProxState:
+    del params
+    return RegularizeByProxState(jnp.zeros((), jnp.int32))
+
+  def update(
+    updates: Any, state: RegularizeByProxState, params: Any = None, *, masks: Masks | None = None, **extra: Any
+  ) -> tuple[Any, RegularizeByProxState]:
+    del extra
+    new_state = RegularizeByProxState(optax.safe_increment(state.step))
+    if masks is None:
+      return updates, new_state
+    if params is None:
+      raise InputError("regularize_by_prox needs the parameters: tx.update(updates, state, params, masks=masks).")
+    rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+    moved = optax.apply_updates(params, updates)
+    step_size = rate / (1.0 - momentum) * gamma
+    shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)
+    # Whatever the operator left alone keeps its update bit for bit.
+    updates = jax.tree.map(lambda u, p, m, s: jnp.where(s == m, u, s - p), updates, params, moved, shrunk)
+    return updates, new_state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_gamma(gamma: float | jax.Array) -> None:
+  if isinstance(gamma, numbers.Real) and not float(gamma) >= 0:  # a traced one cannot be checked
+    raise InputError(f"gamma must be at least 0, got {gamma}.")
