@@ -48,7 +48,7 @@ def train_weights(
     The state after the epoch.
   """
   epoch = position.epoch
-  order = data.epoch_batches(setup.feed.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, stream=stream)
+  order = data.epoch_batches(setup.feed.num_train, phase.batch_size, seed=setup.config.seed, epoch=epoch, purpose=stream)
   calls = setup.feed.training(order, stream=stream, epoch=epoch, first=position.step)
   shared = dataclasses.replace(setup.feed.train, key=replicate(setup.key(stream), setup.mesh), masks=masks)
   for state, metrics in steps.run(network, shared, calls):
@@ -68,7 +68,7 @@ def train_generator(
   """
   batch_size = setup.config.generator.batch_size
   order = data.epoch_batches(
-    len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, stream=setup_lib.GENERATOR
+    len(setup.generator_images), batch_size, seed=setup.config.seed, epoch=epoch, purpose=setup_lib.GENERATOR
   )
   calls = setup.feed.training(setup.generator_images[order], stream=setup_lib.GENERATOR, epoch=epoch)
   key = replicate(setup.key(setup_lib.GENERATOR), setup.mesh)
@@ -115,7 +115,7 @@ def renew_statistics(
   size, stream = setup.config.train.batch_size, setup_lib.STATISTICS
   per_epoch = setup.steps_per_epoch(setup.config.train)
   orders = [
-    data.epoch_batches(setup.feed.num_train, size, seed=setup.config.seed, epoch=epoch, stream=stream)
+    data.epoch_batches(setup.feed.num_train, size, seed=setup.config.seed, epoch=epoch, purpose=stream)
     for epoch in range(-(-batches // per_epoch))
   ]
   calls = setup.feed.training(np.concatenate(orders)[:batches], stream=stream, epoch=0)

@@ -56,14 +56,7 @@ class ResidentFeed:
   """The whole data set on every device, as uint8: a batch is an array of indices, and a call runs many steps."""
 
   def __init__(self, config: Any, mesh: Mesh):
-    dataset = data.load_dataset(
-      config.data.source,
-      name=config.data.name,
-      path=config.data.path,
-      train_images=config.data.train_images,
-      test_images=config.data.test_images,
-      seed=config.seed,
-    )
+    dataset = data.load_dataset(_spec(config))
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, dataset.image_shape
     mean, std = dataset.channel_statistics()
@@ -103,14 +96,7 @@ class StreamedFeed:
 
   def __init__(self, config: Any):
     fields = config.data
-    dataset = data.open_dataset(
-      fields.source,
-      name=fields.name,
-      path=fields.path,
-      train_images=fields.train_images,
-      test_images=fields.test_images,
-      seed=config.seed,
-    )
+    dataset = data.open_dataset(_spec(config))
     self._dataset, self._seed, self._eval_batch_size = dataset, config.seed, config.eval_batch_size
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes, self.image_shape = dataset.num_classes, (fields.image_size, fields.image_size, 3)
@@ -138,7 +124,7 @@ class StreamedFeed:
       order,
       recipe=recipe,
       seed=self._seed,
-      stream=stream,
+      purpose=stream,
       epoch=epoch,
       first=first,
       workers=self._workers,
@@ -156,6 +142,13 @@ def make_feed(config: Any, mesh: Mesh) -> Feed:
     InputError: If it cannot be read.
   """
   return StreamedFeed(config) if config.data.stream else ResidentFeed(config, mesh)
+
+
+def _spec(config: Any) -> data.DataSpec:
+  fields = config.data
+  return data.DataSpec(
+    fields.source, fields.name, fields.path, fields.train_images, fields.test_images, seed=config.seed
+  )
 
 
 def _default_workers() -> int:

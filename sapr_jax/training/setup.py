@@ -205,7 +205,7 @@ def _read_network(
 
 def _generator_images(config: Any, num_train: int) -> np.ndarray:
   size = round(config.generator.data_share * num_train)
-  return data.epoch_order(num_train, seed=config.seed, epoch=0, stream="generator subset")[:size]
+  return data.epoch_order(num_train, seed=config.seed, epoch=0, purpose="generator subset")[:size]
 
 
 def _check_batches(config: Any, num_train: int, num_devices: int) -> None:
