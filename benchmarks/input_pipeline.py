@@ -36,8 +36,8 @@ from benchmarks.measuring import cpu_name, table
 from sapr_jax import data
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.data.decoding import decode_exactly, decode_quickly
-from sapr_jax.data.encoded import FolderSource
 from sapr_jax.data.recipe import resized_size
+from sapr_jax.data.sources.folder import FolderSource
 
 _PACKAGES = ("numpy", "grain", "simplejpeg", "opencv-python-headless", "pillow", "torch")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -154,7 +154,7 @@ def peer_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 def our_batches(files: list[str], order: np.ndarray, recipe: data.Recipe) -> Iterator[Any]:
   split = data.EncodedSplit(FolderSource("", files, np.arange(len(files), dtype=np.int32)))
-  return data.stream_batches(split, order, recipe=recipe, seed=0, stream=0, epoch=0, workers=1)
+  return data.stream_batches(split, order, recipe=recipe, seed=0, purpose=0, epoch=0, workers=1)
 
 
 def peer_batches(files: list[str], order: np.ndarray, to_float: bool) -> Iterator[Any]:

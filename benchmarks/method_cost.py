@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from sapr_jax.training.devices import Step, replicate
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
@@ -34,7 +35,6 @@ from sapr_jax.method import (
   split_by_group,
 )
 from sapr_jax.training import keep_memory, state, steps
-from sapr_jax.training.devices import Step, replicate
 
 WEIGHTS, METHOD, GENERATOR, EVALUATION = "weight step", "with regularization", "generator step", "evaluation"
 OPTIMIZER, PENALTY, PROXIMAL, MASKS = "optimizer", "penalty", "proximal step", "masks"

@@ -360,12 +360,12 @@ def measure_steps(devices: int, steps: int = 6) -> list[float]:
   import jax.numpy as jnp
   import numpy as np
   import optax
+  from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 
   from sapr_jax import models, trace_channels
   from sapr_jax.method import regularize_by_prox
   from sapr_jax.training import state
   from sapr_jax.training import steps as training_steps
-  from sapr_jax.training.devices import MappedSteps, data_mesh, replicate
 
   mesh = data_mesh()
   assert mesh.devices.size == devices

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from sapr_jax.training.devices import data_mesh, replicate
 
 from sapr_jax import models, trace_channels
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.method import macs_budget, project_to_budget, regularize_by_prox
 from sapr_jax.training import steps
-from sapr_jax.training.devices import data_mesh, replicate
 
 LEARNING_RATE = 0.01  # random labels at a higher one may diverge
 MOMENTUM = 0.9

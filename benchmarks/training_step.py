@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from sapr_jax.training.devices import is_cpu
 
 from benchmarks import training_pieces
 from benchmarks.mapped_call import mapped_call
 from benchmarks.measuring import median_ratio, positive, record_some, shown, table, time_in_turns
 from benchmarks.performance_page import provenance
 from sapr_jax.training import keep_memory, state, steps
-from sapr_jax.training.devices import is_cpu
 
 OURS, OURS_PLAIN = "ours", "ours, fast_cpu off"
 EAGER = ("PyTorch", "PyTorch, channels-last")

@@ -96,7 +96,7 @@ def _forward(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
 def trained() -> Trained:
   """ResNet-8 with 8, 16 and 32 channels, trained on scikit-learn's digits."""
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
-  dataset = data.load_dataset("digits")
+  dataset = data.load_dataset(data.DataSpec("digits"))
   mean, std = dataset.channel_statistics()
   network = _network(sapr.models.create("resnet8", width_multiplier=0.5), (1, *dataset.image_shape))
   model = network.model
@@ -116,7 +116,7 @@ def trained() -> Trained:
 
   opt_state = tx.init(variables["params"])
   for epoch in range(12):
-    for indices in data.epoch_batches(len(labels), 64, seed=0, epoch=epoch, stream="fixture"):
+    for indices in data.epoch_batches(len(labels), 64, seed=0, epoch=epoch, purpose="fixture"):
       variables, opt_state = step(variables, opt_state, indices)
   return Trained(
     model,

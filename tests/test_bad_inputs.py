@@ -529,9 +529,15 @@ ROWS = [
     run_folder(lambda d: None, stream=True, **{"data.eval_resize": 8}),
     r"data\.eval_resize=8 is less",
   ),
-  Row("digits streamed", lambda f: data.open_dataset("digits"), r"data source 'digits' cannot be streamed"),
-  Row("a source of no name", lambda f: data.load_dataset("web"), r"unknown data source 'web'"),
-  Row("half an image", lambda f: data.load_dataset("digits", train_images=5.5), r"cannot choose 5\.5 of 1197 images"),
+  Row(
+    "digits streamed", lambda f: data.open_dataset(data.DataSpec("digits")), r"data source 'digits' cannot be streamed"
+  ),
+  Row("a source of no name", lambda f: data.load_dataset(data.DataSpec("web")), r"unknown data source 'web'"),
+  Row(
+    "half an image",
+    lambda f: data.load_dataset(data.DataSpec("digits", train_images=5.5)),
+    r"cannot choose 5\.5 of 1197 images",
+  ),
   # Work directories
   Row("workdir: a file", run(), r"/run is a file; name another --workdir", lambda f: f.workdir.write_text("x")),
   Row(

@@ -1,16 +1,15 @@
 """Image data: where it comes from, in which order it is read, and how it is augmented."""
 
 from sapr_jax.data.augment import augment, normalize, random_crop, random_flip
-from sapr_jax.data.dataset import ImageDataset, ImageSplit, subset
-from sapr_jax.data.encoded import STREAMED_SOURCES, EncodedDataset, EncodedSplit, open_dataset
-from sapr_jax.data.loading import SOURCES, load_dataset
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, ImageSplit, subset
 from sapr_jax.data.order import epoch_batches, epoch_order, evaluation_batches
 from sapr_jax.data.recipe import EvaluationRecipe, Recipe, TrainingRecipe
+from sapr_jax.data.sources import SOURCES, load_dataset, open_dataset
 from sapr_jax.data.stream import stream_batches
 
 __all__ = [
   "SOURCES",
-  "STREAMED_SOURCES",
+  "DataSpec",
   "EncodedDataset",
   "EncodedSplit",
   "EvaluationRecipe",

@@ -49,7 +49,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
   """
   _check_rank(images)
   if padding < 0:
-    raise InputError(f"padding is {padding}, but must be at least 0 pixels")
+    raise InputError(f"padding must be at least 0 pixels, got {padding}")
   if padding == 0:
     return images
   num_images, height, width, _ = images.shape
@@ -103,17 +103,17 @@ def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLi
   mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
   for name, value in (("mean", mean), ("std", std)):
     if value.shape != (num_channels,):
-      raise InputError(f"{name} has shape {value.shape}; expected ({num_channels},), one value a channel")
+      raise InputError(f"{name} must have shape ({num_channels},), one value a channel, got {value.shape}")
   scaled = images.astype(jnp.float32) / 255.0
   return ((scaled - mean[None, None, None, :]) / std[None, None, None, :]).astype(dtype)
 
 
 def _check_rank(images: jax.Array) -> None:
   if images.ndim != 4:
-    raise InputError(f"images have shape {images.shape}; expected [N, H, W, C]")
+    raise InputError(f"images must be [N, H, W, C], got shape {images.shape}")
 
 
 def _check_uint8(images: jax.Array) -> None:
   _check_rank(images)
   if images.dtype != jnp.uint8:
-    raise InputError(f"images have dtype {images.dtype}; expected uint8 with values 0 .. 255")
+    raise InputError(f"images must be uint8 with values 0 .. 255, got {images.dtype}")

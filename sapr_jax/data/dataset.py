@@ -1,6 +1,7 @@
-"""Images and labels in host memory, and class-balanced subsets of them."""
+"""Data sets, in host memory or as encoded files, what names them, and class-balanced subsets."""
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +11,29 @@ from sapr_jax.errors import InputError
 # One grey level: a channel that varies less than that is constant for all purposes.
 _MIN_STD = 1.0 / 255.0
 _STATISTICS_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """Names a data set and its subsets; a source ignores the fields it has no use for.
+
+  Attributes:
+    source: A key of `SOURCES`: "tfds" (TensorFlow Datasets), "folder" (image files in one folder a class) or "digits"
+      (1,797 images of 8x8 pixels that scikit-learn ships; needs no download).
+    name: Which data set, for "tfds", such as "cifar10" or "imagenet2012"; a folder gives its own name.
+    path: For "folder", the folder that holds `train/` and `test/`. For "tfds", where data sets are kept; None takes the
+      environment variable TFDS_DATA_DIR or else `~/tensorflow_datasets`.
+    train_images: Size of a random subset of the training images; None takes all.
+    test_images: The same for the test images.
+    seed: Seed of the subsets, in [0, 2**32). It does not move images between the splits.
+  """
+
+  source: str
+  name: str = "cifar10"
+  path: str | None = None
+  train_images: int | None = None
+  test_images: int | None = None
+  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,15 +55,15 @@ class ImageSplit:
   def __post_init__(self) -> None:
     images, labels = self.images, self.labels
     if images.ndim != 4 or images.dtype != np.uint8:
-      raise InputError(f"images have shape {images.shape} and dtype {images.dtype}; expected uint8 [N, H, W, C]")
+      raise InputError(f"images must be uint8 [N, H, W, C], got {images.dtype} of shape {images.shape}")
     if labels.ndim != 1 or labels.dtype != np.int32:
-      raise InputError(f"labels have shape {labels.shape} and dtype {labels.dtype}; expected int32 [N]")
+      raise InputError(f"labels must be int32 [N], got {labels.dtype} of shape {labels.shape}")
     if len(images) != len(labels):
-      raise InputError(f"{len(images)} images but {len(labels)} labels; expected one label each")
+      raise InputError(f"each image must have one label, got {len(images)} images but {len(labels)} labels")
     if images.size == 0:
-      raise InputError(f"images of shape {images.shape} hold no pixel; expected at least one image")
+      raise InputError(f"there must be at least one image with pixels, got shape {images.shape}")
     if labels.min() < 0:
-      raise InputError(f"label {labels.min()} is negative; expected class numbers from 0")
+      raise InputError(f"labels must be class numbers from 0, got {labels.min()}")
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -111,6 +135,54 @@ class ImageDataset:
     return mean.astype(np.float32), np.maximum(np.sqrt(variance), _MIN_STD).astype(np.float32)
 
 
+class EncodedSource(Protocol):
+  """Image files with their labels, read at random places. Worker processes get a pickled copy."""
+
+  def __len__(self) -> int:
+    """Number of images."""
+
+  def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+    """Returns the content of an image file, its label, and what messages call it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedSplit:
+  """The image files of one split.
+
+  Attributes:
+    source: Where they are read from.
+    labels: int32 `[N]`, or None where a label is known only after its image has been read.
+  """
+
+  source: EncodedSource
+  labels: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedDataset:
+  """A labelled set of image files with a training and a test split.
+
+  Attributes:
+    name: What the set is called in logs and reports.
+    train: Split to train on.
+    test: Split to evaluate on.
+    class_names: Name of each class, in label order.
+  """
+
+  name: str
+  train: EncodedSplit
+  test: EncodedSplit
+  class_names: tuple[str, ...]
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes."""
+    return len(self.class_names)
+
+
 def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndarray:
   """Chooses items so that the classes are as evenly filled as their sizes allow.
 
@@ -139,13 +211,13 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
     raise InputError(
       f"cannot choose {size!r} of {len(labels)} images; expected a number from 1 to {len(labels)}, or none for all"
     )
-  shuffled = epoch_order(len(labels), seed=seed, epoch=0, stream="subset")
+  shuffled = epoch_order(len(labels), seed=seed, epoch=0, purpose="subset")
   by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
   class_sizes = np.bincount(labels)
   first_of_class = np.cumsum(class_sizes) - class_sizes
   turn = np.arange(len(labels)) - first_of_class[labels[by_class]]
   # Within a turn the classes come in random order, so that no class is favoured by its number.
-  class_order = epoch_order(len(class_sizes), seed=seed, epoch=0, stream="subset classes")
+  class_order = epoch_order(len(class_sizes), seed=seed, epoch=0, purpose="subset classes")
   chosen = by_class[np.lexsort((class_order[labels[by_class]], turn))[:size]]
   return np.sort(chosen)
 

@@ -13,7 +13,7 @@ from sapr_jax.errors import InputError
 _SEED_LIMIT = 2**32
 
 
-def epoch_order(num_images: int, *, seed: int, epoch: int, stream: str | int) -> np.ndarray:
+def epoch_order(num_images: int, *, seed: int, epoch: int, purpose: str | int) -> np.ndarray:
   """Draws the permutation in which one epoch visits the images.
 
   Args:
@@ -31,22 +31,26 @@ def epoch_order(num_images: int, *, seed: int, epoch: int, stream: str | int) ->
       [0, 2**32).
 
   Example:
-    >>> epoch_order(4, seed=0, epoch=0, stream="weights").tolist()
+    >>> epoch_order(4, seed=0, epoch=0, purpose="weights").tolist()
     [2, 1, 3, 0]
   """
   _check_at_least_one("num_images", num_images)
-  # crc32, unlike hash(), does not change from one Python process to the next.
-  stream_number = zlib.crc32(stream.encode()) if isinstance(stream, str) else stream
-  for name, value in (("seed", seed), ("epoch", epoch), ("stream", stream_number)):
-    if not 0 <= value < _SEED_LIMIT:
-      raise InputError(f"{name} is {value}, but must be at least 0 and below 2**32")
-  bits = np.random.PCG64(np.random.SeedSequence([seed, stream_number, epoch]))
+  bits = random_bits(seed, purpose, epoch)
   # Sorting raw bits instead of Generator.permutation: NumPy promises to keep the raw bits across
   # its versions, but not the methods of Generator.
   return np.argsort(bits.random_raw(num_images), kind="stable").astype(np.int32)
 
 
-def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int, stream: str | int) -> np.ndarray:
+def random_bits(seed: int, purpose: str | int, epoch: int, *place: int) -> np.random.BitGenerator:
+  # crc32, unlike hash(), does not change from one Python process to the next.
+  number = zlib.crc32(purpose.encode()) if isinstance(purpose, str) else purpose
+  for name, value in (("seed", seed), ("epoch", epoch), ("purpose", number)):
+    if not 0 <= value < _SEED_LIMIT:
+      raise InputError(f"{name} must be in [0, 2**32), got {value}")
+  return np.random.PCG64(np.random.SeedSequence([seed, number, epoch, *place]))
+
+
+def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int, purpose: str | int) -> np.ndarray:
   """Cuts the order of one epoch into full batches.
 
   The last `num_images % batch_size` images of the order are left out, so that every step has the
@@ -66,17 +70,14 @@ def epoch_batches(num_images: int, batch_size: int, *, seed: int, epoch: int, st
     InputError: If `batch_size` is below 1 or above `num_images`, or for what `epoch_order` refuses.
 
   Example:
-    >>> epoch_batches(5, 2, seed=0, epoch=0, stream="weights").shape
+    >>> epoch_batches(5, 2, seed=0, epoch=0, purpose="weights").shape
     (2, 2)
   """
   _check_at_least_one("num_images", num_images)
   _check_at_least_one("batch_size", batch_size)
   if batch_size > num_images:
-    raise InputError(
-      f"batch_size is {batch_size}, but there are only {num_images} training images; "
-      f"set batch_size to at most {num_images}"
-    )
-  order = epoch_order(num_images, seed=seed, epoch=epoch, stream=stream)
+    raise InputError(f"batch_size must be at most the number of training images, {num_images}, got {batch_size}")
+  order = epoch_order(num_images, seed=seed, epoch=epoch, purpose=purpose)
   num_batches = num_images // batch_size
   return order[: num_batches * batch_size].reshape(num_batches, batch_size)
 
@@ -112,4 +113,4 @@ def evaluation_batches(num_images: int, batch_size: int) -> tuple[np.ndarray, np
 
 def _check_at_least_one(name: str, value: int) -> None:
   if value < 1:
-    raise InputError(f"{name} is {value}, but must be at least 1")
+    raise InputError(f"{name} must be at least 1, got {value}")

@@ -63,9 +63,9 @@ class TrainingRecipe:
   def __post_init__(self) -> None:
     _check_size(self.size)
     if not 0 < self.scale[0] <= self.scale[1] <= 1:
-      raise InputError(f"scale is {self.scale}; expected two shares of the image in increasing order, above 0, up to 1")
+      raise InputError(f"scale must be two increasing shares of the image in (0, 1], got {self.scale}")
     if not 0 < self.ratio[0] <= self.ratio[1]:
-      raise InputError(f"ratio is {self.ratio}; expected two positive numbers in increasing order")
+      raise InputError(f"ratio must be two positive numbers in increasing order, got {self.ratio}")
 
   def __call__(self, encoded: bytes, name: str, bits: np.random.BitGenerator) -> np.ndarray:
     import cv2
@@ -107,7 +107,7 @@ class EvaluationRecipe:
   def __post_init__(self) -> None:
     _check_size(self.size)
     if self.resize < self.size:
-      raise InputError(f"resize is {self.resize}, smaller than size, {self.size}; expected the shorter side to hold it")
+      raise InputError(f"resize must be at least size, {self.size}, got {self.resize}")
 
   def __call__(self, encoded: bytes, name: str, bits: np.random.BitGenerator) -> np.ndarray:
     from PIL import Image
@@ -179,4 +179,4 @@ def _uniform(bits: np.random.BitGenerator, count: int) -> np.ndarray:
 
 def _check_size(size: int) -> None:
   if size < 1:
-    raise InputError(f"size is {size}, but must be at least 1 pixel")
+    raise InputError(f"size must be at least 1 pixel, got {size}")

@@ -109,7 +109,7 @@ def test_no_implicit_promotion_of_dtype_or_rank():
 
 def test_bad_input_is_refused(refused):
   key, images = jax.random.key(0), make_images(2)
-  with refused("padding is -1"):
+  with refused("padding must be at least 0", "got -1"):
     random_crop(key, images, -1)
   with refused("(4, 3, 2)", "[N, H, W, C]"):
     random_crop(key, images[0], 1)
@@ -119,9 +119,9 @@ def test_bad_input_is_refused(refused):
     augment(key, images.astype(np.float32), padding=1, flip=True)
   with refused("float32", "uint8"):
     normalize(images.astype(np.float32), np.zeros(2), np.ones(2))
-  with refused("mean has shape (3,)", "(2,)"):
+  with refused("mean must have shape (2,)", "got (3,)"):
     normalize(images, np.zeros(3), np.ones(2))
-  with refused("std has shape ()", "(2,)"):
+  with refused("std must have shape (2,)", "got ()"):
     normalize(images, np.zeros(2), 1.0)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sapr_jax.data import ImageDataset, ImageSplit, load_dataset, subset
+from sapr_jax.data import DataSpec, ImageDataset, ImageSplit, load_dataset, subset
 
 
 def make_split(labels: list[int], shape: tuple[int, int, int] = (2, 2, 3)) -> ImageSplit:
@@ -93,7 +93,7 @@ def test_bad_subsets_are_refused(refused):
     subset(split, 4, seed=0)
   with refused("cannot choose 0 of 3 images"):
     subset(split, 0, seed=0)
-  with refused("seed is -1"):
+  with refused("seed must be in [0, 2**32), got -1"):
     subset(split, 2, seed=-1)
 
 
@@ -109,9 +109,9 @@ def test_bad_splits_are_refused(refused):
     ImageSplit(images=images, labels=labels[:, None])
   with refused("2 images but 1 labels"):
     ImageSplit(images=images, labels=labels[:1])
-  with refused("(0, 4, 4, 3)", "at least one image"):
+  with refused("at least one image", "(0, 4, 4, 3)"):
     ImageSplit(images=images[:0], labels=labels[:0])
-  with refused("label -1 is negative"):
+  with refused("labels must be class numbers from 0, got -1"):
     ImageSplit(images=images, labels=labels - 1)
 
 
@@ -124,4 +124,4 @@ def test_bad_datasets_are_refused(refused):
 
 def test_an_unknown_source_is_refused_with_the_known_ones(refused):
   with refused("unknown data source 'cifar'", "tfds, folder, digits"):
-    load_dataset("cifar")
+    load_dataset(DataSpec("cifar"))

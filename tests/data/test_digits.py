@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from sapr_jax.data import load_dataset
+from sapr_jax.data import DataSpec, load_dataset
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 
 def test_digits_have_the_documented_shape_and_scale():
-  dataset = load_dataset("digits")
+  dataset = load_dataset(DataSpec("digits"))
   assert dataset.train.images.shape == (1197, 8, 8, 1)
   assert dataset.test.images.shape == (600, 8, 8, 1)
   assert dataset.class_names == tuple("0123456789")
@@ -25,7 +25,7 @@ def test_the_splits_are_the_images_of_the_source_each_once():
   from sklearn import datasets
 
   bunch = datasets.load_digits()
-  dataset = load_dataset("digits")
+  dataset = load_dataset(DataSpec("digits"))
   loaded = [
     (int(label), np.rint(image[..., 0].astype(float) * 16 / 255).astype(int).tobytes())
     for split in (dataset.train, dataset.test)
@@ -36,15 +36,15 @@ def test_the_splits_are_the_images_of_the_source_each_once():
 
 
 def test_the_test_split_is_balanced_and_the_same_for_every_seed():
-  first, second = load_dataset("digits", seed=0), load_dataset("digits", seed=1)
+  first, second = load_dataset(DataSpec("digits", seed=0)), load_dataset(DataSpec("digits", seed=1))
   assert np.bincount(first.test.labels).tolist() == [60] * 10
   assert np.array_equal(first.test.images, second.test.images)
   assert np.array_equal(first.train.images, second.train.images)
 
 
 def test_subsets_are_balanced_and_follow_the_seed():
-  first = load_dataset("digits", train_images=50, test_images=20, seed=0)
-  second = load_dataset("digits", train_images=50, test_images=20, seed=1)
+  first = load_dataset(DataSpec("digits", train_images=50, test_images=20, seed=0))
+  second = load_dataset(DataSpec("digits", train_images=50, test_images=20, seed=1))
   assert np.bincount(first.train.labels).tolist() == [5] * 10
   assert np.bincount(first.test.labels).tolist() == [2] * 10
   assert not np.array_equal(first.train.images, second.train.images)
@@ -52,7 +52,7 @@ def test_subsets_are_balanced_and_follow_the_seed():
 
 def test_too_large_a_subset_and_a_missing_package_are_refused(refused, monkeypatch):
   with refused("cannot choose 601 of 600 images"):
-    load_dataset("digits", test_images=601)
+    load_dataset(DataSpec("digits", test_images=601))
   monkeypatch.setitem(sys.modules, "sklearn", None)
   with refused("source=digits", "pip install scikit-learn"):
-    load_dataset("digits")
+    load_dataset(DataSpec("digits"))

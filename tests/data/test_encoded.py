@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from sapr_jax.data import open_dataset
+from sapr_jax.data import DataSpec, open_dataset
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
@@ -38,7 +38,7 @@ def root(tmp_path):
 
 
 def test_classes_and_files_come_in_sorted_order(root):
-  dataset = open_dataset("folder", path=str(root))
+  dataset = open_dataset(DataSpec("folder", path=str(root)))
   assert (dataset.name, dataset.class_names, dataset.num_classes) == ("pets", ("cat", "dög"), 2)
   assert (len(dataset.train), len(dataset.test)) == (5, 2)
   examples = [dataset.train.source[index] for index in range(5)]
@@ -50,33 +50,33 @@ def test_classes_and_files_come_in_sorted_order(root):
 
 
 def test_a_pickled_source_reads_the_same(root):
-  source = open_dataset("folder", path=str(root)).train.source
+  source = open_dataset(DataSpec("folder", path=str(root))).train.source
   copy = pickle.loads(pickle.dumps(source))
   assert [copy[index] for index in range(5)] == [source[index] for index in range(5)]
 
 
 def test_val_counts_before_test_which_counts_where_there_is_no_val(root):
   write(root / "test" / "unlabelled" / "0.png", 0)
-  assert len(open_dataset("folder", path=str(root)).test) == 2
+  assert len(open_dataset(DataSpec("folder", path=str(root))).test) == 2
   for name in ("unlabelled/0.png", "cat/0.png", "dög/0.png"):
     write(root / "test" / name, 0)
   (root / "test" / "unlabelled" / "0.png").unlink()
   (root / "test" / "unlabelled").rmdir()
   (root / "val").rename(root / "unused")
-  assert [value_of(open_dataset("folder", path=str(root)).test.source[i][0]) for i in range(2)] == [0, 0]
+  assert [value_of(open_dataset(DataSpec("folder", path=str(root))).test.source[i][0]) for i in range(2)] == [0, 0]
 
 
 def test_a_subset_is_balanced_and_follows_the_seed(root):
   for number in range(20):
     write(root / "train" / "cat" / f"more{number}.JPEG", 20 + number)
-  chosen = [open_dataset("folder", path=str(root), train_images=4, seed=seed).train for seed in (3, 3, 4)]
+  chosen = [open_dataset(DataSpec("folder", path=str(root), train_images=4, seed=seed)).train for seed in (3, 3, 4)]
   assert [np.bincount(split.labels).tolist() for split in chosen] == [[2, 2]] * 3
   first, same, other = ([split.source[index][2] for index in range(4)] for split in chosen)
   assert first == same != other
 
 
 def test_a_file_that_is_gone_is_refused_by_name(root, refused):
-  source = open_dataset("folder", path=str(root)).train.source
+  source = open_dataset(DataSpec("folder", path=str(root))).train.source
   (root / "train" / "cat" / "1.JPEG").unlink()
   with refused("cannot read image", str(root / "train" / "cat" / "1.JPEG")):
     source[1]
@@ -84,31 +84,31 @@ def test_a_file_that_is_gone_is_refused_by_name(root, refused):
 
 def test_bad_folders_are_refused(root, tmp_path, refused):
   with refused("source=folder needs the path", "train/<class>/* and val/<class>/*"):
-    open_dataset("folder")
+    open_dataset(DataSpec("folder"))
   with refused("there is no folder", "absent"):
-    open_dataset("folder", path=str(tmp_path / "absent"))
+    open_dataset(DataSpec("folder", path=str(tmp_path / "absent")))
   with refused("cannot choose 6 of 5 images", str(root / "train")):
-    open_dataset("folder", path=str(root), train_images=6)
+    open_dataset(DataSpec("folder", path=str(root), train_images=6))
   (root / "val" / "dög" / "0.png").rename(root / "val" / "dög" / "0.txt")
   with refused("holds no image", str(root / "val" / "dög")):
-    open_dataset("folder", path=str(root))
+    open_dataset(DataSpec("folder", path=str(root)))
   write(root / "train" / "owl" / "0.png", 0)
   with refused("different classes", "only in train: 'owl'", "only in val: none"):
-    open_dataset("folder", path=str(root))
+    open_dataset(DataSpec("folder", path=str(root)))
   (root / "val").rename(root / "validation")
   with refused("has no 'val' folder", "found 'train', 'validation'", "rename"):
-    open_dataset("folder", path=str(root))
+    open_dataset(DataSpec("folder", path=str(root)))
 
 
 def test_a_flat_folder_as_imagenet_ships_it_is_refused_with_the_cure(root, refused):
   (root / "val").rename(root / "old")
   write(root / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
   with refused(str(root / "val"), "has no class folder", "sort its files into them"):
-    open_dataset("folder", path=str(root))
+    open_dataset(DataSpec("folder", path=str(root)))
 
 
 def test_unknown_sources_and_those_that_fit_in_memory_are_refused(refused):
   with refused("unknown data source 'imagenet'", "tfds, folder"):
-    open_dataset("imagenet")
+    open_dataset(DataSpec("imagenet"))
   with refused("'digits' cannot be streamed", "tfds, folder", "into memory"):
-    open_dataset("digits")
+    open_dataset(DataSpec("digits"))

@@ -8,37 +8,37 @@ from sapr_jax.data import epoch_batches, epoch_order, evaluation_batches
 
 def test_epoch_order_is_the_recorded_one():
   # Recorded once: a change here changes every run that anyone wants to repeat.
-  assert epoch_order(8, seed=0, epoch=0, stream="weights").tolist() == [5, 6, 2, 4, 1, 3, 7, 0]
+  assert epoch_order(8, seed=0, epoch=0, purpose="weights").tolist() == [5, 6, 2, 4, 1, 3, 7, 0]
 
 
 def test_epoch_order_is_a_permutation_as_int32():
-  order = epoch_order(1000, seed=3, epoch=7, stream="weights")
+  order = epoch_order(1000, seed=3, epoch=7, purpose="weights")
   assert order.dtype == np.int32
   assert np.array_equal(np.sort(order), np.arange(1000))
 
 
 def test_epoch_order_repeats_and_each_argument_changes_it():
-  first = epoch_order(50, seed=1, epoch=2, stream="weights")
-  assert np.array_equal(first, epoch_order(50, seed=1, epoch=2, stream="weights"))
+  first = epoch_order(50, seed=1, epoch=2, purpose="weights")
+  assert np.array_equal(first, epoch_order(50, seed=1, epoch=2, purpose="weights"))
   others = [
-    epoch_order(50, seed=2, epoch=2, stream="weights"),
-    epoch_order(50, seed=1, epoch=3, stream="weights"),
-    epoch_order(50, seed=1, epoch=2, stream="generator"),
-    epoch_order(50, seed=1, epoch=2, stream=0),
-    epoch_order(50, seed=1, epoch=2, stream=1),
+    epoch_order(50, seed=2, epoch=2, purpose="weights"),
+    epoch_order(50, seed=1, epoch=3, purpose="weights"),
+    epoch_order(50, seed=1, epoch=2, purpose="generator"),
+    epoch_order(50, seed=1, epoch=2, purpose=0),
+    epoch_order(50, seed=1, epoch=2, purpose=1),
   ]
   assert len({tuple(order) for order in [first, *others]}) == 6
 
 
 def test_epoch_order_puts_every_image_at_every_place():
-  orders = [epoch_order(3, seed=0, epoch=epoch, stream="weights") for epoch in range(600)]
+  orders = [epoch_order(3, seed=0, epoch=epoch, purpose="weights") for epoch in range(600)]
   counts = np.stack([np.bincount(column, minlength=3) for column in np.transpose(orders)])
   assert counts.min() > 150 and counts.max() < 250
 
 
 def test_epoch_batches_are_the_full_batches_of_the_order():
-  order = epoch_order(7, seed=5, epoch=1, stream="weights")
-  batches = epoch_batches(7, 3, seed=5, epoch=1, stream="weights")
+  order = epoch_order(7, seed=5, epoch=1, purpose="weights")
+  batches = epoch_batches(7, 3, seed=5, epoch=1, purpose="weights")
   assert batches.dtype == np.int32
   assert batches.tolist() == [order[:3].tolist(), order[3:6].tolist()]
 
@@ -46,7 +46,7 @@ def test_epoch_batches_are_the_full_batches_of_the_order():
 def test_epoch_batches_leave_out_different_images_in_turn():
   left_out = set()
   for epoch in range(40):
-    batches = epoch_batches(5, 2, seed=0, epoch=epoch, stream="weights")
+    batches = epoch_batches(5, 2, seed=0, epoch=epoch, purpose="weights")
     left_out |= set(range(5)) - set(batches.ravel().tolist())
   assert left_out == set(range(5))
 
@@ -68,19 +68,19 @@ def test_evaluation_batches_count_each_image_once(num_images, batch_size):
 
 
 def test_bad_sizes_and_seeds_are_refused(refused):
-  with refused("batch_size is 9", "only 8 training images"):
-    epoch_batches(8, 9, seed=0, epoch=0, stream="weights")
-  with refused("batch_size is 0", "at least 1"):
-    epoch_batches(8, 0, seed=0, epoch=0, stream="weights")
-  with refused("num_images is 0"):
-    epoch_order(0, seed=0, epoch=0, stream="weights")
-  with refused("seed is -1", "below 2**32"):
-    epoch_order(8, seed=-1, epoch=0, stream="weights")
-  with refused("seed is 4294967296"):
-    epoch_order(8, seed=2**32, epoch=0, stream="weights")
-  with refused("epoch is -2"):
-    epoch_order(8, seed=0, epoch=-2, stream="weights")
-  with refused("num_images is 0"):
+  with refused("batch_size must be", "training images, 8, got 9"):
+    epoch_batches(8, 9, seed=0, epoch=0, purpose="weights")
+  with refused("batch_size must be at least 1, got 0"):
+    epoch_batches(8, 0, seed=0, epoch=0, purpose="weights")
+  with refused("num_images must be at least 1, got 0"):
+    epoch_order(0, seed=0, epoch=0, purpose="weights")
+  with refused("seed must be in [0, 2**32), got -1"):
+    epoch_order(8, seed=-1, epoch=0, purpose="weights")
+  with refused("seed must be", "got 4294967296"):
+    epoch_order(8, seed=2**32, epoch=0, purpose="weights")
+  with refused("epoch must be", "got -2"):
+    epoch_order(8, seed=0, epoch=-2, purpose="weights")
+  with refused("num_images must be at least 1, got 0"):
     evaluation_batches(0, 4)
-  with refused("batch_size is 0"):
+  with refused("batch_size must be at least 1, got 0"):
     evaluation_batches(4, 0)

@@ -14,6 +14,7 @@ import pytest
 
 import sapr_jax
 from sapr_jax.data import (
+  DataSpec,
   EvaluationRecipe,
   TrainingRecipe,
   epoch_batches,
@@ -47,12 +48,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(root):
-  return open_dataset("folder", path=str(root))
+  return open_dataset(DataSpec("folder", path=str(root)))
 
 
 def read(split, order, **options):
   """All batches as two arrays."""
-  options = {"recipe": RECIPE, "seed": 0, "stream": 1, "epoch": 0} | options
+  options = {"recipe": RECIPE, "seed": 0, "purpose": 1, "epoch": 0} | options
   batches = list(stream_batches(split, order, **options))
   images = np.stack([batch["images"] for batch in batches])
   labels = np.stack([batch["labels"] for batch in batches])
@@ -73,13 +74,13 @@ def test_evaluation_batches_hold_each_image_at_its_place(dataset):
   assert weights.sum() == 20
 
 
-def test_training_batches_depend_on_seed_stream_epoch_and_position_alone(dataset):
-  order = epoch_batches(20, 5, seed=0, epoch=0, stream="weights")
+def test_training_batches_depend_on_seed_purpose_epoch_and_position_alone(dataset):
+  order = epoch_batches(20, 5, seed=0, epoch=0, purpose="weights")
   first = read(dataset.train, order)
   assert first[0].shape == (4, 5, 12, 12, 3)
   assert np.array_equal(first[1], dataset.train.labels[order])
   assert_same(first, read(dataset.train, order))
-  for change in ({"seed": 1}, {"stream": 2}, {"epoch": 1}):
+  for change in ({"seed": 1}, {"purpose": 2}, {"epoch": 1}):
     images, labels = read(dataset.train, order, **change)
     assert np.array_equal(labels, first[1])
     assert (images != first[0]).any(axis=(2, 3, 4)).mean() > 0.8
@@ -89,7 +90,7 @@ def test_training_batches_depend_on_seed_stream_epoch_and_position_alone(dataset
 
 def test_an_example_is_the_recipe_with_the_bits_of_its_position(dataset):
   order = np.array([[4, 7], [1, 19]], np.int32)
-  images, _ = read(dataset.train, order, seed=5, stream=6, epoch=7)
+  images, _ = read(dataset.train, order, seed=5, purpose=6, epoch=7)
   for position, index in enumerate(order.ravel().tolist()):
     encoded, _, name = dataset.train.source[index]
     bits = np.random.PCG64(np.random.SeedSequence([5, 6, 7, position + 1]))
@@ -98,8 +99,8 @@ def test_an_example_is_the_recipe_with_the_bits_of_its_position(dataset):
 
 @pytest.mark.parametrize("first", [0, 1, 3, 4])
 def test_a_resumed_epoch_has_the_batches_that_remained(dataset, first):
-  order = epoch_batches(20, 5, seed=0, epoch=0, stream="weights")
-  options = {"recipe": RECIPE, "seed": 0, "stream": 1, "epoch": 0}
+  order = epoch_batches(20, 5, seed=0, epoch=0, purpose="weights")
+  options = {"recipe": RECIPE, "seed": 0, "purpose": 1, "epoch": 0}
   whole = list(stream_batches(dataset.train, order, **options))
   rest = list(stream_batches(dataset.train, order, first=first, **options))
   assert len(rest) == 4 - first
@@ -109,7 +110,7 @@ def test_a_resumed_epoch_has_the_batches_that_remained(dataset, first):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_slices_of_the_processes_make_the_batch(dataset, process_count):
-  order = epoch_batches(20, 8, seed=0, epoch=0, stream="weights")
+  order = epoch_batches(20, 8, seed=0, epoch=0, purpose="weights")
   options = {"process_count": process_count, "first": 1}
   slices = [read(dataset.train, order, process_index=index, **options) for index in range(process_count)]
   joined = [np.concatenate(parts, axis=1) for parts in zip(*slices, strict=True)]
@@ -124,6 +125,7 @@ def test_batches_larger_than_a_piece_are_put_together(dataset):
   assert np.array_equal(read(dataset.train, order.reshape(-1, 21))[0].reshape(images.shape), images)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches_and_end(dataset):
   order = np.random.default_rng(0).integers(0, 20, (3, 70)).astype(np.int32)
   assert_same(read(dataset.train, order, workers=2), read(dataset.train, order))
@@ -134,7 +136,7 @@ def test_closing_and_dropping_in_the_middle_end_the_threads(dataset):
   order = np.zeros((500, 5), np.int32)
   before = threading.active_count()
   for end in (lambda batches: batches.close(), lambda batches: None):
-    batches = stream_batches(dataset.train, order, recipe=RECIPE, seed=0, stream=1, epoch=0)
+    batches = stream_batches(dataset.train, order, recipe=RECIPE, seed=0, purpose=1, epoch=0)
     next(batches)
     assert threading.active_count() > before
     end(batches)
@@ -146,9 +148,10 @@ def test_closing_and_dropping_in_the_middle_end_the_threads(dataset):
     assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
+@pytest.mark.slow
 def test_closing_in_the_middle_ends_the_workers_and_a_killed_worker_is_reported(dataset, refused):
   order = np.zeros((500, 5), np.int32)
-  options = {"recipe": RECIPE, "seed": 0, "stream": 1, "epoch": 0, "workers": 1}
+  options = {"recipe": RECIPE, "seed": 0, "purpose": 1, "epoch": 0, "workers": 1}
   batches = stream_batches(dataset.train, order, **options)
   next(batches)
   assert len(active_children()) == 1
@@ -161,35 +164,35 @@ def test_closing_in_the_middle_ends_the_workers_and_a_killed_worker_is_reported(
     list(batches)
 
 
-def test_a_bad_file_is_refused_by_name_from_threads_and_from_workers(tmp_path, refused):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_bad_file_is_refused_by_name(tmp_path, refused, workers):
   for split in ("train", "val"):
     (tmp_path / split / "only").mkdir(parents=True)
     Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / split / "only" / "whole.JPEG")
   (tmp_path / "train" / "only" / "broken.JPEG").write_bytes(b"broken")
-  split = open_dataset("folder", path=str(tmp_path)).train
-  for workers in (0, 1):
-    batches = stream_batches(
-      split, np.array([[1, 1], [1, 0]], np.int32), recipe=RECIPE, seed=0, stream=1, epoch=0, workers=workers
-    )
+  split = open_dataset(DataSpec("folder", path=str(tmp_path))).train
+  order = np.array([[1, 1], [1, 0]], np.int32)
+  batches = stream_batches(split, order, recipe=RECIPE, seed=0, purpose=1, epoch=0, workers=workers)
+  next(batches)
+  with refused("cannot read image", str(tmp_path / "train" / "only" / "broken.JPEG"), "replace or remove it"):
     next(batches)
-    with refused("cannot read image", str(tmp_path / "train" / "only" / "broken.JPEG"), "replace or remove it"):
-      next(batches)
   assert active_children() == []
 
 
 _LEFT_OPEN = """
 import sys
 import numpy as np
-from sapr_jax.data import TrainingRecipe, open_dataset, stream_batches
+from sapr_jax.data import DataSpec, TrainingRecipe, open_dataset, stream_batches
 
 if __name__ == "__main__":
-  split = open_dataset("folder", path=sys.argv[1]).train
+  split = open_dataset(DataSpec("folder", path=sys.argv[1])).train
   order = np.zeros((500, 5), np.int32)
-  batches = stream_batches(split, order, recipe=TrainingRecipe(size=12), seed=0, stream=1, epoch=0, workers=1)
+  batches = stream_batches(split, order, recipe=TrainingRecipe(size=12), seed=0, purpose=1, epoch=0, workers=1)
   print(next(batches)["images"].shape, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_a_stream_open_ends_quietly(root, tmp_path):
   script = tmp_path / "left_open.py"
   script.write_text(_LEFT_OPEN)
@@ -203,25 +206,25 @@ def test_bad_arguments_are_refused_at_once(dataset, refused):
   order = np.zeros((3, 8), np.int32)
 
   def start(order=order, **options):
-    stream_batches(dataset.train, order, **({"recipe": RECIPE, "seed": 0, "stream": 1, "epoch": 0} | options))
+    stream_batches(dataset.train, order, **({"recipe": RECIPE, "seed": 0, "purpose": 1, "epoch": 0} | options))
 
-  with refused("order has shape (8,)", "[batches, batch size]"):
+  with refused("order must be integers [batches, batch size]", "[8]"):
     start(order[0])
-  with refused("float32", "integers"):
+  with refused("integers", "float32"):
     start(order.astype(np.float32))
-  with refused("indices from 0 to 20", "20 images"):
+  with refused("20 images", "got 0 to 20"):
     start(order + np.arange(0, 24, 20)[:, None][[0, 0, 1]])
-  with refused("first is 4", "3"):
+  with refused("first must be from 0", "3, got 4"):
     start(first=4)
-  with refused("workers is -1"):
+  with refused("workers must be at least 0, got -1"):
     start(workers=-1)
-  with refused("process_index is 2", "1"):
+  with refused("process_index must be", "got 2"):
     start(process_index=2, process_count=2)
-  with refused("batch size 8", "3 processes"):
+  with refused("batch size must be", "3 processes, got 8"):
     start(process_count=3)
-  with refused("seed is -1", "below 2**32"):
+  with refused("seed must be in [0, 2**32), got -1"):
     start(seed=-1)
-  with refused("epoch is 4294967296"):
+  with refused("epoch must be", "got 4294967296"):
     start(epoch=2**32)
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sapr_jax.data import load_dataset
+from sapr_jax.data import DataSpec, load_dataset
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
@@ -85,7 +85,7 @@ class SaprTinyOffline(SaprTiny):
 
 
 def load(name, path, **kwargs):
-  return load_dataset("tfds", name=name, path=str(path), **kwargs)
+  return load_dataset(DataSpec("tfds", name, str(path), **kwargs))
 
 
 def test_images_labels_and_names_arrive(tmp_path):
@@ -128,7 +128,7 @@ def test_sets_of_another_form_are_refused(tmp_path, refused):
     load("sapr_tiny_no_test", tmp_path)
   with refused("has no feature 'image', only label, picture"):
     load("sapr_tiny_no_image", tmp_path)
-  with refused("'train'", "(3, 4, 3)", "(3, 5, 3)", "one size"):
+  with refused("'sapr_tiny_sizes/train[", "is 3x4", "is 3x5", "one size"):
     load("sapr_tiny_sizes", tmp_path)
 
 

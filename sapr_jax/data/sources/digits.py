@@ -1,0 +1,35 @@
+"""The handwritten digits that scikit-learn ships: real images, small and without a download."""
+
+import numpy as np
+
+from sapr_jax.data.dataset import DataSpec, ImageDataset, ImageSplit, balanced_indices, subset
+from sapr_jax.errors import InputError
+
+_NUM_TEST_IMAGES = 600
+_MAX_LEVEL = 16.0
+# Not the run's seed: results of different runs are compared on the same test images.
+_SPLIT_SEED = 0
+
+
+def load(spec: DataSpec) -> ImageDataset:
+  """Loads 1,197 training and 600 test images of the digits 0 to 9, 8x8 pixels, one channel.
+
+  The split is fixed, with 60 test images of every digit. The 17 levels of the source are spread over 0 .. 255.
+  """
+  try:
+    from sklearn import datasets
+  except ImportError as error:
+    raise InputError(
+      "source=digits needs scikit-learn, which is not installed; run: pip install scikit-learn"
+    ) from error
+  bunch = datasets.load_digits()
+  images = np.rint(bunch.images * (255.0 / _MAX_LEVEL)).astype(np.uint8)[..., None]
+  labels = bunch.target.astype(np.int32)
+  is_test = np.zeros(len(labels), bool)
+  is_test[balanced_indices(labels, _NUM_TEST_IMAGES, _SPLIT_SEED)] = True
+  return ImageDataset(
+    name="digits",
+    train=subset(ImageSplit(images[~is_test], labels[~is_test]), spec.train_images, spec.seed),
+    test=subset(ImageSplit(images[is_test], labels[is_test]), spec.test_images, spec.seed),
+    class_names=tuple(str(digit) for digit in bunch.target_names),
+  )

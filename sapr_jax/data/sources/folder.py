@@ -1,0 +1,148 @@
+"""Image files in folders: `train/<class>/*` and `test/<class>/*`, or `val/<class>/*` in place of `test` to stream.
+
+Classes are numbered in the sorted order of their names, and the files of a class are taken in sorted order. Files with
+an ending not in `EXTENSIONS` and names that start with a dot are ignored.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, balanced_indices
+from sapr_jax.data.decoding import decode_dataset, unreadable
+from sapr_jax.errors import InputError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
+_MAX_NAMES_SHOWN = 5
+
+
+def load(spec: DataSpec) -> ImageDataset:
+  """Reads the chosen files of `train` and `test`, and no others: a small subset of a large folder loads quickly."""
+  return decode_dataset(_list_files(spec, "test"))
+
+
+def open(spec: DataSpec) -> EncodedDataset:
+  """Lists the files of `train` and `val`, or `test` where there is no `val`."""
+  has_val, has_test = (spec.path is not None and Path(spec.path, split).is_dir() for split in ("val", "test"))
+  return _list_files(spec, "test" if has_test and not has_val else "val")
+
+
+class FolderSource:
+  """Image files on disk.
+
+  The paths are kept as one run of bytes: a list of a million strings would take five times the memory, in every
+  worker process, and long to hand over.
+  """
+
+  def __init__(self, root: str, files: Sequence[str], labels: np.ndarray) -> None:
+    """Keeps `files`, paths that begin with `root`, and their `labels`, int32 `[N]`."""
+    self._root = root
+    paths = [os.fsencode(file[len(root) :]) for file in files]
+    self._paths = b"".join(paths)
+    self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+    self._labels = labels
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+    start = self._ends[index - 1] if index else 0
+    path = self._root + os.fsdecode(self._paths[start : self._ends[index]])
+    try:
+      return Path(path).read_bytes(), int(self._labels[index]), path
+    except OSError as error:
+      raise unreadable(path, error) from error
+
+
+def _list_files(spec: DataSpec, held_out: str) -> EncodedDataset:
+  """Lists the files of both splits, after checking that they have the same classes."""
+  splits = ("train", held_out)
+  root = _find_root(spec.path, splits)
+  class_names = _find_classes(root, splits)
+  train, test = (
+    _choose_files(root / split, class_names, size, spec.seed)
+    for split, size in zip(splits, (spec.train_images, spec.test_images), strict=True)
+  )
+  return EncodedDataset(root.resolve().name, train, test, class_names)
+
+
+def _find_root(path: str | None, splits: tuple[str, str]) -> Path:
+  """Returns the folder of a data set, after checking that it holds a folder for both `splits`."""
+  if path is None:
+    raise InputError(f"source=folder needs the path of a folder; {_layout(splits)} in it")
+  root = Path(path)
+  if not root.is_dir():
+    raise InputError(f"there is no folder {str(root)!r}; {_layout(splits)} in it")
+  found = _visible_folders(root)
+  for split in splits:
+    if split not in found:
+      raise InputError(
+        f"folder {str(root)!r} has no {split!r} folder; {_layout(splits)}, found {_listed(found)}; "
+        f"rename the folder that holds the {split} images, or link to it"
+      )
+  return root
+
+
+def _find_classes(root: Path, splits: tuple[str, str]) -> tuple[str, ...]:
+  """Returns the sorted class names, after checking that both splits have the same ones."""
+  first, second = (set(_visible_folders(root / split)) for split in splits)
+  for split, classes in zip(splits, (first, second), strict=True):
+    if not classes:
+      raise InputError(
+        f"folder {str(root / split)!r} has no class folder; {_layout(splits)}, so sort its files into them"
+      )
+  if first != second:
+    raise InputError(
+      f"the splits of {str(root)!r} have different classes; expected the same ones: only in {splits[0]}: "
+      f"{_listed(first - second)}; only in {splits[1]}: {_listed(second - first)}"
+    )
+  return tuple(sorted(first))
+
+
+def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, seed: int) -> EncodedSplit:
+  """Lists the image files of a split and takes the balanced subset, before any file is opened."""
+  by_class = [_image_files(folder / class_name) for class_name in class_names]
+  files = [file for class_files in by_class for file in class_files]
+  labels = np.repeat(np.arange(len(by_class), dtype=np.int32), [len(class_files) for class_files in by_class])
+  try:
+    chosen = balanced_indices(labels, size, seed)
+  except InputError as error:
+    raise InputError(f"in {str(folder)!r}: {error}") from error
+  return EncodedSplit(FolderSource(str(folder), [files[index] for index in chosen], labels[chosen]), labels[chosen])
+
+
+def _visible_folders(folder: Path) -> list[str]:
+  """Names of the folders directly in `folder`, in no order, without those that start with a dot."""
+  with os.scandir(folder) as entries:
+    return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _image_files(folder: Path) -> list[str]:
+  """Paths of the image files directly in `folder`, sorted by name."""
+  with os.scandir(folder) as entries:
+    names = [
+      entry.name
+      for entry in entries
+      if not entry.name.startswith(".")
+      and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+      # A broken link stands for an image that is missing, which reading it will say.
+      and (entry.is_file() or not os.path.exists(entry.path))
+    ]
+  if not names:
+    raise InputError(
+      f"class folder {str(folder)!r} holds no image; expected files ending in {', '.join(sorted(EXTENSIONS))}"
+    )
+  return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def _layout(splits: tuple[str, str]) -> str:
+  return "expected " + " and ".join(f"{split}/<class>/*" for split in splits)
+
+
+def _listed(names: Iterable[str]) -> str:
+  """Names in sorted order, cut short so that the message stays readable."""
+  ordered = sorted(names)
+  shown = ", ".join(repr(item) for item in ordered[:_MAX_NAMES_SHOWN]) or "none"
+  return shown if len(ordered) <= _MAX_NAMES_SHOWN else f"{shown} and {len(ordered)} in all"

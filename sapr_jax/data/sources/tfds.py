@@ -1,0 +1,151 @@
+"""Image sets from TensorFlow Datasets, read without TensorFlow.
+
+TensorFlow Datasets downloads a set and prepares it as files with random access. Reading those needs no TensorFlow;
+preparing most sets for the first time, CIFAR-10 among them, does.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, balanced_indices, subset
+from sapr_jax.data.decoding import decode_dataset
+from sapr_jax.errors import InputError, one_line
+
+_OTHER_SOURCE = "or use source=folder with image files of your own"
+
+
+def load(spec: DataSpec) -> ImageDataset:
+  """Reads the splits `train` and `test`; the subsets are balanced once the labels are known."""
+  whole = dataclasses.replace(spec, train_images=None, test_images=None)
+  dataset = decode_dataset(_open_splits(whole, _prepare(spec), "test"))
+  return dataclasses.replace(
+    dataset,
+    train=subset(dataset.train, spec.train_images, spec.seed),
+    test=subset(dataset.test, spec.test_images, spec.seed),
+  )
+
+
+def open(spec: DataSpec) -> EncodedDataset:
+  """Opens the splits `train` and `validation`, or `test` where there is no `validation`."""
+  builder = _prepare(spec)
+  return _open_splits(spec, builder, "validation" if "validation" in builder.info.splits else "test")
+
+
+class TfdsSource:
+  """Image files within a data set of TensorFlow Datasets."""
+
+  def __init__(self, examples: Any, indices: np.ndarray, name: str) -> None:
+    """Keeps the `examples` at `indices` of a `tfds` data source whose images are left encoded."""
+    self._examples = examples
+    self._indices = indices
+    self._name = name
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+    place = int(self._indices[index])
+    example = self._examples[place]
+    return example["image"], int(example["label"]), f"{self._name}[{place}]"
+
+
+def _open_splits(spec: DataSpec, builder: Any, held_out: str) -> EncodedDataset:
+  """Opens `train` and `held_out` of a prepared set, after checking its form."""
+  from tensorflow_datasets import decode
+
+  splits = ("train", held_out)
+  _check_form(spec.name, builder.info, splits)
+
+  def open_split(split: str, size: int | None) -> EncodedSplit:
+    examples = builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
+    # One class for all: to balance the subset, the labels would have to be read along with every image.
+    indices = balanced_indices(np.zeros(len(examples), np.int32), size, spec.seed)
+    return EncodedSplit(TfdsSource(examples, indices, f"{spec.name}/{split}"))
+
+  train, test = open_split("train", spec.train_images), open_split(held_out, spec.test_images)
+  return EncodedDataset(spec.name, train, test, tuple(builder.info.features["label"].names))
+
+
+def _check_form(name: str, info: Any, splits: Sequence[str]) -> None:
+  """Checks that the set has `splits`, with 8-bit images and class labels under the usual names."""
+  import tensorflow_datasets as tfds
+
+  for kind, expected, found in (("split", splits, info.splits), ("feature", ("image", "label"), info.features)):
+    missing = [item for item in expected if item not in found]
+    if missing:
+      raise InputError(
+        f"TensorFlow Datasets set {name!r} has no {kind} {missing[0]!r}, only {', '.join(sorted(found))}; choose a set "
+        f"of images with the {kind}s {' and '.join(expected)}, {_OTHER_SOURCE}"
+      )
+  for feature, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+    if not isinstance(info.features[feature], kind):
+      raise InputError(
+        f"feature {feature!r} of TensorFlow Datasets set {name!r} must be of type {kind.__name__}, got "
+        f"{type(info.features[feature]).__name__}; choose a set for image classification, {_OTHER_SOURCE}"
+      )
+
+
+def _prepare(spec: DataSpec) -> Any:
+  """Downloads and prepares a set if need be.
+
+  Returns:
+    The `tfds.core.DatasetBuilder` of a set that lies ready on disk, in a format with random access.
+  """
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise InputError(
+      "source=tfds needs TensorFlow Datasets, which is not installed or lacks a package; run: "
+      f"pip install tensorflow-datasets ({one_line(error, 200)}), {_OTHER_SOURCE}"
+    ) from error
+  name, path = spec.name, spec.path
+  known = tfds.list_builders(with_community_datasets=False)
+  if re.split("[/:]", name)[0] not in known:
+    near = difflib.get_close_matches(name, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets/catalog"
+    raise InputError(f"TensorFlow Datasets has no set {name!r}; {hint}")
+  try:
+    # Format named explicitly: with a data_dir, the default would be one without random access.
+    builder = tfds.builder(name, data_dir=path, file_format=tfds.core.FileFormat.ARRAY_RECORD)
+    builder.download_and_prepare()
+  # Downloading and preparing run code of each set, which raises errors of many unrelated types.
+  except Exception as error:
+    raise InputError(_explain(name, path, error)) from error
+  return builder
+
+
+def _explain(name: str, path: str | None, error: Exception) -> str:
+  """Says what is to be done about an error while a set was being prepared."""
+  package = _missing_package(error)
+  if package is not None:
+    command = f"pip install {package}"
+    return f"preparing {name!r} for the first time needs {package}; run: {command}, {_OTHER_SOURCE}"
+  if "Manual directory" in str(error):
+    return (
+      f"{name!r} is not free to download; put its files into the folder downloads/manual in "
+      f"{path or 'the default folder of TensorFlow Datasets'}, {_OTHER_SOURCE} ({one_line(error, 400)})"
+    )
+  if "File format is already set" in str(error):
+    return (
+      f"{name!r} lies in {path or 'the default folder of TensorFlow Datasets'} in a file format "
+      f"without random access; give another path to prepare it again, {_OTHER_SOURCE}"
+    )
+  return (
+    f"TensorFlow Datasets could not download and prepare {name!r}; check the network and the space "
+    f"on disk, {_OTHER_SOURCE} ({one_line(error, 200)})"
+  )
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+  """Returns the package whose import failed at the root of `error`, if that is what happened."""
+  while error is not None:
+    # TensorFlow Datasets raises such errors again without their name; the cause still has it.
+    if isinstance(error, ModuleNotFoundError) and error.name:
+      return error.name.split(".")[0]
+    error = error.__cause__ or error.__context__
+  return None
