@@ -1,6 +1,6 @@
 """Variants of the method: choices that the supplement leaves open, as functions that a run is given.
 
-The last factor of a row's name says which variant it runs (`Row.variant`). So a work directory, which is named by its
+The last factor of a row's name says which variant it runs. So a work directory, which is named by its
 row, cannot be resumed with another one.
 """
 
