@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 EXTRAS ?= dev
 
-.PHONY: demo test lint bench venv clean
+.PHONY: demo test test-slow lint bench venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m sapr_jax.main --config configs/digits.py --workdir $(RUN)
 
+# Two workers with half of the files each, as the tests of a file share what is slow to make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

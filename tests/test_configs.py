@@ -13,8 +13,8 @@ import pytest
 from configs import resnet56_cifar10
 from sapr_jax import models
 from sapr_jax.channels import trace_channels
-from sapr_jax.training.checks import check_config
-from sapr_jax.training.schedules import learning_rate_schedule
+from sapr_jax.training.config import check_config
+from sapr_jax.training.optimizers import learning_rate_schedule
 
 CONFIGS = sorted(file.stem for file in (pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 

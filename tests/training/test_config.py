@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -27,6 +29,62 @@ def test_every_rule_refuses_something_and_says_what_must_be(name):
   with pytest.raises(sapr.InputError, match=rf"{name} must be .+, got <object") as info:
     check_config(config)
   assert "\n" not in str(info.value)
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+  "seed": (-1, 2**32, None, 1.0),
+  "steps_per_call": (0,),
+  "eval_batch_size": (0,),
+  "model.name": ("resnet57", 8),
+  "model.dtype": ("float8",),
+  "model.width_multiplier": (0.0, 1e9),
+  "data.source": ("web",),
+  "data.name": (10,),
+  "data.path": ("", "a\0b"),
+  "data.train_images": (0,),
+  "data.test_images": (-1,),
+  "data.crop_padding": (-1,),
+  "data.flip": ("yes",),
+  "data.workers": (-1,),
+  "data.mean": (("a",), 0.5, (-0.1,), ()),
+  "data.std": ((2.0,), (NAN,)),
+  "train.epochs": (0, 1.5, True, 10**20),
+  "train.batch_size": (0,),
+  "train.learning_rate": (0.0, NAN, INF, "0.1"),
+  "train.schedule": ("linear",),
+  "train.decay_epochs": ((1, 2.5), (True,), 20, (-1,)),
+  "train.decay_factor": (0.0,),
+  "train.momentum": (1.0, -0.1),
+  "train.nesterov": (1,),
+  "train.weight_decay": (-1.0,),
+  "train.weight_decay_of": ("bias",),
+  "finetune.epochs": (-1,),
+  "prune.proposer": ("oracle",),
+  "prune.cost": ("seconds",),
+  "prune.p": (0.0, 1.01, NAN, None),
+  "prune.limit": (0.0,),
+  "prune.gamma": (-1e-3,),
+  "prune.form": ("prox",),
+  "prune.select": ("all",),
+  "prune.min_width": (0,),
+  "prune.round_to": (0,),
+  "generator.data_share": (0.0,),
+  "generator.temperature": (0.0,),
+  "generator.bias": (NAN,),
+  "checkpoint.keep": (0,),
+  "checkpoint.every_steps": (0,),
+  "report.latency_batch_sizes": ((), (1.5,), (0,)),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_values_just_outside_are_refused(name, value):
+  config = default.get_config()
+  with config.ignore_type():
+    config.update_from_flattened_dict({name: value})
+  with pytest.raises(sapr.InputError, match=rf"{name} must be .+, got {re.escape(repr(value))}\.$"):
+    check_config(config)
 
 
 def test_a_configuration_that_lacks_a_field_is_refused():
