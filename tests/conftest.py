@@ -16,6 +16,9 @@ import pytest
 import sapr_jax as sapr
 from sapr_jax import data
 
+# Types that do not fit are mistakes: nothing may rest on what JAX would make of them.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
