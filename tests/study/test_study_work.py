@@ -80,7 +80,7 @@ def test_a_signal_or_the_end_of_the_time_stops_between_two_runs(minutes):
       ["--runs", "{folder}", "--data", "{folder}"],
       r"--data \S+ holds no train/<class>/\* files; give the folder above.*",
     ),
-    (["--runs", "{folder}", "--set", "train.batch_size=0"], "train.batch_size=0 is .*"),
+    (["--runs", "{folder}", "--set", "train.batch_size=0"], r"train.batch_size must be .*, got 0.*"),
     (["--runs", "{folder}", "--set", "eval={[]: 1}"], r"--set eval={\[\]: 1}: configs/default.py has no such field.*"),
   ],
 )
