@@ -50,9 +50,7 @@ def stream_batches(
     split: Images to read.
     order: int32 `[n, B]`, which image is where in which batch, from `epoch_batches` or `evaluation_batches`.
     recipe: Makes an example of an image file.
-    seed: See `epoch_order`.
-    purpose: See `epoch_order`; keeps the random crops of different uses apart.
-    epoch: See `epoch_order`.
+    seed, purpose, epoch: See `epoch_order`; the purpose keeps the random crops of different uses apart.
     first: How many batches to skip, from 0 to n: a resumed epoch has the batches that remained.
     workers: How many processes to read with. 0 takes threads of this process, one a core, which is enough where there
       are few cores: most of the time the decoders run outside the interpreter lock.
