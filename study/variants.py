@@ -63,8 +63,8 @@ class Sampled:
     if scores is None or epoch >= self.last_epoch:
       return state, scores, record
     widest = max(group.size for group in self.graph.groups)
-    noise = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
-    noise = split_by_group(jax.device_get(noise), self.graph)
+    drawn = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
+    noise = split_by_group(jax.device_get(drawn), self.graph)
     return state, {name: score + noise[name] for name, score in scores.items()}, record
 
 

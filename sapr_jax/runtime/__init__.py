@@ -4,11 +4,9 @@ from sapr_jax.runtime.compilation_cache import use_compilation_cache
 from sapr_jax.runtime.cpu import keep_memory, with_fast_layers
 from sapr_jax.runtime.devices import MappedStep, data_mesh, replicate
 from sapr_jax.runtime.interruption import Interruption
-from sapr_jax.runtime.processes import AgreedError
 from sapr_jax.runtime.progress import Progress, say
 
 __all__ = [
-  "AgreedError",
   "Interruption",
   "MappedStep",
   "Progress",

@@ -66,8 +66,9 @@ class CheckpointPlan:
 
   def within_epoch(self, position: Position, steps: int) -> bool:
     """Whether a checkpoint is due after `steps` more steps have led to `position`."""
-    every, now = self.every_steps, position.steps_done
-    return bool(every) and now // every > (now - steps) // every and position.step < position.steps_per_epoch
+    if self.every_steps is None or position.step == position.steps_per_epoch:
+      return False
+    return position.steps_done // self.every_steps > (position.steps_done - steps) // self.every_steps
 
   def after_epoch(self, position: Position, epochs: int) -> bool:
     """Whether a checkpoint is due at the end of an epoch, the last of which is `epochs`."""

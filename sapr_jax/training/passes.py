@@ -64,7 +64,7 @@ class Passes:
 
   def shared(self, purpose: Purpose, variables: Any = None) -> Shared:
     """Returns what the steps of a pass over training images read."""
-    return self.feed.train.replace(key=replicate(self.key(purpose), self.mesh), variables=variables)
+    return dataclasses.replace(self.feed.train, key=replicate(self.key(purpose), self.mesh), variables=variables)
 
   def train(
     self, step: MappedStep, state: Any, variables: Any, calls: Iterable[Any], purpose: Purpose
@@ -94,7 +94,7 @@ class Passes:
       self._evaluations[model] = self.map(steps.evaluation_step(model, self.feed.preprocessing))
     step = self._evaluations[model]
     zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
-    shared = self.feed.test.replace(variables=variables)
+    shared = dataclasses.replace(self.feed.test, variables=variables)
     sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
     return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}

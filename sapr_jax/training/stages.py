@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,12 +41,12 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
     if scores is None:
-      return state.replace(proposer=proposed), record
+      return dataclasses.replace(state, proposer=proposed), record
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
-    return state.replace(proposer=proposed, masks=replicate(masks, passes.mesh)), record
+    return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     record = _prefixed("test", passes.evaluate(model, state.variables))

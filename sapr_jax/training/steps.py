@@ -6,6 +6,7 @@ the augmentation that `Preprocessing` asks for, are part of the step.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,9 @@ def weight_step(
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=state.masks or None)
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
+    return dataclasses.replace(
+      state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    ), metrics
 
   return step
 
@@ -96,7 +99,7 @@ def _mean_over_pieces(
   def add(carry: Any, piece: Any) -> tuple[Any, None]:
     # A piece may not begin before the one before is done with its memory.
     (sums, batch_stats), piece = jax.lax.optimization_barrier((carry, piece))
-    grads, (batch_stats, metrics) = gradient(state.replace(batch_stats=batch_stats), piece)
+    grads, (batch_stats, metrics) = gradient(dataclasses.replace(state, batch_stats=batch_stats), piece)
     return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
 
   (sums, batch_stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), pieces, unroll=unroll)
@@ -149,7 +152,7 @@ def generator_step(
     grads, metrics = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
 
   return step
