@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,18 @@ def number(expected: str, accepts: Callable[[float], bool]) -> Rule:
   return Rule(expected, is_one)
 
 
-def one_of(names: Iterable[str]) -> Rule:
-  """Names from a list."""
-  known = tuple(names)
-  return Rule(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known)
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """Names from a collection, with those that were added to it since."""
+
+  names: Collection[str]
+
+  @property
+  def expected(self) -> str:
+    return f"one of {', '.join(self.names)}"
+
+  def accepts(self, value: Any) -> bool:
+    return isinstance(value, str) and value in self.names
 
 
 def tuple_of(rule: Rule, expected: str, *, empty: bool = False) -> Rule:
@@ -85,7 +93,7 @@ CHANNELS = tuple_of(
 )
 
 
-def _phase(name: str, least_epochs: int) -> dict[str, Rule]:
+def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
   return {
     f"{name}.epochs": integer(least_epochs),
     f"{name}.batch_size": integer(1),
@@ -93,27 +101,27 @@ def _phase(name: str, least_epochs: int) -> dict[str, Rule]:
     f"{name}.learning_rate": POSITIVE,
     f"{name}.base_batch_size": integer(1).or_unset(),
     f"{name}.warmup_epochs": AT_LEAST_0,
-    f"{name}.schedule": one_of(SCHEDULES),
+    f"{name}.schedule": OneOf(SCHEDULES),
     f"{name}.decay_epochs": tuple_of(integer(0), "a tuple of integers, such as '(100, 150)'", empty=True),
     f"{name}.decay_factor": POSITIVE,
     f"{name}.momentum": number("a number in [0, 1)", lambda x: 0 <= x < 1),
     f"{name}.nesterov": BOOLEAN,
     f"{name}.weight_decay": AT_LEAST_0,
-    f"{name}.weight_decay_of": one_of(MIN_NDIM_OF_DECAYED),
+    f"{name}.weight_decay_of": OneOf(MIN_NDIM_OF_DECAYED),
   }
 
 
-FIELDS: dict[str, Rule] = {
+FIELDS: dict[str, Rule | OneOf] = {
   "seed": integer(0, 2**32 - 1),
   "steps_per_call": integer(1).or_unset(),
   "eval_batch_size": integer(1),
   "fast_cpu": BOOLEAN,
-  "model.name": one_of(MODELS),
+  "model.name": OneOf(MODELS),
   "model.width_multiplier": number("a number in (0, 100]", lambda x: 0 < x <= 100),
-  "model.dtype": one_of(("float32", "bfloat16")),
+  "model.dtype": OneOf(("float32", "bfloat16")),
   "model.remat": BOOLEAN,
   "init.weights": PATH.or_unset(),
-  "data.source": one_of(SOURCES),
+  "data.source": OneOf(SOURCES),
   "data.name": TEXT,
   "data.path": PATH.or_unset(),
   "data.train_images": integer(1).or_unset(),
@@ -128,14 +136,14 @@ FIELDS: dict[str, Rule] = {
   "data.workers": integer(0).or_unset(),
   **_phase("train", least_epochs=1),
   **_phase("finetune", least_epochs=0),
-  "prune.proposer": one_of(PROPOSERS),
-  "prune.cost": one_of(COSTS),
+  "prune.proposer": OneOf(PROPOSERS),
+  "prune.cost": OneOf(COSTS),
   "prune.p": SHARE,
   "prune.limit": POSITIVE.or_unset(),
   "prune.start_epoch": integer(0),
   "prune.gamma": AT_LEAST_0,
-  "prune.form": one_of(("penalty", "proximal")),
-  "prune.select": one_of(("blocks", "unjoined", "exact")),
+  "prune.form": OneOf(("penalty", "proximal")),
+  "prune.select": OneOf(("blocks", "unjoined", "exact")),
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),

@@ -42,12 +42,16 @@ def learning_rate_schedule(phase: Any, steps_per_epoch: int) -> Schedule:
   References:
     Goyal et al., Accurate, large minibatch SGD, 2017: the linear scaling rule and the gradual warm-up.
   """
-  schedule = SCHEDULES[phase.schedule](phase, steps_per_epoch)
+  of_float = SCHEDULES[phase.schedule](phase, steps_per_epoch)
+
+  def schedule(step: Any) -> Any:
+    return of_float(jnp.asarray(step, jnp.float32))  # optax leaves the conversion of an int32 to implicit promotion
+
   scale = 1.0 if phase.base_batch_size is None else phase.batch_size / phase.base_batch_size
   warmup = phase.warmup_epochs * steps_per_epoch
   if not warmup and scale == 1.0:
     return schedule
-  return lambda step: schedule(step) * scale * (jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0)
+  return lambda step: schedule(step) * scale * (jnp.minimum(1.0, jnp.float32(step + 1) / warmup) if warmup else 1.0)
 
 
 MIN_NDIM_OF_DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions": 3}

@@ -218,7 +218,7 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {
-        "correct": jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels)),
+        "correct": jnp.sum(weights * (jnp.argmax(logits, axis=-1) == labels).astype(weights.dtype)),
         "loss": jnp.sum(weights * losses),
         "count": jnp.sum(weights),
       }

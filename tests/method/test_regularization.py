@@ -105,7 +105,8 @@ def test_a_threshold_above_the_norm_gives_exactly_zero(tiny, two):
 def test_the_proximal_step_minimizes_its_objective(tiny, two, weighting, step_size):
   # F(w) = 1/2 ||w - v||^2 + step_size R(w) is convex, so a point that no small step improves is its minimum. R takes
   # each kernel of the blocks on one axis only, so the operators of the groups do not overlap.
-  with jax.enable_x64(True):
+  # The weights of the groups stay float32 beside kernels of float64.
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     v = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tiny.params)
 
     @jax.jit

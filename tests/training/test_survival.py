@@ -14,6 +14,7 @@ from small_run import check_same_run, small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, training
+from sapr_jax.errors import DivergedError
 from sapr_jax.training import loop, passes, workdir
 
 run_module = sys.modules["sapr_jax.training.run"]  # `training.run` is the function
@@ -191,7 +192,7 @@ def test_a_full_disk_stops_the_run_with_the_reason(whole, tmp_path, monkeypatch)
 
 def test_divergence_names_the_first_bad_tensor_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   with pytest.raises(
-    sapr.DivergedError,
+    DivergedError,
     match=r"train_loss is nan in epoch 1 of train, step \d of 5, at learning rate 1e\+30: training diverged; the first"
     r" tensor that is not finite is (params|batch_stats)/\w+",
   ):
