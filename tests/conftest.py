@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax.linen import normalization
+from jax_options import jax_options
 
 import sapr_jax as sapr
 from sapr_jax import data
@@ -72,6 +73,13 @@ def compilation_cache_of_commands(tmp_path_factory: pytest.TempPathFactory) -> I
   """The commands that tests start share compiled programs, and stay out of the user's cache folder."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+  """For modules whose programs run a few steps: the compiler takes half the time or less without optimization."""
+  with jax_options(jax_disable_most_optimizations=True):
     yield
 
 

@@ -4,7 +4,8 @@ import contextlib
 import io
 
 import pytest
-from small_run import jax_options, small_config
+from jax_options import jax_options
+from small_run import small_config
 
 from sapr_jax import training
 
@@ -14,13 +15,6 @@ def compilation_cache(tmp_path_factory):
   """Keeps compiled programs, as runs compile the same ones."""
   folder = str(tmp_path_factory.mktemp("cache"))
   with jax_options(jax_compilation_cache_dir=folder, jax_persistent_cache_min_compile_time_secs=0.1):
-    yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-  """For modules whose programs run a few steps: the compiler takes half the time or less without optimization."""
-  with jax_options(jax_disable_most_optimizations=True):
     yield
 
 

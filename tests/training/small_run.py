@@ -1,7 +1,5 @@
 """A run on the digits that takes seconds, and what it means that two runs are the same."""
 
-import contextlib
-
 import jax
 import numpy as np
 import tiny_main  # noqa: F401  (registers the network)
@@ -30,18 +28,6 @@ SMALL = {
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """XLA_FLAGS for programs that run a few steps only."""
-
-
-@contextlib.contextmanager
-def jax_options(**options):
-  before = {name: jax.config.values[name] for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
 
 
 def small_config(**overrides):
