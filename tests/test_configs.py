@@ -75,7 +75,9 @@ def test_the_learning_rates_of_supplement_a(name):
     assert {epoch: float(schedule(10 * epoch)) for epoch in expected} == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("imagenet") else ()) for name in EXPERIMENTS]
+)
 def test_the_docstring_has_the_command_and_the_size(name):
   module = importlib.import_module(f"configs.{name}")
   page = module.__doc__

@@ -200,13 +200,14 @@ def test_wrapping_a_model_changes_nothing_but_names():
   ("model", "count"),
   [
     (networks.ImageNetResNet(networks.BasicBlock, (3, 4, 6, 3)), 16),
-    (networks.ImageNetResNet(networks.Bottleneck, (3, 4, 6, 3)), 32),
-    (networks.ImageNetResNet(networks.Bottleneck, (3, 4, 23, 3)), 66),
-    (
+    pytest.param(networks.ImageNetResNet(networks.Bottleneck, (3, 4, 6, 3)), 32, marks=pytest.mark.slow),
+    pytest.param(networks.ImageNetResNet(networks.Bottleneck, (3, 4, 23, 3)), 66, marks=pytest.mark.slow),
+    pytest.param(
       networks.MobileNetV2(
         ((1, 4, 1, 1), (6, 5, 2, 2), (6, 6, 3, 2), (6, 7, 4, 2), (6, 8, 3, 1), (6, 9, 3, 2), (6, 10, 1, 1))
       ),
       16,
+      marks=pytest.mark.slow,
     ),
   ],
   ids=["resnet34", "resnet50", "resnet101", "mobilenet_v2"],

@@ -37,7 +37,12 @@ def test_a_budget_that_multiples_cannot_meet_is_met_without(wide):
 
 
 @pytest.mark.parametrize(
-  ("name", "rounded"), [("resnet50_imagenet", 8), ("mobilenetv2_imagenet", 8), ("resnet56_cifar10", 1)]
+  ("name", "rounded"),
+  [
+    pytest.param("resnet50_imagenet", 8, marks=pytest.mark.slow),
+    pytest.param("mobilenetv2_imagenet", 8, marks=pytest.mark.slow),
+    ("resnet56_cifar10", 1),
+  ],
 )
 def test_the_experiments_meet_their_budget_on_a_gpu(name, rounded):
   config = importlib.import_module(f"configs.{name}").get_config()

@@ -36,7 +36,10 @@ def parameters_by_formula(blocks):
   return kernels + norms
 
 
-@pytest.mark.parametrize(("depth", "num_groups"), [(20, 9), (32, 15), (44, 21), (56, 27), (110, 54)])
+@pytest.mark.parametrize(
+  ("depth", "num_groups"),
+  [(20, 9), *(pytest.param(depth, depth // 2 - 1, marks=pytest.mark.slow) for depth in (32, 44, 56, 110))],
+)
 def test_groups_macs_and_parameters(depth, num_groups):
   model = models.create(f"resnet{depth}")
   variables = abstract_variables(model)

@@ -18,9 +18,9 @@ def abstract_variables(model, shape):
   ("name", "params", "macs", "prunable", "groups", "exact_groups"),
   [
     ("resnet18", 11_689_512, 1_814_073_344, 1_676_279_808, 8, 12),
-    ("resnet34", 21_797_672, 3_663_761_408, 3_525_967_872, 16, 20),
-    ("resnet50", 25_557_032, 4_089_184_256, 3_609_460_736, 32, 37),
-    ("resnet101", 44_549_160, 7_801_405_440, 7_321_681_920, 66, 71),
+    pytest.param("resnet34", 21_797_672, 3_663_761_408, 3_525_967_872, 16, 20, marks=pytest.mark.slow),
+    pytest.param("resnet50", 25_557_032, 4_089_184_256, 3_609_460_736, 32, 37, marks=pytest.mark.slow),
+    pytest.param("resnet101", 44_549_160, 7_801_405_440, 7_321_681_920, 66, 71, marks=pytest.mark.slow),
     ("mobilenetv2", 3_504_872, 300_774_272, 258_550_656, 16, 25),
   ],
 )
@@ -35,6 +35,7 @@ def test_sizes_and_groups(name, params, macs, prunable, groups, exact_groups):
   assert (exact.prunable_macs(), len(exact.groups)) == (macs, exact_groups)
 
 
+@pytest.mark.slow
 def test_resnet152_has_the_published_number_of_parameters():
   variables = abstract_variables(models.create("resnet152"), (1, 64, 64, 3))
   assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 60_192_808
