@@ -36,9 +36,11 @@ def parameters_by_formula(blocks):
   return kernels + norms
 
 
+DEEP = ((32, 15), (44, 21), (56, 27), (110, 54))
+
+
 @pytest.mark.parametrize(
-  ("depth", "num_groups"),
-  [(20, 9), *(pytest.param(depth, depth // 2 - 1, marks=pytest.mark.slow) for depth in (32, 44, 56, 110))],
+  ("depth", "num_groups"), [(20, 9), *(pytest.param(*row, marks=pytest.mark.slow) for row in DEEP)]
 )
 def test_groups_macs_and_parameters(depth, num_groups):
   model = models.create(f"resnet{depth}")
