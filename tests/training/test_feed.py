@@ -167,21 +167,6 @@ def test_a_streamed_run_killed_within_an_epoch_goes_on_at_the_step(photos, strea
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_what_cannot_be_streamed_is_refused(photos, tmp_path):
-  def refused(text, **overrides):
-    with pytest.raises(sapr.InputError, match=text) as info:
-      training.run(streamed_config(photos, **overrides), tmp_path / "run")
-    assert "\n" not in str(info.value)
-    assert not (tmp_path / "run").exists()
-
-  refused(r"data\.eval_resize must be at least data\.image_size = 16, got 15", **{"data.eval_resize": 15})
-  refused(r"data\.mean must have red, green and blue", **{"data.mean": None, "data.std": None})
-  refused(r"data\.mean and data\.std must be of one length", **{"data.std": None})
-  refused(r"data\.std must have no zero", **{"data.std": (0.2, 0.0, 0.2)})
-  refused("digits", **{"data.source": "digits"})
-  refused(r"data\.workers must be an integer of at least 0, or unset, got -1", **{"data.workers": -1})
-
-
 @pytest.mark.slow
 def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
   shutil.copytree(photos, tmp_path / "photos")
