@@ -32,11 +32,13 @@ def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]
   return wrapped
 
 
-# Code of others that does: optax raises a float to the power of an int32, flax normalizes bfloat16 by float32.
+# Code of others that does: optax raises a float to the power of an int32; flax normalizes bfloat16 by float32, and
+# divides a sum by the int64 size of its window.
 for _module, _name in (
   (optax.tree, "bias_correction"),
   (normalization, "_compute_stats"),
   (normalization, "_normalize"),
+  (nn, "avg_pool"),
 ):
   setattr(_module, _name, _with_standard_promotion(getattr(_module, _name)))
 

@@ -480,11 +480,11 @@ ROWS = [
     r"cannot choose 5\.5 of 1197 images",
   ),
   # Work directories
-  Row("workdir: a file", run(), r"/run is a file; name another --workdir", lambda f: f.workdir.write_text("x")),
+  Row("workdir: a file", run(), r"/run' is a file; name another --workdir", lambda f: f.workdir.write_text("x")),
   Row(
     "workdir: below a file",
     lambda f: training.run(small_config(), f.workdir / "deeper"),
-    r"/run/deeper lies below a file",
+    r"/run/deeper' lies below a file",
     lambda f: f.workdir.write_text("x"),
   ),
   Row(
@@ -601,7 +601,7 @@ COMMANDS = [
     [DIGITS, "--config.init.weights=/no/where\n.pth", *[f"--config.{k}={v}" for k, v in WIDTHS.items()]],
     r"where\\n\.pth",
   ),
-  ([DIGITS, "--workdir=/dev/null/run"], r"/dev/null/run lies below a file"),
+  ([DIGITS, "--workdir=/dev/null/run"], r"/dev/null/run' lies below a file"),
   ([DIGITS, "--connect_seconds=0"], r"--connect_seconds=0"),
   (["--config=/no/where.py"], r"/no/where\.py"),
   (["--config=configs"], r"Is a directory: 'configs'"),

@@ -233,7 +233,7 @@ class ChannelGraph:
     check_masks(self, masks)
     arrays = [masks[group.name] for group in self.groups]
     if any(isinstance(mask, jax.core.Tracer) for mask in arrays):
-      return jnp.stack([jnp.sum(mask, dtype=jnp.result_type(mask, jnp.float32)) for mask in arrays])
+      return jnp.stack([jnp.sum(m, dtype=jnp.float64 if m.dtype == jnp.float64 else jnp.float32) for m in arrays])
     concrete = [np.asarray(mask) for mask in arrays]
     sums = np.array([mask.sum(dtype=np.float64) for mask in concrete])
     return sums.astype(np.int64) if all(np.isin(mask, (0, 1)).all() for mask in concrete) else sums

@@ -19,7 +19,8 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = SHAPE, dtype: Any = np.float32) -> dict[str, Any]:
-  return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
+  with jax.numpy_dtype_promotion("standard"):  # flax draws float32 parameters for float64 images too
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def random_variables(model: nn.Module, seed: int, dtype: Any = np.float64, shape: tuple[int, ...] = SHAPE) -> Any:

@@ -154,7 +154,7 @@ BETWEEN = {
   "max over channels": (lambda x: x * jnp.max(x, -1, keepdims=True), "reduce_max"),
   "softmax": (nn.softmax, "reduce_max"),
   "cosine": (lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6), "reduce_sum"),
-  "constant array": (lambda x: x * np.arange(1.0, 9.0, dtype=np.float32), "constant"),
+  "constant array": (lambda x: x * np.arange(1.0, 9.0).astype(x.dtype), "constant"),
   "index": (lambda x: x * jnp.arange(8.0), "index"),
   "reversed": (lambda x: x[..., ::-1], "reversed"),
   "rolled": (lambda x: jnp.roll(x, 1, -1), "sliced"),
@@ -290,7 +290,7 @@ def test_bfloat16_computation():
 
 def test_a_matrix_of_the_code_between_layers_is_no_kernel():
   """A matrix that the code makes up cannot be masked; the channels it mixes stay."""
-  model = networks.Between(lambda x: x @ np.eye(8, 6, dtype=np.float32))
+  model = networks.Between(lambda x: x @ np.eye(8, 6).astype(x.dtype))
   graph = laws.check_laws(model, "exact", (0,))
   assert "conv1" not in {group.name for group in graph.groups}
 
