@@ -153,7 +153,7 @@ def peer_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def our_batches(files: list[str], order: np.ndarray, recipe: data.Recipe) -> Iterator[Any]:
-  split = data.EncodedSplit(FolderSource("", files, np.arange(len(files), dtype=np.int32)))
+  split = FolderSource("", files, np.arange(len(files), dtype=np.int32))
   return data.stream_batches(split, order, recipe=recipe, seed=0, purpose=0, epoch=0, workers=1)
 
 
