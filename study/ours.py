@@ -136,7 +136,7 @@ def end_of_training(experiment: Experiment, workdir: pathlib.Path) -> tuple[Vari
   stage = stages.training_stage(experiment, training.make_proposer(experiment))
   with contextlib.closing(artifacts.Checkpointer(workdir / "checkpoints" / "train")) as checkpointer:
     state, saved = checkpointer.restore(stage.first_state)
-  if Position.of_checkpoint(saved, stage.steps_per_epoch).epoch < stage.epochs:
+  if Position.of_checkpoint(saved, stage.weights.steps_per_epoch).epoch < stage.epochs:
     raise InputError(f"{workdir} holds no checkpoint of the end of its training; remove that run to do it again.")
   variables, masks = jax.device_get((state.variables, state.masks))
   return variables, masks

@@ -41,8 +41,9 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
   """
   if layer_names is None:
     if type(base) not in TORCH_NAMES:
+      known = ", ".join(cls.__name__ for cls in TORCH_NAMES)
       raise InputError(
-        f"{type(base).__name__} is not a model of this package ({', '.join(cls.__name__ for cls in TORCH_NAMES)}), so its"
+        f"{type(base).__name__} is not a model of this package ({known}), so its"
         " layers have no known names in PyTorch; give them: layer_names={'block1/conv': 'features.0', ...}."
       )
     names = TORCH_NAMES[type(base)](paths)
