@@ -34,6 +34,7 @@ FORMAT = 1
 DEFINITION = "model.json"
 WEIGHTS = "weights.safetensors"
 _WIDTH_FIELDS = {"features", "feature_group_count"}
+_SCALARS = (bool, int, float, str)
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]) -> None:
@@ -157,40 +158,32 @@ def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
 
 def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
   """Checks that `base` is the module that was saved, as far as its definition tells."""
-  got = {"class": type(base).__name__, "fields": json.loads(json.dumps(fields_to_json(base)))}
-  if got["class"] != description["class"]:
-    raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
+  kind, fields = type(base).__name__, json.loads(json.dumps(fields_to_json(base)))  # as they come from a file
+  if kind != description["class"]:
+    raise InputError(f"{path} holds a {description['class']}; base is a {kind}.")
   for name, value in description["fields"].items():
-    found = got["fields"].get(name)
+    found = fields.get(name)
     # Text stands for values that JSON cannot hold; it may differ from one process to the next. `remat` and dtypes may
     # differ, as they change the computation and not the variables.
     if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
-      raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
+      raise InputError(f"{path} holds a {kind} with {name}={value}; base has {name}={found}.")
 
 
 def fields_to_json(module: nn.Module) -> dict[str, Any]:
   """Returns the fields of a module that JSON can hold. Others are written as their repr, for people to read."""
-  fields: dict[str, Any] = {}
-  for field in dataclasses.fields(module):
-    if field.name in ("parent", "name"):
-      continue
-    value = getattr(module, field.name)
-    if isinstance(value, bool | int | float | str | type(None)):
-      fields[field.name] = value
-    elif isinstance(value, tuple | list):
-      fields[field.name] = {"tuple": [v if isinstance(v, bool | int | float | str) else repr(v) for v in value]}
-    elif (dtype := _dtype_name(value)) is not None:
-      fields[field.name] = {"dtype": dtype}
-    else:
-      fields[field.name] = {"repr": repr(value)}
-  return fields
+  names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+  return {name: _to_json(getattr(module, name)) for name in names}
 
 
-def _dtype_name(value: Any) -> str | None:
+def _to_json(value: Any) -> Any:
+  if value is None or isinstance(value, _SCALARS):
+    return value
+  if isinstance(value, tuple | list):
+    return {"tuple": [v if isinstance(v, _SCALARS) else repr(v) for v in value]}
   try:
-    return jnp.dtype(value).name
+    return {"dtype": jnp.dtype(value).name}
   except TypeError:
-    return None
+    return {"repr": repr(value)}
 
 
 def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Module:
