@@ -77,8 +77,8 @@ class Checkpointer:
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
     """Starts saving, and returns once the state, a pytree of arrays, is copied from the devices.
 
-    Steps rise; an existing checkpoint of this one is kept as it is. JSON must hold `position`. An error may be about the
-    checkpoint before.
+    `step` must rise; an existing checkpoint of this number is kept as it is. `position` must fit into JSON. An error
+    may be about the checkpoint before.
     """
     if step in self._manager.all_steps():
       return

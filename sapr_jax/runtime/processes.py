@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import zlib
@@ -70,6 +71,9 @@ def initialize(
   watch.daemon = True
   watch.start()
   try:
+    if coordinator is not None and process_id == 0:
+      # Where the port is taken, JAX raises an error or, now and then, crashes.
+      socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     jax.distributed.initialize(
       coordinator,
       num_processes,
@@ -78,7 +82,7 @@ def initialize(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-  except (RuntimeError, ValueError) as error:
+  except (OSError, RuntimeError, ValueError) as error:
     if coordinator is None:
       raise InputError(
         f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator,"

@@ -11,6 +11,7 @@ import pytest
 
 from sapr_jax import models
 from sapr_jax.channels import prune, trace_channels
+from sapr_jax.models import fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual
 from sapr_jax.runtime import cpu
 
@@ -47,7 +48,7 @@ def compare(module, x, **kwargs):
 
 
 def test_batch_norm_by_hand():
-  y, mean, var = cpu.batch_norm(jnp.array([[1.0], [3.0]]), jnp.array([2.0]), jnp.array([5.0]), 0.0)
+  y, mean, var = fast_layers.batch_norm(jnp.array([[1.0], [3.0]]), jnp.array([2.0]), jnp.array([5.0]), 0.0)
   assert (float(mean[0]), float(var[0])) == (2.0, 1.0)
   np.testing.assert_allclose(y, [[3.0], [7.0]], rtol=1e-6)
 
@@ -62,7 +63,7 @@ def test_gradient_of_batch_norm_includes_its_statistics():
   def objective(function):
     return lambda *args: sum(jnp.sum(jnp.cos(k + part)) for k, part in enumerate(function(*args)))
 
-  fast = objective(lambda *args: cpu.batch_norm(*args, 1e-3))
+  fast = objective(lambda *args: fast_layers.batch_norm(*args, 1e-3))
   assert_close(jax.grad(fast, (0, 1, 2))(x, scale, bias), jax.grad(objective(plain), (0, 1, 2))(x, scale, bias))
 
 
