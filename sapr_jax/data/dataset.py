@@ -121,7 +121,7 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
   """
   if size is None:
     return np.arange(len(labels), dtype=np.int32)
-  if not 1 <= size <= len(labels):
+  if not isinstance(size, int | np.integer) or not 1 <= size <= len(labels):
     raise InputError(
       f"cannot choose {size!r} of {len(labels)} images; expected a number from 1 to {len(labels)}, or none for all"
     )

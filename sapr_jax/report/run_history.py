@@ -18,8 +18,7 @@ class RunHistory:
   """History of one run, finished or not.
 
   Attributes:
-    path: The work directory.
-    config: Its configuration, nested as in `configs/default.py`, flat names with dots.
+    config: Its configuration, flat: names as in `configs/default.py`, with dots.
     records: One mapping for each epoch, in order.
     network: Size of each channel group and MACs of the dense network; None if an older run did not note them.
     summary: Measurements of a finished run; None for others.

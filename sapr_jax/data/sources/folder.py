@@ -49,46 +49,37 @@ class FolderSource:
 
 
 def _list_files(spec: DataSpec, held_out: str) -> EncodedDataset:
-  """Lists the files of both splits, after checking that they have the same classes."""
-  splits = ("train", held_out)
-  root = _find_root(spec.path, splits)
-  class_names = _find_classes(root, splits)
+  root, class_names = _find_classes(spec.path, ("train", held_out))
   train = _choose_files(root / "train", class_names, spec.train_images, spec.seed)
   test = _choose_files(root / held_out, class_names, spec.test_images, spec.seed)
   return EncodedDataset(root.resolve().name, train, test, class_names)
 
 
-def _find_root(path: str | None, splits: tuple[str, str]) -> Path:
-  """Returns the folder of a data set, after checking that it holds a folder for both `splits`."""
+def _find_classes(path: str | None, splits: tuple[str, str]) -> tuple[Path, tuple[str, ...]]:
+  """Returns the folder of a data set and its sorted class names, after checking that both splits have the same ones."""
+  expected = f"expected {splits[0]}/<class>/* and {splits[1]}/<class>/*"
   if path is None:
-    raise InputError(f"source=folder needs the path of a folder; {_layout(splits)} in it")
+    raise InputError(f"source=folder needs the path of a folder; {expected} in it")
   root = Path(path)
   if not root.is_dir():
-    raise InputError(f"there is no folder {str(root)!r}; {_layout(splits)} in it")
-  found = _visible_folders(root)
+    raise InputError(f"there is no folder {path!r}; {expected} in it")
+  found, classes = _visible_folders(root), []
   for split in splits:
     if split not in found:
       raise InputError(
-        f"folder {str(root)!r} has no {split!r} folder; {_layout(splits)}, found {_listed(found)}; "
-        f"rename the folder that holds the {split} images, or link to it"
+        f"folder {path!r} has no {split!r} folder; {expected}, found {_listed(found)}; rename the folder that holds "
+        f"the {split} images, or link to it"
       )
-  return root
-
-
-def _find_classes(root: Path, splits: tuple[str, str]) -> tuple[str, ...]:
-  """Returns the sorted class names, after checking that both splits have the same ones."""
-  first, second = (set(_visible_folders(root / split)) for split in splits)
-  for split, classes in zip(splits, (first, second), strict=True):
-    if not classes:
-      raise InputError(
-        f"folder {str(root / split)!r} has no class folder; {_layout(splits)}, so sort its files into them"
-      )
+    classes.append(set(_visible_folders(root / split)))
+    if not classes[-1]:
+      raise InputError(f"folder {str(root / split)!r} has no class folder; {expected}, so sort its files into them")
+  first, second = classes
   if first != second:
     raise InputError(
-      f"the splits of {str(root)!r} have different classes; expected the same ones: only in {splits[0]}: "
+      f"the splits of {path!r} have different classes; expected the same ones: only in {splits[0]}: "
       f"{_listed(first - second)}; only in {splits[1]}: {_listed(second - first)}"
     )
-  return tuple(sorted(first))
+  return root, tuple(sorted(first))
 
 
 def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, seed: int) -> EncodedSource:
@@ -125,10 +116,6 @@ def _image_files(folder: Path) -> list[str]:
       f"class folder {str(folder)!r} holds no image; expected files ending in {', '.join(sorted(EXTENSIONS))}"
     )
   return [os.path.join(folder, name) for name in sorted(names)]
-
-
-def _layout(splits: tuple[str, str]) -> str:
-  return "expected " + " and ".join(f"{split}/<class>/*" for split in splits)
 
 
 def _listed(names: Iterable[str]) -> str:
