@@ -15,6 +15,7 @@ from benchmarks.measuring import recorded
 PAGE = pathlib.Path("docs/performance.md")
 PLATFORMS = ("cpu", "gpu", "tpu")
 SECTIONS = ("training_step", "method_cost", "pruned_speed", "start_up", "growth")
+"""Benchmarks. Each has `HEAD`, a heading and what was measured, `TAIL`, and `parts`, the parts for one platform."""
 
 _HEAD = """# Performance
 
@@ -25,19 +26,17 @@ ratios within a round, so that what slows a whole round down cancels.
 """
 
 
-def renew() -> None:
-  """Writes the page."""
-  PAGE.write_text(text())
-
-
 def text() -> str:
   """Returns the page."""
   parts = [_HEAD]
   for name in SECTIONS:
-    reports = {platform: report for platform in PLATFORMS if (report := recorded(name, platform)) is not None}
-    if reports:
-      parts.append(importlib.import_module(f"benchmarks.{name}").section(reports))
-  return "\n".join(part.strip() + "\n" for part in parts)
+    section: Any = importlib.import_module(f"benchmarks.{name}")
+    parts.append(section.HEAD)
+    for platform in PLATFORMS:
+      if (report := recorded(name, platform)) is not None:
+        parts += [f"### {platform.upper()}", provenance(report), *section.parts(platform, report)]
+    parts.append(section.TAIL)
+  return "\n".join(f"{part.strip()}\n" for part in parts if part)
 
 
 def provenance(report: Mapping[str, Any]) -> str:
@@ -51,4 +50,4 @@ def provenance(report: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  renew()
+  PAGE.write_text(text())

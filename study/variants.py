@@ -64,8 +64,8 @@ class Sampled:
       return state, scores, record
     widest = max(group.size for group in self.graph.groups)
     noise = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
-    noise = split_by_group(jax.device_get(noise), self.graph)
-    return state, {name: score + noise[name] for name, score in scores.items()}, record
+    added = split_by_group(jax.device_get(noise), self.graph)
+    return state, {name: score + added[name] for name, score in scores.items()}, record
 
 
 @dataclasses.dataclass(frozen=True)
