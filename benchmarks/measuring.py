@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -70,14 +72,12 @@ def machine() -> dict[str, Any]:
   }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
   """Returns the versions of those packages that are installed."""
   found = {}
-  for package in _PACKAGES:
-    try:
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
   return found
 
 
@@ -175,3 +175,12 @@ def shown(value: float, digits: int = 3) -> str:
 def goal(reached: bool, text: str) -> str:
   """Formats a line that says whether a goal was reached."""
   return f"- Goal {'reached' if reached else 'missed'}: {text}"
+
+
+def renew_tables(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+  """Returns a page with its tables renewed, each between `<!-- table: name -->` and `<!-- end -->`."""
+
+  def replace(match: re.Match) -> str:
+    return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+  return re.sub(r"<!-- table: ([\w ]+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)

@@ -193,30 +193,10 @@ def shares(report: Mapping[str, Any]) -> dict[str, float]:
 
 # What the page shows.
 
-HEAD = f"""## What the method costs
-
-Steps of a run on random images that lie on the device, timed in turns; the optimizer's update and both forms of the
-regularization are timed alone as well, as a difference of two long times cannot show a percent. From them, what an
-epoch with the method costs more than the weight steps of one without: generator steps on {GENERATOR_SHARE:.0%} of the
-images, the penalty's gradient in each weight step, new masks once, and one more evaluation on all test images, that of
-the sub-network."""
-
-TAIL = """What bounds it: a generator step is a forward pass and the backward pass through the activations, two
-thirds of the arithmetic of a weight step; masks gate feature maps (`sapr_jax.masked_apply`), so that no kernel's
-gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for
-ResNet-56, 0.95 for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is
-more than 5 % of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the
-records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs without new masks
-have no generator steps either."""
-
-_SCALED = """Times that grow with the images are multiplied up to the batch and the image size of the experiment
-(CIFAR-10: 128 of 32 pixels, ImageNet: 256 of 224); those of optimizer, regularization and masks do not grow."""
-
 
 def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
-  """Returns the parts of `docs/performance.md` for a platform."""
+  del platform
   networks, lines = report["networks"], []
-  scaled = any(network["measured_image_size"] != network["image_size"] for network in networks.values())
   for network in networks.values():
     found, title = shares(network), network["title"]
     epoch, penalty = sum(found.values()), found[PENALTY]
@@ -224,7 +204,7 @@ def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
     lines.append(goal(epoch <= GOAL_EPOCH, f"{costs}, asked for at most {GOAL_EPOCH:.0%}."))
     costs = f"{title}: the penalty's gradient is {penalty:.2%} of a weight step"
     lines.append(goal(penalty < GOAL_PENALTY, f"{costs}, asked for less than {GOAL_PENALTY:.0%}."))
-  return [time_table(networks), cost_table(networks), _SCALED if scaled else "", "\n".join(lines)]
+  return [time_table(networks), cost_table(networks), "\n".join(lines)]
 
 
 def time_table(networks: Mapping[str, Any]) -> str:

@@ -152,37 +152,14 @@ def dense_of(name: str) -> str:
 
 # What the page shows.
 
-HEAD = f"""## What pruning gives
-
-Time to the logits of a batch that lies on the device, in evaluation mode, of the compact network, compiled; on a CPU
-with what `sapr_jax/runtime/cpu.py` does for depthwise convolutions and memory (the memory of PyTorch too). The
-widths are not those of a trained run: random scores (normal, seed 0) were projected onto the paper's share p of the
-prunable MACs, with `prune.round_to` {", ".join(map(str, ROUND_TO))} within the same budget. That gives uneven
-widths as a trained generator does; which layers keep most depends on the run. *Promised* is the ratio of all MACs,
-*speed-up* that of the times at the largest batch, each to the dense network of the same framework, *share* the
-second over the first. PyTorch runs eagerly in the faster of its two memory formats on a CPU, and under
-`torch.compile` with default settings, channels last, on a GPU. Torch-Pruning is its `MagnitudePruner` with group
-norms and one ratio for all layers, which prunes residual streams too, at our MACs within 1 %. The network with one
-channel in each group shows what pruning cannot take away: stem, head, residual streams, and what is done to them
-between the convolutions."""
-TAIL = ""
-
-_VERDICT = f"""The goal is {GOAL} of the promised speed-up at the largest batch. *That stays* is measured with one
-channel in each group; *possible* is the share if all else went exactly with the MACs. A miss near it is
-bounded by the residual streams, whose normalizations and additions wait for memory and are not pruned;
-one well below it, by convolutions that are less efficient when they are narrow. Unset, `prune.round_to`
-is what `sapr_jax/training/rounding.py` has for the backend, or 1 where a group would then have fewer
-than eight widths to choose from."""
-
 
 def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
-  """Returns the parts of `docs/performance.md` for a platform."""
   networks, found = report["networks"].values(), []
   for network in networks:
     for dtype in network["times"]:
       found += [f"{network['title']}, {dtype}, p = {network['p']}:", _network_table(network, dtype)]
   found += ["Share of the promised speed-up that is reached, by batch size:", _share_table(networks)]
-  found += [_VERDICT, _verdict_table(networks, platform)]
+  found += ["At the largest batch:", _verdict_table(networks, platform)]
   for network in networks:
     if missing := [str(r) for r in ROUND_TO if pruned(r) not in network["macs"]]:
       found.append(

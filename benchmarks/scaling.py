@@ -12,11 +12,11 @@ minutes on two CPU cores. `--tables` only renews the tables; `--step-time tpu_v5
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
 import pathlib
-import re
 import statistics
 import sys
 import tempfile
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import virtual_devices
-from benchmarks.measuring import table
+from benchmarks.measuring import renew_tables, table
 from sapr_jax import models, report, trace_channels
 from sapr_jax.artifacts import Checkpointer
 from sapr_jax.artifacts.files import write_json
@@ -149,12 +149,8 @@ def hours(results: Results, chip: str, network: str, chips: int, images: float) 
 
 
 def renew(page: str, results: Results) -> str:
-  """Puts the tables between their marks: `<!-- table: name -->` and `<!-- end -->`."""
-
-  def replace(match: re.Match) -> str:
-    return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
-
-  return re.sub(r"<!-- table: ([\w ]+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
+  """Returns the page with the tables that `results` gives."""
+  return renew_tables(page, {name: functools.partial(make, results) for name, make in TABLES.items()})
 
 
 def chips_table(results: Results) -> str:

@@ -200,20 +200,11 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 # What the page shows.
 
-HEAD = """## Start-up and memory
-
-From the command to the end of the first step, of `python -m sapr_jax.main` on images in a folder, batch 128: with an
-empty compilation cache, and with what the run before left in it. Imports are whole processes. The memory of a step is
-what the compiled program asks for: arguments, results and what lies between. Checkpoints hold network, momentum,
-generator and masks. Medians."""
-TAIL = ""
-
 _CACHES = {"cold": "empty cache", "warm": "filled cache"}
 _KINDS = {"planned": "as compiled", "peak": "greatest so far that the device counted"}
 
 
 def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
-  """Returns the parts of `docs/performance.md` for a platform."""
   del platform
   surgery, compiling, lines = report["surgery"], report["generator_compile"], []
   for name, most in (("trace_channels", GOAL_TRACE), ("prune", GOAL_PRUNE)):

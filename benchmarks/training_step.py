@@ -94,7 +94,7 @@ def main() -> None:
 
 def measure(row: Row, rounds: int, peer: Any) -> dict[str, Any]:
   """Times a step of ours and of PyTorch; `peer` is `benchmarks.torch_training`."""
-  how = {"dtype": row.dtype, "image_size": row.image_size}
+  how: dict[str, Any] = {"dtype": row.dtype, "image_size": row.image_size}
   made = training_pieces.pieces(row.network, images=max(row.batch, 256), **how)
   made = dataclasses.replace(made, preprocessing=dataclasses.replace(made.preprocessing, crop_padding=0, flip=False))
   tx = training_pieces.weight_tx()
@@ -126,46 +126,14 @@ def measure(row: Row, rounds: int, peer: Any) -> dict[str, Any]:
 
 # What the page shows.
 
-HEAD = """## Training step
-
-A whole step of training: gathering and normalizing uint8 images that lie on the device, forward, backward, SGD with
-momentum and weight decay, and batch statistics; no augmentation on either side. Ours is the step of a run; PyTorch's
-optimizer is its fused one. The ratio is the fastest of the peer's times over ours: above 1 we are faster."""
-TAIL = ""
-
 
 def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
-  """Returns the parts of `docs/performance.md` for a platform."""
+  del platform
   lines = []
   for row in report["rows"].values():
     what = f"{row['title']}, batch {row['batch']}, {row['dtype']}: {ratio(row):.2f} times as fast as"
     lines.append(goal(ratio(row) >= row["goal"], f"{what} {fastest_peer(row)}, asked for at least {row['goal']:g}."))
-  tables = step_table(report["rows"], report["machine"]["device"])
-  return [tables, _REMARKS.get(platform, ""), "\n".join(lines)]
-
-
-_REMARKS = {
-  "cpu": """`fast_cpu` is the flag of the config for what `sapr_jax/runtime/cpu.py` does. Off, it takes its layers and
-compiler options away (timed twice, after the others); the third part, that the process keeps the memory it frees, holds
-here for all, PyTorch too.
-
-What was found on the way, by timing parts of the step:
-
-- Elementwise operations (the gradients of normalization and activation) were fused into the transposition before a
-  kernel's gradient, and so repeated in an order that the caches do not like. As fusions of YNNPACK they stand alone:
-  most of what the ResNets gain.
-- A step allocated its temporary memory again each time and paid for 70,000 to 120,000 page faults, about a fifth of its
-  processor time; kept memory makes them none.
-- XLA's depthwise convolution takes some 40 times as long as a sum of shifted products, forward and to the input.
-- The kernel's gradient of an ordinary convolution is no longer slow in these releases: for 16 channels at 32x32 it runs
-  at 30 to 50 GFLOP/s, the forward pass at 65 to 90. Nine dot products instead, one contraction of patches, and both
-  divided over the batch run at 7 to 20; an optimization barrier before it changes nothing, XLA drops it on CPUs.
-
-What bounds the rest: for the ResNets the convolutions with 16 channels, and the transpositions before the kernels'
-gradients, which PyTorch's library does not need; for MobileNet-V2 nine passes over each activation for the gradient of
-a depthwise kernel, with the gradient of ReLU6 repeated in each.""",
-  "gpu": "float32 is TF32 in matrix products and convolutions, bfloat16 is automatic mixed precision in PyTorch.",
-}
+  return [step_table(report["rows"], report["machine"]["device"]), "\n".join(lines)]
 
 
 def step_table(rows: Mapping[str, Any], device: str) -> str:
