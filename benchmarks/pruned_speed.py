@@ -56,7 +56,7 @@ NETWORKS = (
 def main() -> None:
   keep_memory()
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-  peer = needed("benchmarks.torch_inference", "bench")
+  peer = needed("benchmarks.torch_peer", "bench")
 
   def measure_network(network: Network, quick: bool) -> dict[str, Any]:
     if quick:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(network: Network, rounds: int, peer: Any) -> dict[str, Any]:
-  """Measures one network in all its forms; `peer` is `benchmarks.torch_inference`."""
+  """Measures one network in all its forms; `peer` is `benchmarks.torch_peer`."""
   on_cpu, size = jax.devices()[0].platform == "cpu", network.image_size
   result: dict[str, Any] = {"title": network.title, "p": network.p, "times": {}}
   peers: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def measure(network: Network, rounds: int, peer: Any) -> dict[str, Any]:
       result["macs"] = macs | {name: peer.count_macs(model, (3, size, size)) for name, model in peers.items()}
     result["times"][dtype] = {}
     for batch in network.cpu_batches if on_cpu else network.accelerator_batches:
-      peer.forget_compiled()
+      peer.release()
       calls = {name: forward(m, v, (batch, size, size, 3)) for name, (m, v) in forms.items()}
       how = {}
       for name, model in peers.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.training_step [--quick] [ROW ...]
 
 Ours is the step of a run (`training.steps.weight_step` under `MappedStep`). On both sides random uint8 images lie on
-the device, a batch is gathered and normalized in the step, and there is no augmentation. Needs torch.
+the device, a batch is gathered and normalized in the step, and there is no augmentation. Needs torch and torch-pruning.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ PEAK_TFLOPS = {
 def main() -> None:
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
   keep_memory()  # as a run does on CPUs; PyTorch is in the same process, and gains too
-  peer = needed("benchmarks.torch_training", "bench")
+  peer = needed("benchmarks.torch_peer", "bench")
   device = jax.devices()[0]
   if device.platform == "gpu" and peer.DEVICE != "cuda":
     sys.exit("error: JAX has a GPU and PyTorch has none; install a PyTorch for CUDA")
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure(row: Row, rounds: int, peer: Any) -> dict[str, Any]:
-  """Times a step of ours and of PyTorch; `peer` is `benchmarks.torch_training`."""
+  """Times a step of ours and of PyTorch; `peer` is `benchmarks.torch_peer`."""
   how: dict[str, Any] = {"dtype": row.dtype, "image_size": row.image_size}
   made = training_pieces.pieces(row.network, images=max(row.batch, 256), **how)
   made = dataclasses.replace(made, preprocessing=dataclasses.replace(made.preprocessing, crop_padding=0, flip=False))
