@@ -12,7 +12,6 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ import jax
 import numpy as np
 
 from benchmarks import virtual_devices
-from benchmarks.measuring import goal, needed, parser, record, shown, table, time_in_turns
-from benchmarks.training_pieces import pieces, weight_tx
+from benchmarks.measuring import goal, needed, parser, record, seconds_of, shown, table, time_in_turns
+from benchmarks.training_pieces import compile_seconds, pieces, weight_tx
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.method import ArchitectureGenerator, budget_penalty, macs_budget, sample_masks, split_by_group
 from sapr_jax.runtime import keep_memory
@@ -106,9 +105,7 @@ def measure_steps(points: Mapping[float, tuple[str, int, float]], sizes: Sizes) 
     made = pieces(network, width_multiplier=width, images=max(batch, 256))
     tx = weight_tx(made.graph)
     call = made.call(made.weight_step(tx), made.state(tx), batch, steps_per_call=sizes.steps_per_call)
-    start = time.perf_counter()
-    call()
-    first, calls[str(value)] = time.perf_counter() - start, call
+    first, calls[str(value)] = seconds_of(call), call
     rows.append({"value": value, "batch": batch, "macs": made.graph.macs(), "compile_seconds": first})
   seconds = time_in_turns(calls, rounds=sizes.rounds, warm_up=1)
   for row, called in zip(rows, map(statistics.median, seconds.values()), strict=True):
@@ -144,14 +141,6 @@ def generator_functions(graph: ChannelGraph) -> dict[str, tuple[Callable[[Any], 
 
   params = variables["params"]
   return {"generator": (lambda p: outputs(p).sum(), params), "generator_and_masks": (penalty, params)}
-
-
-def compile_seconds(function: Callable[[Any], jax.Array], argument: Any) -> float:
-  """Returns the time to trace and compile the gradient of a function."""
-  jax.clear_caches()
-  start = time.perf_counter()
-  jax.jit(jax.grad(function)).lower(argument).compile()
-  return time.perf_counter() - start
 
 
 # The plot.

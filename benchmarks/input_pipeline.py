@@ -37,6 +37,8 @@ from sapr_jax.data.decoding import decode_exactly, decode_quickly
 from sapr_jax.data.recipe import resized_size
 from sapr_jax.data.sources.folder import FolderSource
 
+torch = needed("torch", "bench")
+
 RESULTS = pathlib.Path("results/input_pipeline.json")
 _PACKAGES = ("numpy", "grain", "simplejpeg", "opencv-python-headless", "pillow", "torch")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +50,6 @@ def main() -> None:
   arguments = parser(__doc__, "small batches, half a second, once")
   arguments.add_argument("--data", type=pathlib.Path, required=True, help="tar or folder of JPEG files")
   args = arguments.parse_args()
-  needed("torch", "bench")
   batch_size, seconds, runs = (8, 0.5, 1) if args.quick else (128, 8.0, 5)
   with tempfile.TemporaryDirectory() as folder:
     files = find_images(args.data, folder)
@@ -98,8 +99,6 @@ class TorchvisionDataset:
 
 def peer_training(image: Any, to_float: bool = True) -> Any:
   """RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize, or without the last two."""
-  import torch
-
   top, left, height, width = peer_crop(image.height, image.width)
   image = image.crop((left, top, left + width, top + height)).resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
   if torch.rand(1) < 0.5:
@@ -117,8 +116,6 @@ def peer_evaluation(image: Any) -> Any:
 
 def peer_tensor(image: Any) -> Any:
   """ToTensor and Normalize."""
-  import torch
-
   tensor = torch.from_numpy(np.array(image)).permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
   mean, std = torch.tensor(_MEAN).view(-1, 1, 1), torch.tensor(_STD).view(-1, 1, 1)
   return tensor.sub_(mean).div_(std)
@@ -126,8 +123,6 @@ def peer_tensor(image: Any) -> Any:
 
 def peer_crop(height: int, width: int) -> tuple[int, int, int, int]:
   """RandomResizedCrop.get_params."""
-  import torch
-
   log_ratio = torch.log(torch.tensor((3 / 4, 4 / 3)))
   for _ in range(10):
     area = height * width * torch.empty(1).uniform_(0.08, 1.0).item()
@@ -147,8 +142,6 @@ def our_batches(files: list[str], order: np.ndarray, recipe: data.Recipe) -> Ite
 
 
 def peer_batches(files: list[str], order: np.ndarray, to_float: bool) -> Iterator[Any]:
-  import torch.utils.data
-
   dataset: Any = TorchvisionDataset(files, order.ravel(), to_float)
   # Spawned like our workers, as a fork of a process with threads may hang.
   yield from torch.utils.data.DataLoader(
@@ -189,8 +182,6 @@ def images_per_second(batches: Any, batch_size: int, seconds: float) -> float:
 
 def measure_costs(files: list[str], runs: int) -> dict[str, float]:
   """Measures the steps for one image in this process, in turns: medians in milliseconds."""
-  import torch
-
   torch.set_num_threads(1)
   contents, bits = [pathlib.Path(file).read_bytes() for file in files], np.random.PCG64(0)
   training, evaluation = data.TrainingRecipe(_SIZE), data.EvaluationRecipe(_SIZE)

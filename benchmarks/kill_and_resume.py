@@ -8,8 +8,8 @@ models, masks, optimizer states and records, bit for bit; only times may differ.
 that and the verdict to `results/kill_and_resume.json`, and exits with 1 if anything differs. About ten minutes on two
 CPU cores.
 
-When a kill is due is decided by looking at the run: its files, and a note in shared memory of the function that it is
-in. The instant is random (`--seed`), within a window after the run has come to the place that is meant.
+When a kill is due is decided by looking at the run: its records, and a note in shared memory of the function that it
+is in. The instant is random (`--seed`), within a window after the run has come to the place that is meant.
 """
 
 from __future__ import annotations
@@ -67,36 +67,33 @@ class Target:
     name: For people.
     place: Regular expression: the functions that are running.
     records: So many epochs must be recorded.
-    window: The kill comes at a random instant within so many seconds after all this has come true.
-    file: Something below the work directory that matches this must have been made since the run was started.
+    window: The kill comes at a random instant within so many seconds after both have come true.
   """
 
   name: str
   place: str = ""
   records: int = 0
   window: float = 0.3
-  file: str | None = None
 
 
-CHECKPOINT = "checkpoints/{}/*.orbax-checkpoint-tmp*"
 WEIGHTS = r"^loop\.train > devices\."
 TARGETS = (
   Target("start-up: interpreter and imports", window=4.0),
   Target("start-up: data, network and its channels", r"run\.build", window=2.0),
   Target("start-up: the first step is compiled", WEIGHTS, window=2.0),
-  Target("training before E_start: a checkpoint is written", file=CHECKPOINT.format("train"), window=0.0),
+  Target("training before E_start: a checkpoint is written", r"Checkpointer\.save", window=0.05),
   Target("training before E_start: weights", WEIGHTS, records=1, window=1.0),
   Target("training before E_start: evaluation", r"Passes\.evaluate", records=2, window=0.1),
   Target("the first epoch of the generator", r"GeneratorProposer\.propose", records=3, window=1.0),
   Target("new masks", r"Experiment\.project", records=3, window=0.02),
   Target("regularized training: weights", WEIGHTS, records=3, window=0.5),
-  Target("regularized training: a checkpoint is written", file=CHECKPOINT.format("train"), records=3, window=0.0),
+  Target("regularized training: a checkpoint is written", r"Checkpointer\.save", records=3, window=0.05),
   Target("a record is written", r"Recorder\.write", records=4, window=0.01),
   Target("a later epoch of the generator", r"GeneratorProposer\.propose", records=5, window=0.5),
   Target("a checkpoint is read", r"Checkpointer\.restore", records=5, window=0.3),
   Target("regularized training: evaluation", r"Passes\.evaluate", records=5, window=0.2),
   Target("pruning", r"run\.prune", records=7, window=0.5),
-  Target("fine-tuning: a checkpoint is written", file=CHECKPOINT.format("finetune"), records=7, window=0.01),
+  Target("fine-tuning: a checkpoint is written", r"Checkpointer\.save", records=8, window=0.05),
   Target("fine-tuning: weights", WEIGHTS, records=8, window=0.5),
   Target("after fine-tuning: latency, accuracy", r"run\.summarize", records=11, window=2.0),
   Target("the models are saved", r"artifacts\.save", records=11, window=0.01),
@@ -169,9 +166,9 @@ class Run:
   def kill(self, target: Target, rng: random.Random) -> dict[str, Any]:
     """Starts the run, kills it at `target`, and says where that hit."""
     delay = rng.uniform(0, target.window)
-    started, since = time.monotonic(), time.time()
+    started = time.monotonic()
     with self._process() as (process, place):
-      while process.poll() is None and not self._is_at(target, place(), since):
+      while process.poll() is None and not self._is_at(target, place()):
         time.sleep(0.0005)
       time.sleep(delay)
       process.kill()
@@ -191,12 +188,10 @@ class Run:
       "being_written": self.temporary_files(),
     }
 
-  def _is_at(self, target: Target, place: str, since: float) -> bool:
-    return (
-      re.search(target.place, place) is not None
-      and (not target.records or len(artifacts.read_records(self.workdir)) >= target.records)
-      and (target.file is None or any(_modified(path) > since for path in self.workdir.glob(target.file)))
-    )
+  def _is_at(self, target: Target, place: str) -> bool:
+    if re.search(target.place, place) is None:
+      return False
+    return not target.records or len(artifacts.read_records(self.workdir)) >= target.records
 
   @contextlib.contextmanager
   def _process(self) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
@@ -242,13 +237,6 @@ def _checkpoints(workdir: pathlib.Path, stage: str) -> list[pathlib.Path]:
   """Returns the whole checkpoints of a stage, in order."""
   found = [d for d in workdir.glob(f"checkpoints/{stage}/*") if d.name.isdigit()]
   return sorted(found, key=lambda d: int(d.name))
-
-
-def _modified(path: pathlib.Path) -> float:
-  try:
-    return path.stat().st_mtime
-  except FileNotFoundError:  # renamed, just now
-    return 0.0
 
 
 def describe(kill: dict[str, Any]) -> str:

@@ -44,11 +44,16 @@ def time_in_turns(
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      start = time.perf_counter()
-      for _ in range(repeats):
-        call()
-      seconds[name].append((time.perf_counter() - start) / repeats)
+      seconds[name].append(seconds_of(call, repeats))
   return seconds
+
+
+def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
+  """Returns the seconds that a call takes."""
+  start = time.perf_counter()
+  for _ in range(repeats):
+    call()
+  return (time.perf_counter() - start) / repeats
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ random images that it writes to a temporary folder.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import statistics
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from benchmarks import training_pieces
-from benchmarks.measuring import goal, parser, record, shown, table
+from benchmarks.measuring import goal, parser, record, shown, table, time_in_turns
 from sapr_jax import prune, trace_channels
 from sapr_jax.artifacts import Checkpointer, read_records
 from sapr_jax.method import ArchitectureGenerator, sample_masks
@@ -43,10 +44,14 @@ def main() -> None:
   quick = parser(__doc__, "small networks, once").parse_args().quick
   rounds = 1 if quick else 2
   sizes = {"resnet20": (8, 32)} if quick else {"resnet56": (128, 32), "resnet50": (256, 224)}
+  imports = {
+    statement: functools.partial(subprocess.run, [sys.executable, "-c", statement], check=True)
+    for statement in STATEMENTS
+  }
   # In their own processes first: on a GPU, they need the memory that this one has not taken yet.
   measured: dict[str, Any] = {
     "start": measure_starts("resnet20" if quick else "resnet56", rounds),
-    "imports": {statement: [import_seconds(statement) for _ in range(rounds + 1)] for statement in STATEMENTS},
+    "imports": time_in_turns(imports, rounds=rounds + 1, warm_up=0),
     "surgery": measure_surgery("resnet18" if quick else "resnet101", 0.41, rounds + 3),
     "generator_compile": {str(groups): [generator_compile(groups) for _ in range(rounds)] for groups in GROUPS},
     "networks": {name: measure_network(name, *size) for name, size in sizes.items()},
@@ -109,34 +114,18 @@ def write_images(folder: pathlib.Path) -> None:
       Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
 
 
-def import_seconds(statement: str) -> float:
-  """Seconds of a Python process that runs one statement."""
-  started = time.perf_counter()
-  subprocess.run([sys.executable, "-c", statement], check=True)
-  return time.perf_counter() - started
-
-
 # In this process.
 
 
 def measure_surgery(network: str, p: float, rounds: int) -> dict[str, Any]:
   """Times `trace_channels` and `prune` of a network for ImageNet, all weights at hand."""
   made = training_pieces.pieces(network, image_size=224, images=1)
-  masks, shape = training_pieces.random_masks(made.graph, p), (1, 224, 224, 3)
-  return {
-    "network": network,
-    "trace_channels": timed(lambda: trace_channels(made.model, made.variables, shape), rounds),
-    "prune": timed(lambda: prune(made.model, made.variables, made.graph, masks), rounds),
+  masks = training_pieces.random_masks(made.graph, p)
+  calls = {
+    "trace_channels": lambda: trace_channels(made.model, made.variables, (1, 224, 224, 3)),
+    "prune": lambda: prune(made.model, made.variables, made.graph, masks),
   }
-
-
-def timed(call: Callable[[], Any], rounds: int) -> list[float]:
-  """Returns the seconds of each call."""
-  ends = [time.perf_counter()]
-  for _ in range(rounds):
-    call()
-    ends.append(time.perf_counter())
-  return list(np.diff(ends))
+  return {"network": network, **time_in_turns(calls, rounds=rounds, warm_up=0)}
 
 
 def generator_compile(groups: int) -> float:
@@ -144,14 +133,11 @@ def generator_compile(groups: int) -> float:
   generator = ArchitectureGenerator(sizes=(64,) * groups)
   variables = generator.init(jax.random.key(0))
 
-  def kept(params: Any, key: jax.Array) -> jax.Array:
+  def kept(params: Any) -> jax.Array:
     outputs: Any = generator.apply({**variables, "params": params})
-    return jnp.sum(sample_masks(key, outputs))
+    return jnp.sum(sample_masks(jax.random.key(1), outputs))
 
-  jax.clear_caches()
-  started = time.perf_counter()
-  jax.jit(jax.grad(kept)).lower(variables["params"], jax.random.key(1)).compile()
-  return time.perf_counter() - started
+  return training_pieces.compile_seconds(kept, variables["params"])
 
 
 def measure_network(network: str, batch: int, image_size: int) -> dict[str, Any]:

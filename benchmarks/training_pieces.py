@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from benchmarks.measuring import seconds_of
 from sapr_jax import models, trace_channels
 from sapr_jax.channels import ChannelGraph, Masks
 from sapr_jax.method import macs_budget, project_to_budget, regularize_by_prox
@@ -106,6 +107,12 @@ def weight_tx(graph: ChannelGraph | None = None) -> optax.GradientTransformation
 
 def proximal_step(graph: ChannelGraph) -> optax.GradientTransformationExtraArgs:
   return regularize_by_prox(graph, LEARNING_RATE, GAMMA, momentum=MOMENTUM)
+
+
+def compile_seconds(function: Callable[[Any], jax.Array], argument: Any) -> float:
+  """Returns the time to trace and compile the gradient of a function."""
+  jax.clear_caches()
+  return seconds_of(lambda: jax.jit(jax.grad(function)).lower(argument).compile())
 
 
 def random_masks(graph: ChannelGraph, p: float, *, round_to: int = 1, seed: int = 0) -> dict[str, np.ndarray]:

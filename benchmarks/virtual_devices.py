@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 BATCH = 64
 
@@ -22,15 +21,12 @@ def measure_in_process(count: int) -> list[float]:
 def measure(steps: int = 6) -> list[float]:
   """Times weight steps of ResNet-20 with regularization, on all devices of this process and without `fast_cpu`."""
   from benchmarks import training_pieces
+  from benchmarks.measuring import time_in_turns
 
   made = training_pieces.pieces("resnet20", images=512)
   tx = training_pieces.weight_tx(made.graph)
-  call, seconds = made.call(made.weight_step(tx), made.state(tx), BATCH, fast_cpu=False), []
-  for _ in range(steps + 2):
-    start = time.perf_counter()
-    call()
-    seconds.append(time.perf_counter() - start)
-  return [round(1e3 * s, 1) for s in seconds[2:]]
+  call = made.call(made.weight_step(tx), made.state(tx), BATCH, fast_cpu=False)
+  return [round(1e3 * s, 1) for s in time_in_turns({"step": call}, rounds=steps)["step"]]
 
 
 if __name__ == "__main__":
