@@ -89,8 +89,7 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
   except DivergedError as error:
     return _fail(str(error), 3)
   except InputError as error:
-    # An error that all processes know of is told by the first.
-    return 2 if process and isinstance(error, runtime.AgreedError) else _fail(str(error))
+    return _fail(str(error))
   except InterruptedRunError as error:
     if not process:
       print(error, file=sys.stderr)
@@ -140,7 +139,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   A wrong flag ends in one line; an error in the file shows its traceback.
   """
   logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of what is an error here
-  parser = flags.FLAGS["config"].parser
+  parser: Any = flags.FLAGS["config"].parser
   parser.parse = functools.partial(_load_config_file, parser.parse)
   try:
     return flags.FLAGS(argv)

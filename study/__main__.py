@@ -35,7 +35,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sapr_jax.errors import InputError, InterruptedRunError, one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
 from sapr_jax.runtime import keep_memory, say, use_compilation_cache
 from sapr_jax.training import check_config
 from study import page, records, work
@@ -49,7 +49,7 @@ def main() -> int:
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   try:
     return _study(args)
-  except InputError as error:
+  except (DivergedError, InputError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except InterruptedRunError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,14 +17,19 @@ from ml_collections import ConfigDict
 from sapr_jax import artifacts, models, report, training
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import ChannelGraph, Masks, count_macs, prune
+from sapr_jax.errors import InputError
 from sapr_jax.method import Scores, l1_norm, rank_within_groups, relative_to_group_mean
-from sapr_jax.training import Experiment
+from sapr_jax.runtime import Interruption, replicate
+from sapr_jax.training import Experiment, stages
 from sapr_jax.training import workdir as layout
 from sapr_jax.training.experiment import first_network
-from study import parts
-from study.parts import Variables
+from sapr_jax.training.passes import recalibrate_batch_norm
+from sapr_jax.training.position import Position
+from sapr_jax.training.run import run_stage
 from study.rows import Job
-from study.variants import variant_of
+from study.variants import Variant, variant_of
+
+Variables = dict[str, Any]
 
 CRITERIA: Mapping[str, Callable[[Scores], Scores]] = {
   "uniform": rank_within_groups,
@@ -44,31 +51,28 @@ def run_method(job: Job) -> None:
 def run_one_shot(job: Job) -> None:
   """Cuts the dense network of a finished run by the L1 norms of its filters, and fine-tunes it."""
   assert job.source is not None
-  experiment = parts.build(job.config, job.workdir)
+  experiment = _build(job)
   _, variables = artifacts.load(job.source / layout.DENSE)
-  model, small = prune(
-    experiment.model, variables, experiment.graph, experiment.project(_l1_scores(job, experiment, variables))
-  )
-  tuned = parts.train_plainly(experiment, job.workdir, model, small)
+  model, small = prune(experiment.model, variables, experiment.graph, _l1_masks(job, experiment, variables))
+  tuned = train_plainly(job, experiment, model, small)
   _write_summary(job, experiment, dense=(experiment.model, variables), subnetwork=(model, small), pruned=(model, tuned))
 
 
 def run_uniform_width(job: Job) -> None:
   """Trains a network whose layers all are narrower, from scratch, for the epochs of training and fine-tuning."""
-  config = job.config.copy_and_resolve_references()
-  config.finetune = scratch_phase(config)
-  experiment = parts.build(config, job.workdir)
-  narrow = config.copy_and_resolve_references()
+  experiment = _build(job)
+  narrow = job.config.copy_and_resolve_references()
   narrow.model.width_multiplier = nearest_width(experiment)
   model, variables = first_network(narrow, experiment.passes.feed.num_classes, experiment.input_shape)
-  _write_summary(job, experiment, pruned=(model, parts.train_plainly(experiment, job.workdir, model, variables)))
+  trained = train_plainly(job, experiment, model, variables, scratch_phase(job.config))
+  _write_summary(job, experiment, pruned=(model, trained))
 
 
 def run_recalibration(job: Job) -> None:
   """Measures the sub-network of a finished run again, with running statistics of its own; trains nothing."""
   assert job.source is not None
-  experiment = parts.build(job.config, job.workdir)
-  variables, masks = parts.end_of_training(experiment, job.source)
+  experiment = _build(job)
+  variables, masks = end_of_training(experiment, job.source)
   _measure_recalibrated(job, experiment, variables, lambda: masks)
 
 
@@ -79,13 +83,13 @@ def run_selection(job: Job) -> None:
   run, all of them with these weights.
   """
   assert job.source is not None
-  experiment = parts.build(job.config, job.workdir)
+  experiment = _build(job)
   _, variables = artifacts.load(job.source / layout.DENSE)
 
   def choose() -> Masks:
     if job.row.choice == "generator":
-      return experiment.project(parts.generator_scores(experiment, variables, variant_of(job.row.name)))
-    return experiment.project(_l1_scores(job, experiment, variables))
+      return experiment.project(generator_scores(experiment, variables, variant_of(job.row.name)))
+    return _l1_masks(job, experiment, variables)
 
   _measure_recalibrated(job, experiment, variables, choose)
 
@@ -100,8 +104,68 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
 """`Row.kind` -> what runs it. Each leaves `summary.json` in the work directory when it is done, and records."""
 
 
-def _l1_scores(job: Job, experiment: Experiment, variables: Variables) -> Scores:
-  return CRITERIA[job.row.choice](l1_norm(variables["params"], experiment.graph))
+def _build(job: Job) -> Experiment:
+  """Checks the configuration and the work directory as `training.run` does, and builds the parts of the run."""
+  training.check_config(job.config)
+  layout.check_workdir(job.workdir, job.config)
+  return training.build(job.config)
+
+
+def _l1_masks(job: Job, experiment: Experiment, variables: Variables) -> Masks:
+  norms = l1_norm(variables["params"], experiment.graph)
+  return experiment.project(CRITERIA[job.row.choice](jax.device_get(norms)))
+
+
+def generator_scores(experiment: Experiment, variables: Variables, variant: Variant) -> Scores:
+  """Returns the last scores of a generator that learns on these weights in as many epochs as it does in a run."""
+  config, mesh, proposer = experiment.config, experiment.passes.mesh, variant.proposer(experiment)
+  state, on_devices = replicate((proposer.init(), variables), mesh)
+  scores: Scores | None = None
+  for epoch in range(config.prune.start_epoch, config.train.epochs):
+    state, scores, _ = proposer.propose(state, on_devices, epoch)
+  assert scores is not None, "a variant that holds its masks has no scores at the end"
+  return scores
+
+
+def end_of_training(experiment: Experiment, workdir: pathlib.Path) -> tuple[Variables, Masks]:
+  """Returns the variables of the dense network and the masks of a finished run, from its last checkpoint.
+
+  Raises:
+    InputError: If that is not the end of its training.
+  """
+  stage = stages.training_stage(experiment, training.make_proposer(experiment))
+  with contextlib.closing(artifacts.Checkpointer(workdir / "checkpoints" / "train")) as checkpointer:
+    state, saved = checkpointer.restore(stage.first_state)
+  if Position.of_checkpoint(saved, stage.weights.steps_per_epoch).epoch < stage.epochs:
+    raise InputError(f"{workdir} holds no checkpoint of the end of its training; remove that run to do it again.")
+  variables, masks = jax.device_get((state.variables, state.masks))
+  return variables, masks
+
+
+def train_plainly(
+  job: Job, experiment: Experiment, model: nn.Module, variables: Variables, phase: ConfigDict | None = None
+) -> Variables:
+  """Trains a network without the method; resumes where it was stopped.
+
+  Args:
+    job: The run.
+    experiment: Its parts.
+    model: The network.
+    variables: Its first variables.
+    phase: Its schedule; None for that of fine-tuning.
+
+  Returns:
+    The variables after the last epoch.
+
+  Raises:
+    DivergedError: If training diverges.
+    InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
+  """
+  layout.make_workdir(job.workdir, job.config)
+  stage = stages.finetuning_stage(experiment, model, jax.device_get(variables), phase=phase)  # its state is donated
+  with Interruption() as interruption, contextlib.closing(artifacts.Recorder(job.workdir)) as recorder:
+    state = run_stage(stage, job.config, job.workdir / "checkpoints" / "finetune", recorder, interruption)
+  return jax.device_get(state.variables)
 
 
 def scratch_phase(config: ConfigDict) -> ConfigDict:
@@ -119,15 +183,15 @@ def budget_macs(graph: ChannelGraph, p: float) -> float:
 
 def nearest_width(experiment: Experiment) -> float:
   """Returns the width multiplier at which the dense network comes nearest to the budget."""
-  config = experiment.config
-  widths = [config.model.width_multiplier * k / 64 for k in range(1, 65)]
+  fields, num_classes = experiment.config.model, experiment.passes.feed.num_classes
+  widths = [fields.width_multiplier * k / 64 for k in range(1, 65)]
 
   def macs(width: float) -> int:
-    model = models.create(config.model.name, num_classes=experiment.passes.feed.num_classes, width_multiplier=width)
+    model = models.create(fields.name, num_classes=num_classes, width_multiplier=width)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(experiment.input_shape))
     return count_macs(model, variables, experiment.input_shape)
 
-  target = budget_macs(experiment.graph, config.prune.p)
+  target = budget_macs(experiment.graph, experiment.config.prune.p)
   above = min(bisect.bisect_left(widths, target, key=macs), len(widths) - 1)
   return min(widths[max(above - 1, 0)], widths[above], key=lambda width: abs(macs(width) - target))
 
@@ -135,9 +199,10 @@ def nearest_width(experiment: Experiment) -> float:
 def _measure_recalibrated(job: Job, experiment: Experiment, variables: Variables, choose: Callable[[], Masks]) -> None:
   """Chooses channels, cuts the network, gives the sub-network running statistics of its own, and measures it."""
   layout.make_workdir(job.workdir, job.config)
-  started = time.monotonic()
+  started, config = time.monotonic(), job.config
   model, small = prune(experiment.model, variables, experiment.graph, choose())
-  small = parts.recalibrated(experiment, model, small)
+  batches, batch_size = config.prune.statistics_batches, config.train.batch_size
+  small = recalibrate_batch_norm(experiment.passes, model, small, batches=batches, batch_size=batch_size)
   _write_summary(job, experiment, time.monotonic() - started, subnetwork=(model, small))
 
 
@@ -145,9 +210,12 @@ def _write_summary(
   job: Job, experiment: Experiment, seconds: float = 0.0, **networks: tuple[nn.Module, Variables]
 ) -> None:
   """Evaluates networks and writes the summary; "dense" without its accuracy stands for the unpruned network."""
-  summary: dict[str, Any] = {"dense": {"macs": experiment.graph.macs()}}
+  passes, summary = experiment.passes, {"dense": {"macs": experiment.graph.macs()}}
   for name, (model, variables) in networks.items():
-    macs, params = count_macs(model, variables, experiment.input_shape), artifacts.count_params(variables)
-    summary[name] = {"macs": macs, "params": params, **parts.evaluate(experiment, model, variables)}
-  summary["run"] = {"seconds": seconds, "versions": report.versions(), "device": jax.devices()[0].device_kind}
-  write_json(job.workdir / layout.SUMMARY, summary)
+    summary[name] = {
+      "macs": count_macs(model, variables, experiment.input_shape),
+      "params": artifacts.count_params(variables),
+      **passes.evaluate(model, replicate(variables, passes.mesh)),
+    }
+  run = {"seconds": seconds, "versions": report.versions(), "device": jax.devices()[0].device_kind}
+  write_json(job.workdir / layout.SUMMARY, {**summary, "run": run})

@@ -35,7 +35,7 @@ from sapr_jax.artifacts import export_torch
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.channels import trace_channels
-from sapr_jax.errors import InputError
+from sapr_jax.errors import DivergedError, InputError
 from sapr_jax.runtime import Interruption, say
 from sapr_jax.training import check_config
 from sapr_jax.training import workdir as layout
@@ -58,7 +58,8 @@ def run_pruner(job: Job) -> None:
   `job.row.choice` is the strength of the sparse learning, 0 for none: see `scaled_reg`.
 
   Raises:
-    InputError: If the configuration or the work directory cannot be used, or training diverges.
+    InputError: If the configuration or the work directory cannot be used.
+    DivergedError: If training diverges.
     InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
   """
   check_config(job.config)
@@ -254,9 +255,8 @@ class _Run:
     """Trains the dense network, from E_start on with sparse learning if there is a strength."""
     phase = self.job.config.train
     for epoch in range(len(self.records), phase.epochs):
-      self._epoch(
-        "train", epoch, Purpose.TRAIN, sparse=self.job.row.choice > 0 and epoch >= self.job.config.prune.start_epoch
-      )
+      sparse = self.job.row.choice > 0 and epoch >= self.job.config.prune.start_epoch
+      self._epoch("train", epoch, Purpose.TRAIN, sparse=sparse)
 
   def prune(self) -> None:
     """Cuts channels until the MACs are within the budget of our own run, unless an earlier call did."""
@@ -289,14 +289,14 @@ class _Run:
     variables = jax.eval_shape(self.ours.init, jax.random.key(0), jnp.zeros(shape))
     return budget_macs(trace_channels(self.ours, variables, shape, select=settings.select), settings.p)
 
-  def _epoch(self, name: str, epoch: int, stream: int, *, sparse: bool = False) -> None:
+  def _epoch(self, name: str, epoch: int, purpose: int, *, sparse: bool = False) -> None:
     """Trains for one epoch, evaluates, records, saves."""
     if self.interruption.requested():
       self.interruption.stop()  # the epoch before is saved
     phase, clock, losses = self.job.config[name], time.monotonic(), []
     rates = self.rates[name].reshape(phase.epochs, -1)[epoch]
     self.model.train()
-    for rate, (inputs, labels) in zip(rates, self.images.training(phase, epoch, stream), strict=True):
+    for rate, (inputs, labels) in zip(rates, self.images.training(phase, epoch, purpose), strict=True):
       for group in self.optimizer.param_groups:
         group["lr"] = float(rate)
         if sparse:
@@ -310,7 +310,7 @@ class _Run:
       losses.append(loss.detach())
     mean_loss, seconds = float(torch.stack(losses).mean()), time.monotonic() - clock
     if not np.isfinite(mean_loss):
-      raise InputError(f"{self.job}: train_loss is {mean_loss} in epoch {epoch + 1} of {name}: training diverged.")
+      raise DivergedError(f"{self.job}: train_loss is {mean_loss} in epoch {epoch + 1} of {name}: training diverged.")
     accuracy = self._accuracy()
     record = {"stage": name, "epoch": epoch + 1, "step": len(self.records) + 1, "learning_rate": float(rates[0])}
     record |= {"train_loss": mean_loss, "test_accuracy": accuracy, "weight_seconds": seconds}

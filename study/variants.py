@@ -1,6 +1,6 @@
 """Variants of the method: choices that the supplement leaves open, as functions that a run is given.
 
-The last factor of a row's name says which variant it runs (`Row.variant`). So a work directory, which is named by its
+The last factor of a row's name says which variant it runs. So a work directory, which is named by its
 row, cannot be resumed with another one.
 """
 
@@ -63,9 +63,9 @@ class Sampled:
     if scores is None or epoch >= self.last_epoch:
       return state, scores, record
     widest = max(group.size for group in self.graph.groups)
-    noise = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
-    added = split_by_group(jax.device_get(noise), self.graph)
-    return state, {name: score + added[name] for name, score in scores.items()}, record
+    drawn = jax.random.gumbel(jax.random.fold_in(self.key, epoch), (len(self.graph.groups), widest))
+    noise = split_by_group(jax.device_get(drawn), self.graph)
+    return state, {name: score + noise[name] for name, score in scores.items()}, record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import DivergedError, InputError
 from sapr_jax.runtime import say
 from study import ours
 from study.records import is_finished, write_entry
@@ -34,7 +34,7 @@ def run_all(jobs: Sequence[Job], after: Callable[[], object]) -> tuple[list[Job]
     The jobs that other processes have, or that start from a run which is not finished; and those that cannot be run.
 
   Raises:
-    InputError: If two jobs cannot be run for the same reason.
+    InputError, DivergedError: If two jobs cannot be run for the same reason.
     InterruptedRunError, KeyboardInterrupt: If it was asked to stop.
   """
   failed: dict[str, Job] = {}  # by the reason
@@ -45,7 +45,7 @@ def run_all(jobs: Sequence[Job], after: Callable[[], object]) -> tuple[list[Job]
     for job in left:
       try:
         ran = _run(job)
-      except InputError as error:
+      except (DivergedError, InputError) as error:
         if str(error) in failed:
           raise
         print(f"error: {job}: {error}", file=sys.stderr)

@@ -1,14 +1,13 @@
-"""Names of our networks' layers and tensors in PyTorch: torchvision's."""
+"""Names of layers and tensors in PyTorch."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import flax.linen as nn
 
 from sapr_jax.errors import InputError
-from sapr_jax.models import CifarResNet, MobileNetV2, ResNet
+from sapr_jax.models import TORCH_NAMES
 
 LayerNames = Callable[[str], str] | Mapping[str, str]
 """Path of a Flax layer, "block1/conv" -> name of the torch layer, "features.3"."""
@@ -27,7 +26,6 @@ COUNTER = "num_batches_tracked"
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1")
-_BLOCK = re.compile(r"stage(\d+)_block(\d+)/(\w+)")
 
 
 def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames | None = None) -> dict[str, str]:
@@ -42,12 +40,13 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
     InputError: If a layer has no name, two have the same, or `layer_names` is needed or names an unknown layer.
   """
   if layer_names is None:
-    if type(base) not in _RULES:
+    if type(base) not in TORCH_NAMES:
+      known = ", ".join(cls.__name__ for cls in TORCH_NAMES)
       raise InputError(
-        f"{type(base).__name__} is not a model of this package ({', '.join(cls.__name__ for cls in _RULES)}), so its"
+        f"{type(base).__name__} is not a model of this package ({known}), so its"
         " layers have no known names in PyTorch; give them: layer_names={'block1/conv': 'features.0', ...}."
       )
-    names = _RULES[type(base)](paths)
+    names = TORCH_NAMES[type(base)](paths)
   elif callable(layer_names):
     names = {path: layer_names(path) for path in paths}
   else:
@@ -59,44 +58,6 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
   if twice := sorted({name for name in names.values() if list(names.values()).count(name) > 1}):
     raise InputError(f"layer_names gives several layers the name {listed(twice)}; expected a different one for each.")
   return {path: names[path] for path in paths}
-
-
-def _name_resnet(paths: Iterable[str]) -> dict[str, str]:
-  stem = {"conv": "conv1", "bn": "bn1", "fc": "fc"}
-  inner = {"shortcut": "downsample.0", "bn_shortcut": "downsample.1"}
-  names = {}
-  for path in paths:
-    if match := _BLOCK.fullmatch(path):
-      stage, block, layer = match.groups()
-      names[path] = f"layer{stage}.{int(block) - 1}.{inner.get(layer, layer)}"
-    else:
-      names[path] = stem[path]
-  return names
-
-
-def _name_mobilenet(paths: Iterable[str]) -> dict[str, str]:
-  matches = [match for path in paths if (match := _BLOCK.fullmatch(path))]
-  blocks = sorted({(int(stage), int(block)) for stage, block, _ in map(re.Match.groups, matches)})
-  last = len(blocks) + 1
-  names = {"conv": "features.0.0", "bn": "features.0.1", "fc": "classifier.1"}
-  names |= {"head": f"features.{last}.0", "bn_head": f"features.{last}.1"}
-  # Each convolution with an activation is one Sequential in torchvision; the first of three is left out at expansion 1.
-  short = {"depthwise": "0.0", "bn_depthwise": "0.1", "project": "1", "bn_project": "2"}
-  long = {"expand": "0.0", "bn_expand": "0.1", "depthwise": "1.0", "bn_depthwise": "1.1"}
-  long |= {"project": "2", "bn_project": "3"}
-  expanded = {match.group(1, 2) for match in matches if match.group(3) == "expand"}
-  for match in matches:
-    stage, block, layer = match.groups()
-    index = blocks.index((int(stage), int(block))) + 1
-    names[match.group()] = f"features.{index}.conv.{(long if (stage, block) in expanded else short)[layer]}"
-  return names
-
-
-_RULES: dict[type[nn.Module], Callable[[Iterable[str]], dict[str, str]]] = {
-  CifarResNet: _name_resnet,
-  ResNet: _name_resnet,
-  MobileNetV2: _name_mobilenet,
-}
 
 
 def rename_tensors(found: Collection[str], wanted: Collection[str], other_names: bool) -> dict[str, str]:

@@ -14,8 +14,7 @@ def augment(key: jax.Array, images: jax.Array, *, padding: int, flip: bool) -> j
   """Crops each image at random and then mirrors half of them.
 
   Args:
-    key: Randomness; the crop and the flip use keys of their own, so that turning one off does not
-      change the other.
+    key: Randomness; crop and flip use keys of their own, so that turning one off does not change the other.
     images: uint8 `[N, H, W, C]`.
     padding: Zero pixels to add on each side before the crop; 0 leaves the crop out.
     flip: Whether to mirror.
@@ -41,8 +40,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     padding: Pixels to add on each side. 0 returns `images` as they are.
 
   Returns:
-    `[N, H, W, C]` of the same dtype. The offsets of each image are uniform on 0 .. 2 * padding,
-    independently down and across.
+    `[N, H, W, C]` of the same dtype. Offsets are uniform on 0 .. 2 * padding, independently down and across.
 
   Raises:
     InputError: If `images` is not `[N, H, W, C]` or `padding` is negative.
@@ -57,25 +55,14 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
   rows = offsets[0] + jnp.arange(height)[None, :]
   columns = offsets[1] + jnp.arange(width)[None, :]
   padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-  # Two gathers fuse into one kernel; on CPU they take two thirds of the time of a vmapped
-  # dynamic_slice, and an eighth of that of a product with one-hot matrices.
+  # Two gathers fuse into one kernel; on CPU they take two thirds of the time of a vmapped dynamic_slice, and an eighth
+  # of that of a product with one-hot matrices.
   cropped_rows = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1)
   return jnp.take_along_axis(cropped_rows, columns[:, None, :, None], axis=2)
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Mirrors each image left to right with probability one half.
-
-  Args:
-    key: Randomness.
-    images: `[N, H, W, C]`, any dtype.
-
-  Returns:
-    `[N, H, W, C]` of the same dtype.
-
-  Raises:
-    InputError: If `images` is not `[N, H, W, C]`.
-  """
+  """Mirrors each image `[N, H, W, C]`, of any dtype, left to right with probability one half."""
   _check_rank(images)
   is_flipped = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(is_flipped, images[:, :, ::-1, :], images)

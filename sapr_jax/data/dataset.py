@@ -8,7 +8,7 @@ import numpy as np
 from sapr_jax.data.order import epoch_order
 from sapr_jax.errors import InputError
 
-# One grey level: a channel that varies less than that is constant for all purposes.
+# One gray level: a channel that varies less than that is constant for all purposes.
 _MIN_STD = 1.0 / 255.0
 _STATISTICS_CHUNK = 1024
 
@@ -45,8 +45,7 @@ class ImageSplit:
     labels: int32 `[N]`, class numbers from 0.
 
   Raises:
-    InputError: On creation, if a shape or dtype differs, the two lengths differ, a label is
-      negative or there is no image.
+    InputError: On creation, if a shape, dtype or length differs, a label is negative or there is no image.
   """
 
   images: np.ndarray
@@ -91,14 +90,12 @@ class ImageDataset:
   def __post_init__(self) -> None:
     train_shape, test_shape = self.train.images.shape[1:], self.test.images.shape[1:]
     if train_shape != test_shape:
-      raise InputError(
-        f"training images are {train_shape} but test images are {test_shape}; expected one [H, W, C] for both"
-      )
+      raise InputError(f"training and test images must have the same [H, W, C], got {train_shape} and {test_shape}")
     for split_name, split in (("train", self.train), ("test", self.test)):
       if split.labels.max() >= self.num_classes:
         raise InputError(
-          f"label {split.labels.max()} in split {split_name!r} has no name among the "
-          f"{self.num_classes} class names; expected labels below {self.num_classes}"
+          f"labels of split {split_name!r} must be below the number of class names, {self.num_classes}, "
+          f"got {split.labels.max()}"
         )
 
   @property
@@ -115,11 +112,9 @@ class ImageDataset:
   def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel over the training images, scaled to [0, 1].
 
-    They are computed exactly, from the histogram of the 256 grey levels.
-
     Returns:
-      A pair of float32 `[C]`. The standard deviation is at least 1/255, so that a constant
-      channel can be divided by it.
+      A pair of float32 `[C]`, exact, from the histogram of the 256 gray levels. The standard deviation is at least
+      1/255, so that a constant channel can be divided by it.
     """
     images = self.train.images
     num_channels = images.shape[-1]
@@ -186,8 +181,8 @@ class EncodedDataset:
 def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndarray:
   """Chooses items so that the classes are as evenly filled as their sizes allow.
 
-  The items of each class are shuffled, then taken in turns, one of each class, until there are
-  `size`. For one seed, a smaller choice is therefore contained in a larger one.
+  The items of each class are shuffled, then taken in turns, one of each class, until there are `size`. For one seed, a
+  smaller choice is therefore contained in a larger one.
 
   Args:
     labels: Integer `[N]`, class numbers from 0.
@@ -197,10 +192,9 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
   Returns:
     int32 `[size]`, increasing indices into `labels`.
 
-  Raises:
-    InputError: If `size` is below 1 or above N, or `seed` is out of range.
-
   Example:
+    >>> import numpy as np
+    >>> from sapr_jax.data.dataset import balanced_indices
     >>> labels = np.array([0, 0, 0, 0, 1, 2, 2])
     >>> np.bincount(labels[balanced_indices(labels, 5, seed=0)]).tolist()
     [2, 1, 2]
@@ -230,11 +224,8 @@ def subset(split: ImageSplit, size: int | None, seed: int) -> ImageSplit:
     size: How many images to keep, between 1 and `len(split)`; None keeps all.
     seed: Seed of the choice, in [0, 2**32).
 
-  Returns:
-    Split of `size` images, the same for the same seed.
-
   Raises:
-    InputError: If `size` is below 1 or above `len(split)`, or `seed` is out of range.
+    InputError: If `size` or `seed` is out of range.
   """
   if size is None:
     return split

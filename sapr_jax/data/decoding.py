@@ -24,15 +24,10 @@ _FAST_COLOURSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 def image_size(encoded: bytes, name: str) -> tuple[int, int]:
   """Reads the height and width of an image from its header.
 
-  Args:
-    encoded: Content of an image file.
-    name: What messages call the image.
+  An EXIF orientation is ignored. Raises `InputError` with `name` as `decode_exactly` does.
 
   Returns:
-    `(height, width)`, as stored: an EXIF orientation is ignored.
-
-  Raises:
-    InputError: If the header cannot be read, or the image has more pixels than Pillow accepts.
+    `(height, width)`.
   """
   size = _fast_jpeg_size(encoded)
   if size is None:
@@ -46,16 +41,13 @@ def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
   """Decodes an image to RGB with the fast, slightly coarser methods of libjpeg where it can.
 
   Args:
-    encoded: Content of an image file.
-    name: What messages call the image.
+    encoded: See `decode_exactly`.
+    name: See `decode_exactly`, also for what is raised.
     reduction: 1, 2, 4 or 8: decode to that fraction of both sides, which costs less. Only JPEG can; others come in
       full size.
 
   Returns:
     uint8 `[H, W, 3]`; a reduced side is rounded up.
-
-  Raises:
-    InputError: If the image is broken, has more than 8 bits a channel or too many pixels; the message has `name`.
   """
   import simplejpeg
 
@@ -77,7 +69,7 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
 
   Args:
     encoded: Content of an image file.
-    name: What messages call the image.
+    name: Name of the image for messages.
 
   Returns:
     The image in mode "RGB", and whether it is stored as grayscale.
@@ -99,16 +91,10 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
 
 
 def decode_dataset(files: EncodedDataset) -> ImageDataset:
-  """Decodes every image of a set into memory.
+  """Decodes every image of a set into memory, with one channel if every one is stored as grayscale, else with three.
 
   One thread: Pillow holds the interpreter lock for most of the time that a small image takes, so that more threads make
   32x32 images slower, not faster.
-
-  Args:
-    files: The encoded images.
-
-  Returns:
-    The same set; images have one channel if every one is stored as grayscale, else three.
 
   Raises:
     InputError: If an image cannot be read or has another size than the first one; the message names the image.

@@ -22,7 +22,7 @@ _MAX_REDUCTION = 8
 
 
 class Recipe(Protocol):
-  """What makes an example of an image file."""
+  """A function from an image file to an example for the network."""
 
   @property
   def size(self) -> int:
@@ -129,16 +129,14 @@ def random_resized_crop(
   fits, as in very long images, it is the largest centred one with a permitted ratio.
 
   Args:
-    height: Of the image, in pixels.
-    width: Of the image, in pixels.
+    height, width: Of the image, in pixels.
     draws: float64 `[40]`, uniform on [0, 1): area, log of the ratio, top and left of each attempt.
     scale: Least and greatest area, as a share of the image's.
     ratio: Least and greatest width / height.
 
-  Returns:
-    The crop.
-
   Example:
+    >>> import numpy as np
+    >>> from sapr_jax.data.recipe import random_resized_crop
     >>> random_resized_crop(100, 200, np.full(40, 0.5), (0.5, 0.5), (1.0, 1.0))
     Crop(top=0, left=50, height=100, width=100)
   """

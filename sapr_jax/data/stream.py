@@ -13,7 +13,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Generator, Iterator
-from multiprocessing import parent_process, util  # noqa: F401  (util: its clean-up at exit must run after ours)
+from multiprocessing import parent_process, util  # noqa: F401  (util: see _close_at_exit)
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,7 @@ def stream_batches(
     split: Images to read.
     order: int32 `[n, B]`, which image is where in which batch, from `epoch_batches` or `evaluation_batches`.
     recipe: Makes an example of an image file.
-    seed: See `epoch_order`.
-    purpose: See `epoch_order`; keeps the random crops of different uses apart.
-    epoch: See `epoch_order`.
+    seed, purpose, epoch: See `epoch_order`; the purpose keeps the random crops of different uses apart.
     first: How many batches to skip, from 0 to n: a resumed epoch has the batches that remained.
     workers: How many processes to read with. 0 takes threads of this process, one a core, which is enough where there
       are few cores: most of the time the decoders run outside the interpreter lock.
@@ -141,7 +139,12 @@ def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 @atexit.register
 def _close_at_exit() -> None:
-  """Closes batches left open, while there still are the modules that Grain's iterators need for it."""
+  """Closes batches that are still open.
+
+  Grain would close its iterators when the modules they need for it are gone: tracebacks and leaked shared memory. This
+  runs before the handler of `multiprocessing.util`, which ends the thread that frees that memory, as handlers run in
+  the reverse order of their registration and that module registers its own when it is imported.
+  """
   for batches in list(_OPEN):
     batches.close()
 
@@ -155,24 +158,27 @@ def _read(pieces: _Pieces, workers: int) -> Any:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return iter(source.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=max(ahead, 2 * threads))))
   in_turn = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  for name in flags.FLAGS if not flags.FLAGS.is_parsed() else ():
-    if name.startswith("grain_"):
-      flags.FLAGS[name].present = True
+  if not flags.FLAGS.is_parsed():  # Grain up to 0.2.18 then fails to read its flags (google/grain#1355).
+    for name in flags.FLAGS:
+      flags.FLAGS[name].present |= name.startswith("grain_")
   # Grain buffers twice: in each worker, and in a thread that takes from it.
   options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=-(-ahead // (2 * workers)))
   return iter(in_turn.mp_prefetch(options, worker_init_fn=_prepare_worker))
 
 
 def _prepare_worker(worker: int, num_workers: int) -> None:
-  """Leaves Ctrl-C to the parent, which then closes the iterator, and ends the worker with its parent."""
+  """Makes a new worker process end at the right time, and fast."""
+  # Ctrl-C reaches the whole process group. It is for the parent, which then closes the iterator.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # Leaves out the clean-up of the interpreter: 0.4 s in a worker, and Grain ends one worker after the other. The status
+  # is that of a failure, so that Grain waits for no worker that ended unasked.
   atexit.register(os._exit, 1)
-  parent = parent_process()
-  assert parent is not None
 
   def exit_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
     parent.join()
-    os._exit(0)
+    os._exit(1)  # Grain's own loop would go on for ever when the parent was killed.
 
   threading.Thread(target=exit_with_parent, daemon=True).start()
 

@@ -40,6 +40,7 @@ from sapr_jax.method.regularization import (
   relative_weights,
   share_weights,
 )
+from sapr_jax.method.rounding import default_round_to
 from sapr_jax.method.search import SearchMetrics, SearchOptions, architecture_loss
 from sapr_jax.method.transforms import RegularizeByProxState, regularize_by_penalty, regularize_by_prox
 
@@ -60,6 +61,7 @@ __all__ = [
   "channel_norms",
   "check_budget",
   "check_share",
+  "default_round_to",
   "keep_probability",
   "l1_norm",
   "l2_norm",

@@ -96,11 +96,12 @@ def partial_group_lasso(
   """
   weights = _group_weights(graph, masks, weighting)
   norms = channel_norms(params, graph)
-  return sum(
-    (weights[group.name] * jnp.sum((1.0 - jnp.asarray(masks[group.name])) * norm)
-     for group in graph.groups for norm in norms[group.name]),
-    jnp.zeros(()),
-  )  # fmt: skip
+  penalty: Any = 0.0
+  for group in graph.groups:
+    for norm in norms[group.name]:
+      weight, mask, norm = _promoted(weights[group.name], jnp.asarray(masks[group.name]), norm)
+      penalty += weight * jnp.sum((1.0 - mask) * norm)
+  return penalty
 
 
 def prox_partial_group_lasso(
@@ -163,6 +164,13 @@ def _group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting) -> d
 
 def _shrinkage(kernel: jax.Array, member: Member, mask: jax.Array, threshold: jax.Array) -> jax.Array:
   """Returns the factors that the proximal operator multiplies with, shaped to broadcast; exactly 1 where kept."""
-  norms = safe_sqrt(sum_by_channel(jnp.square(kernel), member))
+  threshold, norms = _promoted(threshold, safe_sqrt(sum_by_channel(jnp.square(kernel), member)))
   factors = jnp.maximum(0.0, 1.0 - threshold / jnp.where(norms > 0, norms, 1.0))
   return member.along_axis(jnp.where(mask > 0, 1.0, factors).astype(kernel.dtype), 1.0)
+
+
+def _promoted(*arrays: jax.Array) -> list[jax.Array]:
+  """Casts arrays to the dtype that they promote to: masks and weights are float32, parameters may be anything."""
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.result_type(*arrays)
+  return [array.astype(dtype) for array in arrays]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 
 from sapr_jax.errors import InputError
+from sapr_jax.models import mobilenet_v2, resnet
+from sapr_jax.models.fast_layers import with_fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual, MobileNetV2
 from sapr_jax.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 
@@ -29,6 +31,13 @@ ResNets of depth 8, 14, 20, 32, 44, 56 and 110 are for CIFAR, those of depth 18,
 
 CLASSES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (CifarResNet, ResNet, MobileNetV2)}
 """Class name -> class, for definitions of models on disk."""
+
+TORCH_NAMES: dict[type[nn.Module], Callable[[Iterable[str]], dict[str, str]]] = {
+  CifarResNet: resnet.torch_names,
+  ResNet: resnet.torch_names,
+  MobileNetV2: mobilenet_v2.torch_names,
+}
+"""Class -> function of the paths of its layers that returns their names in torchvision."""
 
 
 def create(name: str, **fields: Any) -> nn.Module:
@@ -52,6 +61,7 @@ def create(name: str, **fields: Any) -> nn.Module:
 __all__ = [
   "CLASSES",
   "MODELS",
+  "TORCH_NAMES",
   "BasicBlock",
   "Bottleneck",
   "CifarResNet",
@@ -59,4 +69,5 @@ __all__ = [
   "MobileNetV2",
   "ResNet",
   "create",
+  "with_fast_layers",
 ]

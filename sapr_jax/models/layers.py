@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
+
+BLOCK_LAYER = re.compile(r"stage(\d+)_block(\d+)/(\w+)")
+"""Path of a layer inside a block: stage, block, layer."""
 
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., ICCV 2015
 

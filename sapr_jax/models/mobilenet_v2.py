@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.models.layers import batch_norm, convolution
+from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
 
 _dense_init = nn.initializers.normal(0.01)  # as in torchvision
 
@@ -100,3 +102,22 @@ def _scaled(features: int, multiplier: float) -> int:
   target = features * multiplier
   rounded = max(8, int(target + 4) // 8 * 8)
   return rounded if rounded >= 0.9 * target else rounded + 8
+
+
+def torch_names(paths: Iterable[str]) -> dict[str, str]:
+  """Returns path of a layer -> its name in torchvision."""
+  matches = [match for path in paths if (match := BLOCK_LAYER.fullmatch(path))]
+  blocks = sorted({(int(stage), int(block)) for stage, block, _ in map(re.Match.groups, matches)})
+  last = len(blocks) + 1
+  names = {"conv": "features.0.0", "bn": "features.0.1", "fc": "classifier.1"}
+  names |= {"head": f"features.{last}.0", "bn_head": f"features.{last}.1"}
+  # Each convolution with an activation is one Sequential in torchvision; the first of three is left out at expansion 1.
+  short = {"depthwise": "0.0", "bn_depthwise": "0.1", "project": "1", "bn_project": "2"}
+  long = {"expand": "0.0", "bn_expand": "0.1", "depthwise": "1.0", "bn_depthwise": "1.1"}
+  long |= {"project": "2", "bn_project": "3"}
+  expanded = {match.group(1, 2) for match in matches if match.group(3) == "expand"}
+  for match in matches:
+    stage, block, layer = match.groups()
+    index = blocks.index((int(stage), int(block))) + 1
+    names[match.group()] = f"features.{index}.conv.{(long if (stage, block) in expanded else short)[layer]}"
+  return names

@@ -7,14 +7,14 @@ the same program.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.models.layers import batch_norm, convolution
+from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
 
 _EXPANSION = 4
 
@@ -168,3 +168,17 @@ class ResNet(nn.Module):
 
 def _scaled(features: int, multiplier: float) -> int:
   return max(1, round(features * multiplier))
+
+
+def torch_names(paths: Iterable[str]) -> dict[str, str]:
+  """Returns path of a layer -> its name in torchvision."""
+  stem = {"conv": "conv1", "bn": "bn1", "fc": "fc"}
+  inner = {"shortcut": "downsample.0", "bn_shortcut": "downsample.1"}
+  names = {}
+  for path in paths:
+    if match := BLOCK_LAYER.fullmatch(path):
+      stage, block, layer = match.groups()
+      names[path] = f"layer{stage}.{int(block) - 1}.{inner.get(layer, layer)}"
+    else:
+      names[path] = stem[path]
+  return names

@@ -25,9 +25,6 @@ class Interruption:
             save(state)
             interruption.stop()
 
-  One within another, as of a run in a program of many, has the requests that came to the outer one before, and leaves
-  its own to it: a run that has nothing left to save does not stop.
-
   With several processes the runtime of JAX takes SIGTERM, whichever of them it is sent to, and finds a step at which
   all of them can stop.
   """
@@ -42,9 +39,6 @@ class Interruption:
     if threading.current_thread() is threading.main_thread():
       signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
       self._previous = {number: signal.signal(number, self._note) for number in signals}
-      for outer in self._around():
-        if self._signal is None:
-          self._signal = outer._signal
     return self
 
   def __exit__(
@@ -52,14 +46,6 @@ class Interruption:
   ) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
-    for outer in self._around():
-      if outer._signal is None:
-        outer._signal = self._signal
-
-  def _around(self) -> list[Interruption]:
-    """Returns those whose handlers this one stands in for."""
-    owners = [getattr(handler, "__self__", None) for handler in self._previous.values()]
-    return [owner for owner in owners if isinstance(owner, Interruption)]
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     if self._signal is not None and number == signal.SIGINT:

@@ -30,10 +30,6 @@ _LOST = (
 )
 
 
-class AgreedError(InputError):
-  """An `InputError` that is raised on all processes."""
-
-
 def initialize(
   coordinator: str | None = None,
   num_processes: int | None = None,
@@ -110,8 +106,7 @@ def together(action: Callable[[], T]) -> T:
   """Does something on each process; what one cannot do stops all of them. It must not communicate.
 
   Raises:
-    AgreedError: If `action` raises an `InputError` on any; the message is that of the first. With one process, that
-      error itself.
+    InputError: If `action` raises one on any process; on all of them, with the message of the first.
   """
   result, problem = None, ""
   try:
@@ -123,7 +118,7 @@ def together(action: Callable[[], T]) -> T:
   problems = gather(problem)
   first = next((i for i, text in enumerate(problems) if text), None)
   if first is not None:
-    raise AgreedError(problems[first] if first == 0 else f"on process {first}: {problems[first]}")
+    raise InputError(problems[first] if first == 0 else f"on process {first}: {problems[first]}")
   return result  # type: ignore[return-value]  # no problem, so there is one
 
 
@@ -134,7 +129,7 @@ def decided_by_main(question: Callable[[], T]) -> T:
     question: Returns what JSON can hold.
 
   Raises:
-    AgreedError: If `question` raises an `InputError`.
+    InputError: If `question` raises one.
   """
   if jax.process_count() == 1:
     return question()
@@ -147,13 +142,13 @@ def check_equal(**values: Any) -> None:
   """Checks that all processes have the same values, as JSON has them.
 
   Raises:
-    AgreedError: If they differ; the message says where.
+    InputError: If they differ; the message says where.
   """
   for number, text in enumerate(texts := gather(json.dumps(values, sort_keys=True))):
     here, there = json.loads(texts[0]), json.loads(text)
     for name in sorted(here.keys() | there.keys()):
       if here.get(name) != there.get(name):
-        raise AgreedError(
+        raise InputError(
           f"{name} is {here.get(name)!r} on process 0 and {there.get(name)!r} on process {number}; start all processes"
           " with the same command, code and data."
         )
@@ -226,7 +221,6 @@ def _give_up(message: str) -> None:
 
 __all__ = [
   "HEARTBEAT_SECONDS",
-  "AgreedError",
   "check_equal",
   "decided_by_main",
   "fingerprint",

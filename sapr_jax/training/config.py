@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
@@ -42,7 +43,7 @@ def integer(least: int, most: int = _INT32_MAX) -> Rule:
   upper = "" if most == _INT32_MAX else f" and at most {most}"
 
   def accepts(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) <= most
 
   return Rule(f"an integer of at least {least}{upper}", accepts)
 

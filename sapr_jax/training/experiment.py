@@ -15,12 +15,19 @@ import optax
 from sapr_jax import artifacts, data, models
 from sapr_jax.channels import ChannelGraph, Masks, trace_channels
 from sapr_jax.errors import InputError
-from sapr_jax.method import Budget, Scores, SearchOptions, check_budget, make_budget, project_to_budget
+from sapr_jax.method import (
+  Budget,
+  Scores,
+  SearchOptions,
+  check_budget,
+  default_round_to,
+  make_budget,
+  project_to_budget,
+)
 from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
-from sapr_jax.training.rounding import resolve_round_to
 from sapr_jax.training.state import first_not_finite
 
 
@@ -84,7 +91,9 @@ def build(config: Any) -> Experiment:
   graph = trace_channels(model, variables, input_shape, select=prune.select)
   budget = make_budget(graph, prune.cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
   # A budget that no masks can meet shows now, not at E_start.
-  round_to = resolve_round_to(prune, graph, budget, mesh.devices.flat[0].platform)
+  round_to = prune.round_to
+  if round_to is None:
+    round_to = default_round_to(graph, budget, mesh.devices.flat[0].platform, min_width=prune.min_width)
   check_budget(graph, budget, min_width=prune.min_width, round_to=round_to)
   passes = Passes(mesh, feed, config.seed, variables["params"], config.fast_cpu)
   return Experiment(config, passes, model, variables, graph, budget, round_to)

@@ -1,10 +1,11 @@
-"""How images reach the steps: a small data set lies on the devices, a large one is streamed from disk."""
+"""Batches of a run: a small data set lies on the devices, a large one is streamed from disk."""
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +16,6 @@ from sapr_jax import data
 from sapr_jax.errors import InputError
 from sapr_jax.runtime.devices import default_steps_per_call, process_slice, replicate
 from sapr_jax.training.inputs import Preprocessing, Shared
-
-
-class Feed(Protocol):
-  """The images of a run, wherever they lie.
-
-  Attributes:
-    num_train: Number of training images.
-    num_test: Number of test images.
-    num_classes: Number of classes.
-    image_shape: `(height, width, channels)` of the network's input.
-    preprocessing: The part of it that is left to the steps.
-    train: Training images on the devices; empty if batches bring their images.
-    test: The same for test images.
-  """
-
-  num_train: int
-  num_test: int
-  num_classes: int
-  image_shape: tuple[int, int, int]
-  preprocessing: Preprocessing
-  train: Shared
-  test: Shared
-
-  def training(
-    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
-  ) -> Iterator[Any]:
-    """Yields the batches of each call of a mapped step in one epoch, `[n, batch, ...]`.
-
-    Args:
-      batch_size: Images in a batch; the incomplete last batch is left out.
-      purpose: Number that keeps orders and augmentation of different passes apart.
-      epoch: From 0.
-      first: How many batches to leave out, because they are done.
-      images: Indices of the training images to read, int32 `[M]`; None for all.
-    """
-
-  def evaluation(self) -> Iterator[Any]:
-    """Yields the calls on all test images: (batch, weights)."""
 
 
 def open_feed(config: Any, mesh: Mesh) -> Feed:
@@ -77,39 +40,86 @@ def data_spec(config: Any) -> data.DataSpec:
   )
 
 
-class ResidentFeed:
+class Feed(abc.ABC):
+  """The images of a run, wherever they lie.
+
+  Attributes:
+    num_train: Number of training images.
+    num_test: Number of test images.
+    num_classes: Number of classes.
+    image_shape: `(height, width, channels)` of the network's input.
+    preprocessing: The part of it that is left to the steps.
+    train: Training images on the devices; empty if batches bring their images.
+    test: The same for test images.
+  """
+
+  image_shape: tuple[int, int, int]
+  preprocessing: Preprocessing
+  train = test = Shared()
+
+  def __init__(self, dataset: data.ImageDataset | data.EncodedDataset, config: Any):
+    self.num_train, self.num_test = len(dataset.train), len(dataset.test)
+    self.num_classes = len(dataset.class_names)
+    self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
+
+  def training(
+    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
+  ) -> Iterator[Any]:
+    """Yields the batches of each call of a mapped step in one epoch, `[n, batch, ...]`.
+
+    Args:
+      batch_size: Images in a batch; the incomplete last batch is left out.
+      purpose: Number that keeps orders and augmentation of different passes apart.
+      epoch: From 0.
+      first: How many batches to leave out, because they are done.
+      images: Indices of the training images to read, int32 `[M]`; None for all.
+    """
+    count = self.num_train if images is None else len(images)
+    order = data.epoch_batches(count, batch_size, seed=self._seed, epoch=epoch, purpose=purpose)
+    return self._training_calls(order if images is None else images[order], purpose, epoch, first)
+
+  def evaluation(self) -> Iterator[Any]:
+    """Yields the calls on all test images: (batch, weights)."""
+    return self._evaluation_calls(*data.evaluation_batches(self.num_test, self._eval_batch_size))
+
+  @abc.abstractmethod
+  def _training_calls(self, order: np.ndarray, purpose: int, epoch: int, first: int) -> Iterator[Any]: ...
+
+  @abc.abstractmethod
+  def _evaluation_calls(self, order: np.ndarray, weights: np.ndarray) -> Iterator[Any]: ...
+
+
+class ResidentFeed(Feed):
   """The whole data set on every device, as uint8: a batch is an array of indices, and a call runs many steps."""
 
   def __init__(self, config: Any, mesh: Mesh):
-    dataset = data.load_dataset(data_spec(config))
-    self.num_train, self.num_test = len(dataset.train), len(dataset.test)
-    self.num_classes, self.image_shape = dataset.num_classes, dataset.image_shape
-    mean, std = dataset.channel_statistics()
-    fields = config.data
+    dataset, fields = data.load_dataset(data_spec(config)), config.data
+    super().__init__(dataset, config)
+    self.image_shape = dataset.image_shape
     if fields.mean is not None and len(fields.mean) != self.image_shape[-1]:
       raise InputError(
         f"data.mean must have one number for each of the {self.image_shape[-1]} channels of these images, got"
         f" {len(fields.mean)}: {fields.mean}; leave it unset to take the mean of the images."
       )
+    mean, std = dataset.channel_statistics()
     self.preprocessing = Preprocessing(
       mean=tuple(fields.mean or map(float, mean)),
       std=tuple(fields.std or map(float, std)),
       crop_padding=fields.crop_padding,
       flip=fields.flip,
     )
-    self.train, self.test = (_on_devices(split, mesh) for split in (dataset.train, dataset.test))
-    self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
+    splits = [
+      Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels))
+      for split in (dataset.train, dataset.test)
+    ]
+    self.train, self.test = replicate(splits, mesh)
     self._steps_per_call = config.steps_per_call or default_steps_per_call(mesh)
 
-  def training(
-    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
-  ) -> Iterator[Any]:
-    count = self.num_train if images is None else len(images)
-    order = data.epoch_batches(count, batch_size, seed=self._seed, epoch=epoch, purpose=purpose)
-    return self._calls(order if images is None else images[order], first)
+  def _training_calls(self, order: np.ndarray, purpose: int, epoch: int, first: int) -> Iterator[Any]:
+    return self._calls(order, first)  # augmentation is on the device
 
-  def evaluation(self) -> Iterator[Any]:
-    return self._calls(data.evaluation_batches(self.num_test, self._eval_batch_size))
+  def _evaluation_calls(self, order: np.ndarray, weights: np.ndarray) -> Iterator[Any]:
+    return self._calls((order, weights))
 
   def _calls(self, batches: Any, first: int = 0) -> Iterator[Any]:
     total, batch_size = jax.tree.leaves(batches)[0].shape
@@ -120,35 +130,24 @@ class ResidentFeed:
       yield jax.tree.map(lambda x: x[start : start + size, local], batches)  # noqa: B023  (run at once)
 
 
-class StreamedFeed:
+class StreamedFeed(Feed):
   """Images that are decoded, cropped and flipped on the host while the devices compute."""
 
   def __init__(self, config: Any):
-    fields = config.data
-    self._dataset = dataset = data.open_dataset(data_spec(config))
-    self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
-    self.num_train, self.num_test = len(dataset.train), len(dataset.test)
-    self.num_classes, self.image_shape = dataset.num_classes, (fields.image_size, fields.image_size, 3)
+    self._dataset, fields = data.open_dataset(data_spec(config)), config.data
+    super().__init__(self._dataset, config)
+    self.image_shape = (fields.image_size, fields.image_size, 3)
     self.preprocessing = Preprocessing(mean=tuple(fields.mean), std=tuple(fields.std))
-    self.train, self.test = Shared(), Shared()
     self._train_recipe = data.TrainingRecipe(fields.image_size, flip=fields.flip)
     self._test_recipe = data.EvaluationRecipe(fields.image_size, resize=fields.eval_resize)
     self._workers = _default_workers() if fields.workers is None else fields.workers
 
-  def training(
-    self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
-  ) -> Iterator[Any]:
-    count = self.num_train if images is None else len(images)
-    order = data.epoch_batches(count, batch_size, seed=self._seed, epoch=epoch, purpose=purpose)
-    order = order if images is None else images[order]
+  def _training_calls(self, order: np.ndarray, purpose: int, epoch: int, first: int) -> Iterator[Any]:
     return self._calls(self._dataset.train, order, self._train_recipe, purpose, epoch, first)
 
-  def evaluation(self) -> Iterator[Any]:
-    order, weights = data.evaluation_batches(self.num_test, self._eval_batch_size)
-    local = process_slice(self._eval_batch_size)
+  def _evaluation_calls(self, order: np.ndarray, weights: np.ndarray) -> Iterator[Any]:
     calls = self._calls(self._dataset.test, order, self._test_recipe, 0, 0, 0)
-    for call, batch_weights in zip(calls, weights, strict=True):
-      yield call, batch_weights[None, local]
+    return zip(calls, weights[:, None, process_slice(order.shape[1])], strict=True)
 
   def _calls(
     self, split: data.EncodedSplit, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
@@ -173,7 +172,3 @@ def _default_workers() -> int:
   """Returns 0 for threads where they keep all cores busy (benchmarks/input_pipeline.py), else a process for each."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return 0 if cores <= 4 else min(cores, 32)
-
-
-def _on_devices(split: data.ImageSplit, mesh: Mesh) -> Shared:
-  return replicate(Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels)), mesh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from sapr_jax import report
 from sapr_jax.artifacts import Checkpointer, Recorder
 from sapr_jax.errors import DivergedError
 from sapr_jax.runtime import Interruption, Progress
-from sapr_jax.runtime.devices import MetricsQueue
+from sapr_jax.training.passes import WeightPass
 from sapr_jax.training.position import Position
 from sapr_jax.training.state import TrainState, first_not_finite
 
@@ -28,26 +28,20 @@ class Stage:
     name: For records and the log.
     epochs: How many there are.
     epochs_before: Epochs of the stages before it.
-    steps_per_epoch: Weight steps in an epoch.
-    learning_rate: Learning rate of a weight step, from their number.
+    learning_rate: Number of a weight step -> its learning rate.
     first_state: State before the first step, on the devices.
-    batches: (epoch, first step) -> the batches of each call of `step`, on the devices.
-    step: (state, batches of a call) -> (state, metrics `[n]` of its n steps). The host does not wait for them.
-    metrics_queue: Makes a queue for these metrics.
+    weights: The weight steps and their batches.
+    evaluate: (state, epoch) -> measurements after an epoch.
     renew_masks: Called before an epoch: (state, epoch) -> (state with the masks now in force, measurements); None if
       the stage has no masks.
-    evaluate: (state, epoch) -> measurements after an epoch.
   """
 
   name: str
   epochs: int
   epochs_before: int
-  steps_per_epoch: int
   learning_rate: Callable[[int], Any]
   first_state: TrainState
-  batches: Callable[[int, int], Iterator[Any]]
-  step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-  metrics_queue: Callable[[], MetricsQueue]
+  weights: WeightPass
   evaluate: Callable[[TrainState, int], Record]
   renew_masks: Callable[[TrainState, int], tuple[TrainState, Record]] | None = None
 
@@ -66,8 +60,9 @@ class CheckpointPlan:
 
   def within_epoch(self, position: Position, steps: int) -> bool:
     """Whether a checkpoint is due after `steps` more steps have led to `position`."""
-    every, now = self.every_steps, position.steps_done
-    return bool(every) and now // every > (now - steps) // every and position.step < position.steps_per_epoch
+    if self.every_steps is None or position.step == position.steps_per_epoch:
+      return False
+    return position.steps_done // self.every_steps > (position.steps_done - steps) // self.every_steps
 
   def after_epoch(self, position: Position, epochs: int) -> bool:
     """Whether a checkpoint is due at the end of an epoch, the last of which is `epochs`."""
@@ -83,16 +78,7 @@ def train(
   interruption: Interruption,
   plan: CheckpointPlan,
 ) -> TrainState:
-  """Runs a stage from `position` to its end; returns its last state.
-
-  Args:
-    stage: The stage.
-    state: State at `position`; donated.
-    position: Where the stage is.
-    checkpointer: Takes the checkpoints.
-    recorder: Takes a record of every epoch.
-    interruption: Says whether the run was asked to stop.
-    plan: When checkpoints are made.
+  """Runs a stage from `position`, where it has `state` (donated), to its end; returns its last state.
 
   Raises:
     DivergedError: If a loss is not finite; the last checkpoint before is kept.
@@ -120,9 +106,9 @@ def train(
         state, found = stage.renew_masks(state, position.epoch)
         position.record |= found
 
-    queue, clock, seconds_before = stage.metrics_queue(), time.monotonic(), position.record["weight_seconds"]
-    for batches in stage.batches(position.epoch, position.step):
-      state, metrics = stage.step(state, batches)
+    queue, clock, seconds_before = stage.weights.metrics_queue(), time.monotonic(), position.record["weight_seconds"]
+    for batches in stage.weights.batches(position.epoch, position.step):
+      state, metrics = stage.weights.step(state, batches)
       position.add(queue.add(metrics))
       steps = len(jax.tree.leaves(metrics)[0])
       position.step += steps

@@ -10,13 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from sapr_jax.runtime import cpu
-from sapr_jax.runtime.devices import MappedStep, Step, replicate
+from sapr_jax.runtime.devices import MappedStep, Step, loops_are_slow, replicate
 from sapr_jax.training import steps
 from sapr_jax.training.feed import Feed
 from sapr_jax.training.inputs import Shared
+from sapr_jax.training.state import TrainState
 
 
 class Purpose(enum.IntEnum):
@@ -64,40 +66,49 @@ class Passes:
 
   def shared(self, purpose: Purpose, variables: Any = None) -> Shared:
     """Returns what the steps of a pass over training images read."""
-    return self.feed.train.replace(key=replicate(self.key(purpose), self.mesh), variables=variables)
+    return dataclasses.replace(self.feed.train, key=replicate(self.key(purpose), self.mesh), variables=variables)
 
   def train(
     self, step: MappedStep, state: Any, variables: Any, calls: Iterable[Any], purpose: Purpose
   ) -> tuple[Any, dict[str, np.ndarray]]:
-    """Runs a step on training images; returns its last state and the metrics of all steps, on the host.
+    """Runs a step on `calls` of training images; returns its last state and the metrics of all steps, on the host.
 
-    Args:
-      step: The step.
-      state: Its first state, on the devices; donated.
-      variables: Variables of the network, which stay as they are.
-      calls: From `feed.training`.
-      purpose: Whose random numbers it draws.
+    `state` is donated; `variables` are those of the network, which stay as they are.
     """
     return step.run(state, self.shared(purpose, variables), calls)
 
   def evaluate(self, model: nn.Module, variables: Any) -> dict[str, float]:
-    """Evaluates a network on all test images; the step is compiled once for a model.
-
-    Args:
-      model: The network.
-      variables: Its variables, on the devices.
-
-    Returns:
-      Accuracy in [0, 1] and mean cross-entropy ("loss").
-    """
+    """Returns accuracy in [0, 1] and mean cross-entropy ("loss") on all test images; compiles once for a model."""
     if model not in self._evaluations:
       self._evaluations[model] = self.map(steps.evaluation_step(model, self.feed.preprocessing))
     step = self._evaluations[model]
     zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
-    shared = self.feed.test.replace(variables=variables)
+    shared = dataclasses.replace(self.feed.test, variables=variables)
     sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
     return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
+
+
+class WeightPass:
+  """Trains the weights of a network, one epoch after the other."""
+
+  def __init__(self, passes: Passes, model: nn.Module, tx: optax.GradientTransformation, phase: Any, purpose: Purpose):
+    """Maps the weight step of `model` with the optimizer `tx`; `phase` is `config.train` or `config.finetune`."""
+    feed, unroll = passes.feed, loops_are_slow(passes.mesh)
+    step = steps.weight_step(model, tx, feed.preprocessing, accumulate=phase.accumulate, unroll=unroll)
+    self._step, self._shared, self._feed = passes.map(step), passes.shared(purpose), feed
+    self._batch_size, self._purpose = phase.batch_size, purpose
+    self.steps_per_epoch = feed.num_train // phase.batch_size
+    self.metrics_queue = self._step.metrics_queue
+
+  def batches(self, epoch: int, first: int = 0) -> Iterator[Any]:
+    """Yields the batches of each call of `step` in an epoch from step `first` on, on the devices."""
+    calls = self._feed.training(self._batch_size, purpose=self._purpose, epoch=epoch, first=first)
+    return map(self._step.place, calls)
+
+  def step(self, state: TrainState, batches: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Starts n steps; returns the state (the old one is donated) and metrics `[n]`. The host does not wait."""
+    return self._step(state, self._shared, batches)
 
 
 def recalibrate_batch_norm(
@@ -111,15 +122,8 @@ def recalibrate_batch_norm(
 ) -> dict[str, Any]:
   """Measures the running statistics of a network again, on batches of training images.
 
-  The activations of a network that was cut differ from those of the one whose statistics it inherits.
-
-  Args:
-    passes: The run.
-    model: The network.
-    variables: Its variables.
-    batches: How many batches; those of several epochs, if one has fewer.
-    batch_size: Images in a batch.
-    between_calls: Called before each call.
+  The activations of a network that was cut differ from those of the one whose statistics it inherits. The batches are
+  those of several epochs if one has too few. `between_calls` is called before each call.
 
   Returns:
     The variables with the new statistics, on the host; the variables as they are if they have none.

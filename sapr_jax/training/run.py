@@ -119,23 +119,15 @@ def run(
 def run_stage(
   stage: loop.Stage, config: Any, folder: pathlib.Path, recorder: artifacts.Recorder, interruption: Interruption
 ) -> TrainState:
-  """Runs a stage from its newest whole checkpoint, or from its beginning; returns its last state.
-
-  Args:
-    stage: The stage.
-    config: The configuration, whose section "checkpoint" is read.
-    folder: Its checkpoints.
-    recorder: Takes a record of every epoch.
-    interruption: Says whether the run was asked to stop.
-  """
+  """Runs a stage from its newest whole checkpoint in `folder`, or from its beginning; returns its last state."""
   fields, period = config.checkpoint, None
   if fields.keep_every_epochs is not None:
-    period = Position(stage.steps_per_epoch, fields.keep_every_epochs).number
+    period = Position(stage.weights.steps_per_epoch, fields.keep_every_epochs).number
   with contextlib.ExitStack() as stack:
     checkpointer = artifacts.Checkpointer(folder, fields.keep, period)
     stack.push(lambda kind, error, traceback: _close(checkpointer, error))
     state, saved = checkpointer.restore(stage.first_state)
-    position = Position.of_checkpoint(saved, stage.steps_per_epoch)
+    position = Position.of_checkpoint(saved, stage.weights.steps_per_epoch)
     if stage.renew_masks is not None and position.epoch < stage.epochs:
       # Fine-tuning of a network that does not exist yet: the checkpoints of its training were lost.
       processes.decided_by_main(lambda: shutil.rmtree(folder.parent / "finetune", ignore_errors=True))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 
 from sapr_jax.channels import Masks, mask_params
 from sapr_jax.method import Weighting, channel_norms, relative_weights
-from sapr_jax.runtime.devices import loops_are_slow, replicate
-from sapr_jax.training import optimizers, steps
+from sapr_jax.runtime import replicate
+from sapr_jax.training import optimizers
 from sapr_jax.training.experiment import Experiment
 from sapr_jax.training.loop import Record, Stage
-from sapr_jax.training.passes import Passes, Purpose
+from sapr_jax.training.passes import Passes, Purpose, WeightPass
 from sapr_jax.training.proposers import Proposer
 from sapr_jax.training.state import TrainState
 
@@ -40,12 +39,12 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
     if scores is None:
-      return state.replace(proposer=proposed), record
+      return dataclasses.replace(state, proposer=proposed), record
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
-    return state.replace(proposer=proposed, masks=replicate(masks, passes.mesh)), record
+    return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     record = _prefixed("test", passes.evaluate(model, state.variables))
@@ -63,21 +62,20 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
     }
 
-  return _stage("train", config.train, 0, passes, Purpose.TRAIN, model, tx, schedule, state, evaluate, renew_masks)
+  return Stage(
+    name="train",
+    epochs=config.train.epochs,
+    epochs_before=0,
+    learning_rate=schedule,
+    first_state=replicate(state, passes.mesh),
+    weights=WeightPass(passes, model, tx, config.train, Purpose.TRAIN),
+    evaluate=evaluate,
+    renew_masks=renew_masks,
+  )
 
 
-def finetuning_stage(
-  experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None, epochs_before: int | None = None
-) -> Stage:
-  """Trains a network as an ordinary one.
-
-  Args:
-    experiment: The run.
-    model: The network, such as the pruned one.
-    variables: Its variables.
-    phase: Its schedule; None for `config.finetune`.
-    epochs_before: Epochs of the stages before; None for `config.train.epochs`.
-  """
+def finetuning_stage(experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None) -> Stage:
+  """Trains a network as an ordinary one, such as the pruned one; unless `phase` is given, as `config.finetune` says."""
   config, passes = experiment.config, experiment.passes
   phase = config.finetune if phase is None else phase
   schedule = _schedule(phase, passes)
@@ -86,44 +84,15 @@ def finetuning_stage(
   def evaluate(state: TrainState, epoch: int) -> Record:
     return _prefixed("test", passes.evaluate(model, state.variables))
 
-  before = config.train.epochs if epochs_before is None else epochs_before
   state = TrainState.create(variables, tx)
-  return _stage("finetune", phase, before, passes, Purpose.FINETUNE, model, tx, schedule, state, evaluate)
-
-
-def _stage(
-  name: str,
-  phase: Any,
-  epochs_before: int,
-  passes: Passes,
-  purpose: Purpose,
-  model: nn.Module,
-  tx: optax.GradientTransformation,
-  schedule: optimizers.Schedule,
-  state: TrainState,
-  evaluate: Callable[[TrainState, int], Record],
-  renew_masks: Callable[[TrainState, int], tuple[TrainState, Record]] | None = None,
-) -> Stage:
-  """Returns the stage that trains the weights of `model` with `tx`."""
-  feed, unroll = passes.feed, loops_are_slow(passes.mesh)
-  step = passes.map(steps.weight_step(model, tx, feed.preprocessing, accumulate=phase.accumulate, unroll=unroll))
-  shared = passes.shared(purpose)
-
-  def batches(epoch: int, first: int) -> Iterator[Any]:
-    return map(step.place, feed.training(phase.batch_size, purpose=purpose, epoch=epoch, first=first))
-
   return Stage(
-    name=name,
+    name="finetune",
     epochs=phase.epochs,
-    epochs_before=epochs_before,
-    steps_per_epoch=feed.num_train // phase.batch_size,
+    epochs_before=config.train.epochs,
     learning_rate=schedule,
     first_state=replicate(state, passes.mesh),
-    batches=batches,
-    step=lambda state, batches: step(state, shared, batches),
-    metrics_queue=step.metrics_queue,
+    weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE),
     evaluate=evaluate,
-    renew_masks=renew_masks,
   )
 
 
@@ -138,12 +107,7 @@ def hamming_distance(before: Masks, after: Masks) -> float:
 
 
 def norm_summary(norms: dict[str, list[np.ndarray]], masks: Masks) -> Record:
-  """Returns mean and greatest norm of the dropped channels' slices, and the mean of the kept ones'.
-
-  Args:
-    norms: From `channel_norms`.
-    masks: The masks in force.
-  """
+  """Returns mean and greatest norm of the dropped channels' slices, and the mean of the kept ones'."""
   kept = np.concatenate([n[np.asarray(masks[name]) > 0] for name, rows in norms.items() for n in rows])
   dropped = np.concatenate([n[np.asarray(masks[name]) == 0] for name, rows in norms.items() for n in rows])
   summary = {"kept_norm_mean": float(kept.mean())}

@@ -1,11 +1,13 @@
 """The steps, written per device: weights, generator, gradients, batch statistics, evaluation.
 
 Each builder returns a function (state, shared, batch) -> (state, metrics) for `runtime.MappedStep`. Normalization, and
-the augmentation that `Preprocessing` asks for, are part of the step.
+the augmentation that `Preprocessing` asks for, are part of the step. Networks are called as `model(x, train=...)`, in
+training with a key named "dropout".
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,19 +33,12 @@ def weight_step(
   accumulate: int = 1,
   unroll: bool = True,
 ) -> Step:
-  """Builds the step that trains the weights, with the masks of the state in force; the state is a `TrainState`.
+  """Builds the step that trains the weights; the state is a `TrainState`, whose masks the regularization in `tx` gets.
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
-  piece's activations are in memory (in a loop; of unrolled pieces XLA for CPUs keeps all). Gradients and metrics are
-  means over the pieces, and batch statistics follow them. The optimizer, the regularization and the exchange between
-  devices come once.
-
-  Args:
-    model: The network; called as `model(x, train=True)` with a key named "dropout".
-    tx: Its optimizer; a partial regularization in it gets the masks.
-    preprocessing: Augmentation and normalization.
-    accumulate: Number of pieces; divides the device's part of the batch.
-    unroll: Whether the pieces are a program each in place of a loop, see `devices.loops_are_slow`.
+  piece's activations are in memory (in a loop; if they are unrolled, XLA for CPUs keeps those of all). Gradients and
+  metrics are means over the pieces, and batch statistics follow them. The optimizer, the regularization and the
+  exchange between devices come once.
   """
   optimizer = optax.with_extra_args_support(tx)
 
@@ -73,7 +68,9 @@ def weight_step(
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=state.masks or None)
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
+    return dataclasses.replace(
+      state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    ), metrics
 
   return step
 
@@ -96,7 +93,7 @@ def _mean_over_pieces(
   def add(carry: Any, piece: Any) -> tuple[Any, None]:
     # A piece may not begin before the one before is done with its memory.
     (sums, batch_stats), piece = jax.lax.optimization_barrier((carry, piece))
-    grads, (batch_stats, metrics) = gradient(state.replace(batch_stats=batch_stats), piece)
+    grads, (batch_stats, metrics) = gradient(dataclasses.replace(state, batch_stats=batch_stats), piece)
     return (jax.tree.map(jnp.add, sums, (grads, metrics)), batch_stats), None
 
   (sums, batch_stats), _ = jax.lax.scan(add, (zeros, state.batch_stats), pieces, unroll=unroll)
@@ -116,17 +113,9 @@ def generator_step(
 ) -> Step:
   """Builds the step that trains the generator with the weights fixed; the state is a `GeneratorState`.
 
-  All devices sample the same masks.
-
-  Args:
-    model: The network; called as `model(x, train=...)`.
-    generator: The generator.
-    graph: The channel graph.
-    tx: The generator's optimizer.
-    preprocessing: Augmentation and normalization.
-    options: What the generator minimizes.
-    train: Whether the network is in training mode, dropout included, and normalizes by the statistics of each device's
-      part of the batch. By default it is in evaluation mode, with the running statistics of the dense network.
+  All devices sample the same masks. By default the network is in evaluation mode, with the running statistics of the
+  dense network. With `train` it is in training mode, dropout included, and normalizes by the statistics of each
+  device's part of the batch.
   """
 
   def step(state: GeneratorState, shared: Shared, batch: Any) -> tuple[GeneratorState, Metrics]:
@@ -149,19 +138,14 @@ def generator_step(
     grads, metrics = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
 
   return step
 
 
 def gradient_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
-  """Builds the step that sums the gradients of the loss in evaluation mode; the state is a tree of sums.
-
-  Args:
-    model: The network; called as `model(x, train=False)`.
-    preprocessing: Normalization; images are not augmented.
-  """
+  """Builds the step that sums the gradients of the loss in evaluation mode; the state is a tree of sums."""
 
   def step(sums: Any, shared: Shared, batch: Any) -> tuple[Any, Metrics]:
     images, labels = shared.read(batch)
@@ -180,10 +164,6 @@ def recalibration_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   """Builds the step that moves the running statistics as the weight step does, and nothing else.
 
   The state is {"step", "batch_stats"}; the statistics in `shared.variables` are not read.
-
-  Args:
-    model: The network; called as `model(x, train=True)` with a key named "dropout".
-    preprocessing: Augmentation and normalization.
   """
 
   def step(state: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], Metrics]:
@@ -202,10 +182,6 @@ def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   """Builds the step that counts correct answers; the state is {"correct", "loss", "count"}, summed over images.
 
   A batch is (batch of images, weights); an image of weight 0 only fills the batch.
-
-  Args:
-    model: The network; called as `model(x, train=False)`.
-    preprocessing: Normalization.
   """
 
   def step(state: Metrics, shared: Shared, batch: Any) -> tuple[Metrics, Metrics]:

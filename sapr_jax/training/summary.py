@@ -21,14 +21,7 @@ Network = tuple[nn.Module, Any]
 def summarize(
   experiment: Experiment, masks: Masks, dense: Network, subnetwork: Network, pruned: Network
 ) -> dict[str, Any]:
-  """Measures the networks of a run at its last epoch.
-
-  Args:
-    experiment: The run.
-    masks: The masks that were cut.
-    dense: The dense network.
-    subnetwork: The compact network before fine-tuning.
-    pruned: The compact network after it.
+  """Measures the networks of a run at its last epoch: `subnetwork` and `pruned` are compact.
 
   Returns:
     "dense", "subnetwork", "pruned" -> accuracy, MACs, parameters and latency; "run" -> facts about the run.

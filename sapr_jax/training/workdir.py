@@ -1,4 +1,4 @@
-"""The work directory of a run: what lies where, and whether it belongs to this configuration."""
+"""The work directory of a run: its files, and whether it belongs to this configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRUNED = "pruned"
 REPORT = "report.txt"
 LOCK = ".lock"
 
-# Fields that change how a run goes about its work but not what comes out; they may differ when it resumes.
+# Fields that change how a run goes about its work but not its results; they may differ when it resumes.
 _FREE_FIELDS = ("steps_per_call", "data.path", "data.workers", "checkpoint.", "report.", "eval_batch_size")
 
 
@@ -57,54 +57,59 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
   for name in (DENSE, PRUNED):
     if (path / name).exists() and not (path / name / DEFINITION).is_file():
       raise InputError(f"{path / name} holds no whole model; remove that directory, and the run goes on.")
-  fields = flat_fields(config)
+  _compare(path, earlier, flat_fields(config))
+
+
+def _compare(path: pathlib.Path, earlier: dict[str, Any], fields: dict[str, Any]) -> None:
+  """Checks that the fields with which a run began are those that it shall go on with."""
   names = sorted(fields.keys() | earlier.keys())
   differing = [n for n in names if fields.get(n) != earlier.get(n) and not n.startswith(_FREE_FIELDS)]
   if unknown := [n for n in differing if n not in earlier or n not in fields]:
     raise InputError(
       f"{path} belongs to a run of another version of this package: {', '.join(unknown[:5])} is only in one of the two"
-      " configurations; name a new --workdir to start anew."
+      " configurations; name a new --workdir to start again."
     )
   if differing:
     shown = ", ".join(f"{n} was {earlier[n]!r} and is now {fields[n]!r}" for n in differing[:5])
     more = f", and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise InputError(
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
-      " --workdir to start anew."
+      " --workdir to start again."
     )
 
 
 def _check_place(path: pathlib.Path) -> None:
   """Checks that `path` is a directory or can become one."""
   try:
+    if path.is_dir():
+      return
     path.lstat()
   except FileNotFoundError:
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-      raise InputError(f"The work directory {path} cannot be made in {nearest}, which cannot be written.") from None
-    return
+    problem = "" if os.access(nearest, os.W_OK | os.X_OK) else f"cannot be made in {nearest}, which cannot be written"
   except NotADirectoryError:
-    raise InputError(f"The work directory {path} lies below a file; name another --workdir.") from None
+    problem = "lies below a file"
   except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
-    why = error.strerror if isinstance(error, OSError) else error
-    raise InputError(f"The work directory {str(path)!r} cannot be used ({why}); name another --workdir.") from None
-  if not path.is_dir():
-    raise InputError(f"The work directory {path} is a file; name another --workdir.")
+    problem = f"cannot be used ({getattr(error, 'strerror', None) or error})"
+  else:
+    problem = "is a file"
+  if problem:
+    raise InputError(f"The work directory {str(path)!r} {problem}; name another --workdir.")
 
 
 _MEASURED = {"accuracy", "macs", "params", "latency_ms"}
-"""What the summary of a finished run says of each network."""
+"""Measurements of each network in the summary of a finished run."""
 
 
 def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the summary of a finished run; None if there is none, or what it speaks of is not there."""
+  """Returns the summary of a finished run; None if it, or a network that it speaks of, is missing or damaged."""
   if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
     return None
   summary: Any = read_json(path / SUMMARY)
   try:
     whole = all(summary[name].keys() >= _MEASURED for name in ("dense", "subnetwork", "pruned"))
     report.format_summary(summary)
-  except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):  # damaged: it is made anew
+  except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
     return None
   return summary if whole else None
 
@@ -156,7 +161,7 @@ def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
 
 
 def _remove_leftovers(path: pathlib.Path) -> None:
-  """Removes what a run that was killed had begun to write and had not yet put in its place."""
+  """Removes what a killed run had begun to write and had not yet put in its place."""
   for name in (CONFIG, RECORDS, SUMMARY, REPORT, DENSE, PRUNED):
     for leftover in path.glob(f".{name}.*"):
       if leftover.is_dir():

@@ -1,4 +1,4 @@
-"""What the data tests share."""
+"""A fixture that the data tests share."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -118,7 +118,7 @@ def test_bad_splits_are_refused(refused):
 def test_bad_datasets_are_refused(refused):
   with refused("(2, 2, 3)", "(2, 2, 1)"):
     make_dataset(make_split([0, 1]), make_split([0, 1], (2, 2, 1)))
-  with refused("label 2 in split 'test'", "2 class names"):
+  with refused("labels of split 'test' must be below", "class names, 2, got 2"):
     make_dataset(make_split([0, 1]), make_split([0, 2]))
 
 

@@ -1,4 +1,4 @@
-"""Crops by hand, and both recipes against torchvision's algorithms as documented, written anew here with Pillow."""
+"""Crops by hand, and both recipes against torchvision's algorithms as documented, written again here with Pillow."""
 
 import io
 import math

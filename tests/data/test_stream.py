@@ -1,7 +1,8 @@
 """Streamed batches: which images, the same ones however they are read, and nothing left behind."""
 
-import gc
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -134,18 +135,17 @@ def test_worker_processes_give_the_same_batches_and_end(dataset):
 
 def test_closing_and_dropping_in_the_middle_end_the_threads(dataset):
   order = np.zeros((500, 5), np.int32)
-  before = threading.active_count()
+  before = set(threading.enumerate())
   for end in (lambda batches: batches.close(), lambda batches: None):
     batches = stream_batches(dataset.train, order, recipe=RECIPE, seed=0, purpose=1, epoch=0)
     next(batches)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     end(batches)
     del batches
-    gc.collect()
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-      time.sleep(0.01)
-    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
+    for thread in started:
+      thread.join(timeout=30)
+      assert not thread.is_alive()
 
 
 @pytest.mark.slow
@@ -179,27 +179,78 @@ def test_a_bad_file_is_refused_by_name(tmp_path, refused, workers):
   assert active_children() == []
 
 
-_LEFT_OPEN = """
-import sys
+_PROGRAM = """
+import sys, time
 import numpy as np
+from multiprocessing import active_children
 from sapr_jax.data import DataSpec, TrainingRecipe, open_dataset, stream_batches
 
 if __name__ == "__main__":
   split = open_dataset(DataSpec("folder", path=sys.argv[1])).train
-  order = np.zeros((500, 5), np.int32)
-  batches = stream_batches(split, order, recipe=TrainingRecipe(size=12), seed=0, purpose=1, epoch=0, workers=1)
-  print(next(batches)["images"].shape, flush=True)
+  order = np.zeros((500, 80), np.int32)
+  batches = stream_batches(split, order, recipe=TrainingRecipe(size=12), seed=0, purpose=1, epoch=0, workers=2)
+  print(next(batches)["images"].shape, *(child.pid for child in active_children()), flush=True)
+  time.sleep(float(sys.argv[2]))
 """
 
 
+@pytest.fixture
+def program(root, tmp_path):
+  """Starts a program that leaves a stream open; gives it and the numbers of its workers."""
+
+  def start(seconds):
+    script = tmp_path / "left_open.py"
+    script.write_text(_PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(Path(sapr_jax.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+      [sys.executable, str(script), str(root), str(seconds)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+    *shape, first, second = process.stdout.readline().split()
+    assert shape == ["(80,", "12,", "12,", "3)"]
+    return process, (int(first), int(second))
+
+  return start
+
+
+def assert_ended(workers):
+  """Waits until no process of these numbers is left."""
+  deadline = time.monotonic() + 60
+  for worker in workers:
+    with contextlib.suppress(ProcessLookupError):
+      while time.monotonic() < deadline:
+        os.kill(worker, 0)
+        time.sleep(0.05)
+      pytest.fail("a worker outlived its parent")
+
+
 @pytest.mark.slow
-def test_a_program_that_leaves_a_stream_open_ends_quietly(root, tmp_path):
-  script = tmp_path / "left_open.py"
-  script.write_text(_LEFT_OPEN)
-  environment = os.environ | {"PYTHONPATH": str(Path(sapr_jax.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, str(script), str(root)]
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-  assert (done.returncode, done.stdout, done.stderr) == (0, "(5, 12, 12, 3)\n", "")
+def test_a_program_that_leaves_a_stream_open_ends_quietly(program):
+  process, workers = program(0)
+  assert process.communicate(timeout=60) == ("", "")
+  assert process.returncode == 0
+  assert_ended(workers)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_left_to_the_parent_which_ends_its_workers(program):
+  process, workers = program(100)
+  os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to the workers too.
+  _, err = process.communicate(timeout=60)
+  assert (err.count("Traceback"), err.strip().splitlines()[-1]) == (1, "KeyboardInterrupt")
+  assert_ended(workers)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_was_killed(program):
+  process, workers = program(100)
+  process.kill()
+  process.communicate(timeout=60)
+  assert_ended(workers)
 
 
 def test_bad_arguments_are_refused_at_once(dataset, refused):

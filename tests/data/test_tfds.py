@@ -32,12 +32,14 @@ class SaprTiny(tfds.core.GeneratorBasedBuilder):
   pkg_dir_path = tfds.core.Path(__file__).parent
 
   image_name = "image"
+  image_dtype = np.uint8
   splits = tuple(SPLIT_SIZES)
+  label = tfds.features.ClassLabel(names=["even", "odd"])
 
   def _info(self):
     features = {
-      self.image_name: tfds.features.Image(shape=(3, None, 3)),
-      "label": tfds.features.ClassLabel(names=["even", "odd"]),
+      self.image_name: tfds.features.Image(shape=(3, None, 3), dtype=self.image_dtype, encoding_format="png"),
+      "label": self.label,
     }
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -58,6 +60,14 @@ class SaprTinyNoTest(SaprTiny):
 
 class SaprTinyNoImage(SaprTiny):
   image_name = "picture"
+
+
+class SaprTinyNumber(SaprTiny):
+  label = tfds.features.Scalar(np.int64)
+
+
+class SaprTinyWide(SaprTiny):
+  image_dtype = np.uint16
 
 
 class SaprTinySizes(SaprTiny):
@@ -128,6 +138,10 @@ def test_sets_of_another_form_are_refused(tmp_path, refused):
     load("sapr_tiny_no_test", tmp_path)
   with refused("has no feature 'image', only label, picture"):
     load("sapr_tiny_no_image", tmp_path)
+  with refused("'label'", "must be of type ClassLabel, got Scalar"):
+    load("sapr_tiny_number", tmp_path)
+  with refused("must be uint8, got uint16"):
+    load("sapr_tiny_wide", tmp_path)
   with refused("'sapr_tiny_sizes/train[", "is 3x4", "is 3x5", "one size"):
     load("sapr_tiny_sizes", tmp_path)
 

@@ -149,7 +149,7 @@ class Latency:
   def __call__(self, kept):
     if isinstance(kept, np.ndarray) and kept.dtype == np.int64:
       return float(sum(row[width] for row, width in zip(self.rows, kept, strict=True)))
-    return sum(jnp.interp(kept[k], jnp.arange(row.size), jnp.asarray(row)) for k, row in enumerate(self.rows))
+    return sum(jnp.interp(kept[k], jnp.arange(float(row.size)), jnp.asarray(row)) for k, row in enumerate(self.rows))
 
 
 def test_a_table_of_latencies_is_a_cost_too(resnet20):

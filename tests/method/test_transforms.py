@@ -39,7 +39,7 @@ def test_the_threshold_follows_schedule_and_momentum(tiny, two):
   zero = jax.tree.map(jnp.zeros_like, tiny.params)
   tx = sapr.regularize_by_prox(
     tiny.graph,
-    optax.piecewise_constant_schedule(0.1, {1: 0.1}),
+    lambda step: jnp.where(step < 1, 0.1, 0.01),
     gamma=0.3,
     momentum=0.9,
   )

@@ -1,4 +1,4 @@
-"""Requests to stop, one within another."""
+"""Requests to stop a run."""
 
 import os
 import signal
@@ -6,26 +6,18 @@ import signal
 import pytest
 
 from sapr_jax.errors import InterruptedRunError
-from sapr_jax.runtime.interruption import Interruption
+from sapr_jax.runtime import Interruption
 
 
-def test_a_run_has_the_request_that_came_before_it_began():
-  with Interruption() as outer:
+def test_a_signal_is_a_request_that_a_loop_meets():
+  before = signal.getsignal(signal.SIGTERM)
+  with Interruption() as interruption:
+    assert not interruption.requested()
     os.kill(os.getpid(), signal.SIGTERM)
-    with Interruption() as inner:
-      assert inner.requested()
-      with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
-        inner.stop()
-    assert outer.requested()
-
-
-def test_a_request_that_came_when_the_run_was_about_to_end_reaches_the_program():
-  with Interruption() as outer:
-    with Interruption():
-      os.kill(os.getpid(), signal.SIGTERM)
-    assert outer.requested()
+    assert interruption.requested()
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM"):
-      outer.stop()
+      interruption.stop()
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_later_one_starts_afresh():
@@ -33,3 +25,10 @@ def test_a_later_one_starts_afresh():
     os.kill(os.getpid(), signal.SIGTERM)
   with Interruption() as later:
     assert not later.requested()
+
+
+def test_a_second_ctrl_c_stops_at_once():
+  with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(signal.SIGINT)
+    assert interruption.requested()
+    signal.raise_signal(signal.SIGINT)

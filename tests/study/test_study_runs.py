@@ -9,8 +9,8 @@ import pytest
 import sapr_jax as sapr
 from configs import digits
 from sapr_jax.method import l1_norm, macs_budget, split_by_group
-from sapr_jax.training import make_proposer
-from study import ours, parts
+from sapr_jax.training import build, make_proposer
+from study import ours
 from study.rows import config_of, grid
 from study.sizes import SIZES
 from study.variants import Variant
@@ -30,15 +30,15 @@ def test_the_schedule_from_scratch_has_all_epochs():
   assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
 
 
-def test_a_generator_chooses_by_what_it_has_learned(tmp_path):
+def test_a_generator_chooses_by_what_it_has_learned():
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   config = digits.get_config()
   config.update_from_flattened_dict(
     {"model.width_multiplier": 0.25, "data.train_images": 320, "eval_batch_size": 64, "prune.round_to": 1}
     | {"prune.start_epoch": 28, "generator.learning_rate": 0.1}
   )
-  run = parts.build(config, tmp_path)
-  scores = parts.generator_scores(run, run.variables, Variant())
+  run = build(config)
+  scores = ours.generator_scores(run, run.variables, Variant())
   proposer = make_proposer(run)
   untrained = split_by_group(jax.device_get(proposer.generator.apply(proposer.init().variables)), run.graph)
   orders = [{name: np.argsort(score).tolist() for name, score in s.items()} for s in (scores, untrained)]

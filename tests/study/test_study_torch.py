@@ -9,7 +9,7 @@ import pytest
 
 import sapr_jax as sapr
 from configs import default
-from sapr_jax.training import schedules
+from sapr_jax.training import optimizers
 
 torch = pytest.importorskip("torch", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
 pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
@@ -56,7 +56,7 @@ def test_weight_decay_shrinks_in_pytorch_what_it_shrinks_here(of):
   groups = torch_runs.decay_groups(torch_runs.make_network(ours, variables), phase)
   # Without a gradient, a step of rate 1 and decay 1 takes away all that is decayed.
   phase.momentum = 0.0
-  tx = schedules.sgd(phase, lambda step: 1.0)
+  tx = optimizers.sgd(phase, lambda step: 1.0)
   params = variables["params"]
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   decayed = sum(float((w.detach() ** 2).sum()) for group in groups if group["weight_decay"] for w in group["params"])

@@ -11,6 +11,7 @@ from entries import entry
 
 import sapr_jax as sapr
 from sapr_jax.artifacts.files import write_json
+from sapr_jax.errors import DivergedError
 from study import __main__ as command
 from study import work
 from study.records import is_finished
@@ -29,7 +30,7 @@ def finish(job):
 def test_a_run_that_cannot_be_done_does_not_keep_the_others_from_it(tmp_path, monkeypatch, capsys):
   def run(job):
     if job.row.name == "gamma=0":
-      raise sapr.InputError("training diverged.")
+      raise DivergedError("training diverged.")
     finish(job)
 
   monkeypatch.setattr(work, "_runner", lambda kind: run)
@@ -80,7 +81,7 @@ def test_a_signal_or_the_end_of_the_time_stops_between_two_runs(minutes):
       ["--runs", "{folder}", "--data", "{folder}"],
       r"--data \S+ holds no train/<class>/\* files; give the folder above.*",
     ),
-    (["--runs", "{folder}", "--set", "train.batch_size=0"], "train.batch_size=0 is .*"),
+    (["--runs", "{folder}", "--set", "train.batch_size=0"], r"train.batch_size must be .*, got 0.*"),
     (["--runs", "{folder}", "--set", "eval={[]: 1}"], r"--set eval={\[\]: 1}: configs/default.py has no such field.*"),
   ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ from small_run import small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
+from sapr_jax.artifacts.files import write_json
 from sapr_jax.method import IMPORTANCES
 from sapr_jax.runtime import devices
 from sapr_jax.training import experiment as parts
-from sapr_jax.training import optimizers, passes
+from sapr_jax.training import optimizers, passes, workdir
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -274,3 +277,17 @@ def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):
   assert "sub-network" in lines[1] and "dropped" in lines[1]
   assert lines[5].startswith("finetune 2/2") and not lines[5].endswith("left")
   assert "\r" not in out + err and "\x1b" not in out + err
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+  """The part of an experiment that says what widths are multiples of."""
+
+  round_to: int
+
+
+def test_a_run_that_goes_on_keeps_the_rounding_it_began_with(tmp_path):
+  keep = sys.modules["sapr_jax.training.run"]._with_first_rounding  # `training.run` is the function
+  assert keep(Rounded(8), tmp_path).round_to == 8
+  write_json(tmp_path / workdir.NETWORK, {"groups": {}, "round_to": 1})
+  assert keep(Rounded(8), tmp_path).round_to == 1

@@ -88,6 +88,11 @@ def _check_form(name: str, info: Any, splits: Sequence[str]) -> None:
         f"feature {feature!r} of TensorFlow Datasets set {name!r} must be of type {kind.__name__}, got "
         f"{type(info.features[feature]).__name__}; choose a set for image classification, {_OTHER_SOURCE}"
       )
+  if info.features["image"].np_dtype != np.uint8:
+    raise InputError(
+      f"images of TensorFlow Datasets set {name!r} must be uint8, got {info.features['image'].np_dtype.__name__}; "
+      f"choose a set for image classification, {_OTHER_SOURCE}"
+    )
 
 
 def _prepare(spec: DataSpec) -> Any:
@@ -123,17 +128,17 @@ def _explain(name: str, path: str | None, error: Exception) -> str:
   """Says what is to be done about an error while a set was being prepared."""
   package = _missing_package(error)
   if package is not None:
-    command = f"pip install {package}"
-    return f"preparing {name!r} for the first time needs {package}; run: {command}, {_OTHER_SOURCE}"
+    return f"preparing {name!r} for the first time needs {package}; run: pip install {package}, {_OTHER_SOURCE}"
+  folder = path or "the default folder of TensorFlow Datasets"
   if "Manual directory" in str(error):
     return (
-      f"{name!r} is not free to download; put its files into the folder downloads/manual in "
-      f"{path or 'the default folder of TensorFlow Datasets'}, {_OTHER_SOURCE} ({one_line(error, 400)})"
+      f"{name!r} is not free to download; put its files into the folder downloads/manual in {folder}, {_OTHER_SOURCE} "
+      f"({one_line(error, 400)})"
     )
   if "File format is already set" in str(error):
     return (
-      f"{name!r} lies in {path or 'the default folder of TensorFlow Datasets'} in a file format "
-      f"without random access; give another path to prepare it again, {_OTHER_SOURCE}"
+      f"{name!r} lies in {folder} in a file format without random access; give another path to prepare it again, "
+      f"{_OTHER_SOURCE}"
     )
   return (
     f"TensorFlow Datasets could not download and prepare {name!r}; check the network and the space "
