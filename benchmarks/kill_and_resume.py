@@ -1,4 +1,4 @@
-"""Does a run that is killed end as if it had not been? A small run on the digits, killed twenty times by SIGKILL.
+"""Does a run that is killed end as if it had not been? A small run on the digits, killed in 21 places by SIGKILL.
 
     python -m benchmarks.kill_and_resume [--quick] [--seed N] --runs runs/kill_and_resume
 
@@ -85,6 +85,7 @@ TARGETS = (
   Target("training before E_start: weights", WEIGHTS, records=1, window=1.0),
   Target("training before E_start: evaluation", r"Passes\.evaluate", records=2, window=0.1),
   Target("the first epoch of the generator", r"GeneratorProposer\.propose", records=3, window=1.0),
+  Target("network.json is written", r"^run\.write_json", window=0.005),
   Target("new masks", r"Experiment\.project", records=3, window=0.02),
   Target("regularized training: weights", WEIGHTS, records=3, window=0.5),
   Target("regularized training: a checkpoint is written", r"Checkpointer\.save", records=3, window=0.05),
@@ -97,11 +98,11 @@ TARGETS = (
   Target("fine-tuning: weights", WEIGHTS, records=8, window=0.5),
   Target("after fine-tuning: latency, accuracy", r"run\.summarize", records=11, window=2.0),
   Target("the models are saved", r"artifacts\.save", records=11, window=0.01),
-  Target("report and summary are written", r"run\.write_", records=11, window=0.002),
+  Target("report and summary are written", r"run\._write_results > run\.", records=11, window=0.002),
 )
 
 NOTED = {
-  "sapr_jax.training.run": ("build", "prune", "recalibrate_batch_norm", "summarize", "write_atomically", "write_json"),
+  "sapr_jax.training.run": ("build", "prune", "summarize", "_write_results", "write_atomically", "write_json"),
   "sapr_jax.training.loop": ("train",),
   "sapr_jax.training.passes": ("Passes.evaluate",),
   "sapr_jax.training.experiment": ("Experiment.project",),

@@ -24,8 +24,9 @@ from benchmarks.measuring import measure_rows, median_ratio, needed, shown, tabl
 from benchmarks.training_pieces import random_masks, random_variables
 from sapr_jax import InputError, models, prune, trace_channels
 from sapr_jax.channels import count_macs
-from sapr_jax.runtime import keep_memory, with_fast_layers
-from sapr_jax.training.rounding import default_round_to
+from sapr_jax.method.rounding import DEFAULT_ROUND_TO
+from sapr_jax.models import with_fast_layers
+from sapr_jax.runtime import keep_memory
 
 ROUND_TO = (1, 8, 16)
 GOAL = 0.8
@@ -203,11 +204,17 @@ def _share_table(networks: Any) -> str:
   return table(["network", *(f"batch {b}" for b in every)], rows)
 
 
+def default_form(network: Mapping[str, Any], platform: str) -> str:
+  """Returns the form that `method.rounding.default_round_to` asks for, told from what was recorded."""
+  value = DEFAULT_ROUND_TO.get(platform, 1)
+  return pruned(value if network["narrowest_group"] >= 8 * value and pruned(value) in network["macs"] else 1)
+
+
 def _verdict_table(networks: Any, platform: str) -> str:
   """Says at the largest batch whether the default of the platform reaches the goal, and what bounds it."""
   rows = []
   for network in networks:
-    macs, chosen = network["macs"], pruned(default_round_to(platform, network["narrowest_group"]))
+    macs, chosen = network["macs"], default_form(network, platform)
     for dtype, times in network["times"].items():
       batch = max(times, key=int)
       reached, left = share(network, dtype, batch, chosen), 1 / times[batch]["speed_up"][FLOOR]
