@@ -11,7 +11,7 @@
 #   --restart   start again when the process was interrupted from elsewhere with all saved (exit status 75)
 #   --dry-run   print the command, run nothing
 #
-# The exit status is that of sapr_jax.main: 0 finished, 75 interrupted with all saved, 2 bad input or divergence.
+# The exit status is that of sapr_jax.main: 0 finished, 75 interrupted with all saved, 2 bad input, 3 divergence.
 
 set -euo pipefail
 

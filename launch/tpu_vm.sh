@@ -9,7 +9,7 @@
 #   status   prints the state of the node, and of the run on each worker: none, running, exit N
 #   logs     follows the log of worker 0 (WORKER=3 for another)
 #   resume   does what is missing for the run to go on: create and setup if the node is gone or was preempted, then run
-#   watch    resumes again and again, until the run is finished (0), or fails in a way that another try does not mend
+#   watch    resumes again and again, until the run is finished (0), or fails in a way that another try does not fix
 #   fetch    copies the work directory without its checkpoints to RESULTS, on this machine
 #   delete   deletes the TPU VM, and with it all that is not on NFS_SHARE
 #
@@ -140,7 +140,7 @@ summary() {
         line=${line#exit }
         found+="$line "
         case $line in
-          0 | 2 | 75 | 130) ;;
+          0 | 2 | 3 | 75 | 130) ;;
           *) status=$line ;;
         esac
         ;;
@@ -150,6 +150,7 @@ summary() {
     ' ') echo unknown ;;
     *' running '*) echo running ;;
     *' 2 '*) echo 2 ;;
+    *' 3 '*) echo 3 ;;
     *' 130 '*) echo 130 ;;
     *' none '*) echo none ;;
     *) if [[ -n $status ]]; then echo "$status"; elif [[ $found == *' 75 '* ]]; then echo 75; else echo 0; fi ;;
@@ -175,7 +176,7 @@ step() {
   node=$(node_state) || return 0
   case $node in
     GONE | PREEMPTED | TERMINATED | STOPPED)
-      echo "the node is $node: making it anew"
+      echo "the node is $node: making it again"
       faults=0
       if renew "$node" "$@"; then verdict=under_way; else echo "the node could not be made or set up"; fi
       return
@@ -198,8 +199,8 @@ step() {
       echo "the run is finished"
       verdict=0
       ;;
-    2 | 130)
-      echo "the run ended with exit status $ended, which another try does not mend; see logs"
+    2 | 3 | 130)
+      echo "the run ended with exit status $ended, which another try does not fix; see logs"
       verdict=$ended
       ;;
     none)

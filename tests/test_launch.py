@@ -554,13 +554,13 @@ def test_tpu_watch_goes_on_through_preemptions_and_interruptions(cloud):
   done = cloud.run("tpu_vm.sh", "watch", "--", "--config.data.path=a b", "it's", LOOK_LATE=1)
   assert done.returncode == 0, done.stdout + done.stderr
   assert done.stdout.splitlines() == [
-    "the node is GONE: making it anew",
+    "the node is GONE: making it again",
     "the node could not be made or set up",
-    "the node is GONE: making it anew",
+    "the node is GONE: making it again",
     "the run was interrupted with all saved: going on",
-    "the node is PREEMPTED: making it anew",
+    "the node is PREEMPTED: making it again",
     "the run ended with exit status 134, fault 1 of 3 on this node",
-    "the node is GONE: making it anew",
+    "the node is GONE: making it again",
     "the run is finished",
   ]
   assert "could not reach the server" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -67,15 +67,6 @@ class Passes:
   def shared(self, purpose: Purpose, variables: Any = None) -> Shared:
     """Returns what the steps of a pass over training images read."""
     return dataclasses.replace(self.feed.train, key=replicate(self.key(purpose), self.mesh), variables=variables)
-
-  def train(
-    self, step: MappedStep, state: Any, variables: Any, calls: Iterable[Any], purpose: Purpose
-  ) -> tuple[Any, dict[str, np.ndarray]]:
-    """Runs a step on `calls` of training images; returns its last state and the metrics of all steps, on the host.
-
-    `state` is donated; `variables` are those of the network, which stay as they are.
-    """
-    return step.run(state, self.shared(purpose, variables), calls)
 
   def evaluate(self, model: nn.Module, variables: Any) -> dict[str, float]:
     """Returns accuracy in [0, 1] and mean cross-entropy ("loss") on all test images; compiles once for a model."""
@@ -146,5 +137,5 @@ def recalibrate_batch_norm(
   state = {"step": np.zeros((), np.int32), "batch_stats": jax.device_get(variables["batch_stats"])}
   step = passes.map(steps.recalibration_step(model, passes.feed.preprocessing))
   state, variables_on_devices = replicate((state, variables), passes.mesh)
-  state, _ = passes.train(step, state, variables_on_devices, calls(), purpose)
+  state, _ = step.run(state, passes.shared(purpose, variables_on_devices), calls())
   return {**variables, "batch_stats": jax.device_get(state["batch_stats"])}

@@ -101,7 +101,7 @@ class GeneratorProposer:
   ) -> tuple[GeneratorState, Scores, dict[str, float]]:
     purpose = Purpose.GENERATOR
     calls = self.passes.feed.training(self.batch_size, purpose=purpose, epoch=epoch, images=self.images)
-    state, metrics = self.passes.train(self._step, state, variables, calls, purpose)
+    state, metrics = self._step.run(state, self.passes.shared(purpose, variables), calls)
     scores = split_by_group(jax.device_get(self._outputs(state.variables)), self.graph)
     return state, scores, {f"generator_{name}": float(np.mean(values)) for name, values in metrics.items()}
 
@@ -148,4 +148,4 @@ class ImportanceProposer:
     purpose = Purpose.IMPORTANCE
     zeros = replicate(jax.tree.map(np.zeros_like, jax.device_get(variables["params"])), self.passes.mesh)
     calls = self.passes.feed.training(self.batch_size, purpose=purpose, epoch=epoch, images=self.images)
-    return jax.device_get(self.passes.train(self._step, zeros, variables, calls, purpose)[0])
+    return jax.device_get(self._step.run(zeros, self.passes.shared(purpose, variables), calls)[0])

@@ -1,0 +1,93 @@
+"""The picture of docs/architecture.md, held against the imports of the code."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+ARROWS = {
+  "errors": set(),
+  "version": set(),
+  "channels": {"errors"},
+  "models": {"errors"},
+  "method": {"channels", "errors"},
+  "data": {"errors"},
+  "artifacts": {"channels", "models", "errors"},
+  "report": {"artifacts", "errors", "version"},
+  "runtime": {"models", "errors"},
+  "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
+  "main": {"errors", "runtime", "training"},
+  "__init__": {"artifacts", "channels", "errors", "method", "models", "version"},
+}
+"""Folder or file of `sapr_jax` -> those that it may import."""
+
+
+def module_name(file: pathlib.Path) -> str:
+  parts = file.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+  module_name(file): file for folder in ("sapr_jax", "study", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+}
+
+
+def imports(file: pathlib.Path, *, late: bool = True) -> set[str]:
+  """Returns the modules of this repository that a file imports; unless `late`, only those imported with it."""
+  tree, found = ast.parse(file.read_text()), set()
+  for node in ast.walk(tree) if late else tree.body:
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names = {f"{node.module}.{alias.name}" for alias in node.names}
+      found |= (names & MODULES.keys()) | ({node.module} if names - MODULES.keys() else set())
+  return found & MODULES.keys()
+
+
+def room(module: str) -> str:
+  return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_every_import_of_the_package_is_an_arrow_of_the_picture():
+  checked = 0
+  for module, file in MODULES.items():
+    if not module.startswith("sapr_jax"):
+      continue
+    for imported in imports(file):
+      checked += 1
+      assert imported.startswith("sapr_jax"), f"{module} imports {imported}"
+      allowed = ARROWS[room(module)] | {room(module)}
+      assert room(imported) in allowed, f"{module} imports {imported}, against docs/architecture.md"
+  assert checked > 100
+
+
+def test_measurements_know_nothing_of_the_study():
+  found = {module: imports(file) for module, file in MODULES.items() if module.startswith("benchmarks.")}
+  assert found and not any(name.startswith("study") for names in found.values() for name in names)
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+  # A package's __init__ offers what its files define; a file may import another through it.
+  graph = {module: imports(file, late=False) - {module} for module, file in MODULES.items()}
+  assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_the_page_names_files_that_exist():
+  text = (ROOT / "docs" / "architecture.md").read_text()
+  names = {word.split("`")[0] for word in text.split("`")[1::2]}
+  files = [name for name in names if name.endswith(".py") and "NAME" not in name]
+  assert len(files) > 15
+  for name in files:
+    candidates = [ROOT / name, ROOT / "sapr_jax" / name, *(ROOT / "sapr_jax").glob(f"*/{name}")]
+    assert any(path.is_file() for path in candidates), name
+
+
+@pytest.mark.parametrize("folder", ["channels", "method"])
+def test_the_library_reads_no_file_and_no_configuration(folder):
+  for file in (ROOT / "sapr_jax" / folder).glob("*.py"):
+    text = file.read_text()
+    assert "ml_collections" not in text and "open(" not in text and "import pathlib" not in text, file
