@@ -10,7 +10,6 @@ import os
 import pathlib
 import platform
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -145,15 +144,14 @@ def measure_rows(
       about = machine()
       earlier = recorded(name, about["platform"]) or {}
       known = {**(earlier[key] if earlier.get("machine") == about else {}), **measured}
-      record(name, {"command": f"python -m benchmarks.{name}", key: {row: known[row] for row in rows if row in known}})
+      record(name, {key: {row: known[row] for row in rows if row in known}})
   return measured
 
 
 def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `results/<name>_<platform>.json`: the body, the command and the machine. Returns what it wrote."""
   about = machine()
-  module = pathlib.Path(sys.argv[0]).stem
-  report = {"command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]), "machine": about, **body}
+  report = {"command": f"python -m benchmarks.{name}", "machine": about, **body}
   write_json(RESULTS / f"{name}_{about['platform']}.json", report)
   return report
 
