@@ -1,4 +1,4 @@
-"""How cost grows: the training step against batch, width, depth and number of devices, and compilation against depth.
+"""Growth of cost: the training step against batch, width, depth and number of devices, and compilation against depth.
 
     python -m benchmarks.growth [--quick]
 
@@ -31,7 +31,7 @@ COMPILE_GOAL = 1.2
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is varied, and what the rest is held at."""
+  """Values of each quantity that is varied, and of those that are not."""
 
   batches: tuple[int, ...] = (16, 32, 64, 128, 256)
   widths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)

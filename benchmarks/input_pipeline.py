@@ -1,4 +1,4 @@
-"""How many ImageNet images a second one core prepares for training: our pipeline beside Pillow in a PyTorch DataLoader.
+"""ImageNet images a second that one core prepares for training: our pipeline beside Pillow in a PyTorch DataLoader.
 
     python -m benchmarks.input_pipeline [--quick] --data imagenet_sample.tar
 

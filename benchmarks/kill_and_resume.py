@@ -61,7 +61,7 @@ TEMPORARY = ("*.orbax-checkpoint-tmp*", ".*.*")  # what is being written, below 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What is to be killed.
+  """A run that is to be killed.
 
   Attributes:
     name: For people.

@@ -1,4 +1,4 @@
-"""What the method costs: an epoch with generator and regularization beside the same epoch without.
+"""Cost of the method: an epoch with generator and regularization beside the same epoch without.
 
     python -m benchmarks.method_cost [--quick] [NETWORK ...]
 

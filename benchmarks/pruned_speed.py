@@ -1,4 +1,4 @@
-"""What pruning gives: latency and throughput of dense and pruned networks, beside their MACs, and PyTorch's.
+"""Gains of pruning: latency and throughput of dense and pruned networks, beside their MACs, and PyTorch's.
 
     python -m benchmarks.pruned_speed [--quick] [NETWORK ...]
 

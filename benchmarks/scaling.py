@@ -1,4 +1,4 @@
-"""What to expect on 1 to 256 chips: computed from published speeds, and measured where that is possible on a CPU.
+"""Expectations for 1 to 256 chips: computed from published speeds, and measured where that is possible on a CPU.
 
     python -m benchmarks.scaling [--tables] [--step-time CHIP/NETWORK=MS ...]
 

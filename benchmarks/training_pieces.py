@@ -30,7 +30,7 @@ GAMMA = 5e-4
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-  """What a training step needs: network, channel graph, masks, and images on all devices of the mesh."""
+  """Inputs of a training step: network, channel graph, masks, and images on all devices of the mesh."""
 
   mesh: Mesh
   model: nn.Module

@@ -62,7 +62,7 @@ class Position:
     return self.steps_done + self.epoch
 
   def passed_multiple(self, every: int | None, steps: int) -> bool:
-    """Whether the last `steps` steps reached a multiple of `every` steps of the stage, and the epoch goes on."""
+    """Returns whether the last `steps` steps reached a multiple of `every`, and the epoch goes on."""
     if every is None or self.step == self.steps_per_epoch:
       return False
     return self.steps_done // every > (self.steps_done - steps) // every
