@@ -49,7 +49,7 @@ def keep_memory() -> bool:
 
 
 def _only_cpu() -> bool:
-  """Whether JAX will use the CPU, told without starting it."""
+  """Returns whether JAX will use the CPU, told without starting it."""
   config: Any = jax.config  # most releases do not declare its fields
   if platforms := config.jax_platforms:
     return platforms == "cpu"
@@ -81,7 +81,7 @@ def _has_depthwise(params: Any) -> bool:
 
 @functools.cache
 def _is_known(value: str) -> bool:
-  """Whether this release of JAX takes the option: it is experimental, and may go."""
+  """Returns whether this release of JAX takes the option: it is experimental, and may go."""
   if jax.__version_info__ < _TRIED_FROM:
     return False
   try:

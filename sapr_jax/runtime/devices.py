@@ -52,12 +52,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def is_cpu(mesh: Mesh) -> bool:
-  """Whether the devices are CPUs."""
+  """Returns whether the devices are CPUs."""
   return mesh.devices.flat[0].platform == "cpu"
 
 
 def loops_are_slow(mesh: Mesh) -> bool:
-  """Whether to unroll loops: on a CPU, XLA runs the convolutions in the body of one some thirty times slower."""
+  """Returns whether to unroll loops: XLA for CPUs runs convolutions in a loop some thirty times slower."""
   return is_cpu(mesh)
 
 
@@ -67,7 +67,7 @@ def default_steps_per_call(mesh: Mesh) -> int:
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that writes files and talks to the user."""
+  """Returns whether this process is the one that writes files and talks to the user."""
   return jax.process_index() == 0
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: a new source is one file here and one line in `SOURCES`."""
+"""Sources of images: a new one is one file here and one line in `SOURCES`."""
 
 import dataclasses
 from collections.abc import Callable
