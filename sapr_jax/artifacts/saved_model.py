@@ -128,8 +128,8 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
     raise InputError(f"{file} {why}; {path} is not the directory of a saved model.") from None
   except (ValueError, RecursionError) as error:
     raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
-  if not isinstance(definition, dict) or definition.get("format") != FORMAT:
-    found = definition.get("format") if isinstance(definition, dict) else None
+  found = definition.get("format") if isinstance(definition, dict) else None
+  if found != FORMAT:
     raise InputError(f"{file} has format {found}; this version reads format {FORMAT}.")
   try:
     whole = (
@@ -210,13 +210,11 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:
   """Puts `new` in the place of `path`, which may hold an older model."""
+  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
   if path.exists():
-    old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
     os.replace(path, old / path.name)
-    os.replace(new, path)
-    shutil.rmtree(old)
-  else:
-    os.replace(new, path)
+  os.replace(new, path)
+  shutil.rmtree(old)
 
 
 def count_params(variables: Mapping[str, Any]) -> int:
