@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -24,15 +23,15 @@ def main() -> None:
   parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; none: all")
   args = parser.parse_args()
   if unknown := set(args.parts) - set(PARTS):
-    parser.error(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
-  if not all(pathlib.Path(folder).is_dir() and os.access(folder, os.W_OK) for folder in ("docs", "results")):
-    parser.error("docs/ and results/ are not here or cannot be written; start it in the root of the repository")
+    parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+  if not all(os.access(folder, os.W_OK) for folder in ("docs", "results")):
+    parser.error("docs/ and results/ must be here and writable; start it in the root of the repository")
   failed = []
   for part in args.parts or PARTS:
     print(f"\n== {part}", flush=True)
     if subprocess.run([sys.executable, "-m", f"benchmarks.{part}"]).returncode:
       failed.append(part)
-  performance_page.renew()
+  performance_page.PAGE.write_text(performance_page.text())
   if failed:
     sys.exit(f"error: {', '.join(failed)} failed; the page shows what was recorded before")
 

@@ -1,6 +1,6 @@
-"""How many ImageNet images a second one core prepares for training: our pipeline beside Pillow in a PyTorch DataLoader.
+"""ImageNet images a second that one core prepares for training: our pipeline beside Pillow in a PyTorch DataLoader.
 
-    python -m benchmarks.input_pipeline --data imagenet_sample.tar
+    python -m benchmarks.input_pipeline [--quick] --data imagenet_sample.tar
 
 `--data` is a tar or a folder with JPEG files, which are read again and again; they stay in the cache of the system, so
 disks are not measured. Both pipelines have one worker process, batches of the same size and the same images, and run in
@@ -15,10 +15,7 @@ normalization there.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import io
-import json
 import math
 import os
 import pathlib
@@ -31,14 +28,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from benchmarks.measuring import cpu_name, table
+from benchmarks.measuring import cpu_name, needed, parser, table, versions
 from sapr_jax import data
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.data.decoding import decode_exactly, decode_quickly
 from sapr_jax.data.recipe import resized_size
 from sapr_jax.data.sources.folder import FolderSource
 
+torch = needed("torch", "bench")
+
+RESULTS = pathlib.Path("results/input_pipeline.json")
 _PACKAGES = ("numpy", "grain", "simplejpeg", "opencv-python-headless", "pillow", "torch")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WARM_UP_BATCHES = 4
@@ -46,32 +47,26 @@ _SIZE = 224
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--data", type=pathlib.Path, required=True, help="tar or folder of JPEG files")
-  parser.add_argument("--seconds", type=float, default=8.0, help="length of one measurement")
-  parser.add_argument("--runs", type=int, default=5, help="measurements of each pipeline")
-  parser.add_argument("--batch-size", type=int, default=128)
-  parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results/input_pipeline.json"))
-  args = parser.parse_args()
-  try:
-    import torch  # noqa: F401
-  except ImportError:
-    sys.exit("error: the peer is a PyTorch DataLoader, and PyTorch is not installed; run: pip install torch")
+  arguments = parser(__doc__, "small batches, half a second, once")
+  arguments.add_argument("--data", type=pathlib.Path, required=True, help="tar or folder of JPEG files")
+  args = arguments.parse_args()
+  batch_size, seconds, runs = (8, 0.5, 1) if args.quick else (128, 8.0, 5)
   with tempfile.TemporaryDirectory() as folder:
     files = find_images(args.data, folder)
-    rates = measure_pipelines(files, args.batch_size, args.seconds, args.runs)
-    costs = measure_costs(files, args.runs)
+    rates = measure_pipelines(files, batch_size, seconds, runs)
+    costs = measure_costs(files, runs)
   report = {
     "command": " ".join(["python -m benchmarks.input_pipeline", *sys.argv[1:]]),
     "images": len(files),
     "cpu": cpu_name(),
     "cores": os.cpu_count(),
-    "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+    "versions": versions(_PACKAGES),
     "images_per_second_with_one_worker": rates,
     "milliseconds_of_processor_time_per_image": costs,
   }
-  write_json(args.results, report)
-  print(tables(json.loads(args.results.read_text())))
+  if not args.quick:
+    write_json(RESULTS, report)
+  print(tables(report))
 
 
 def find_images(path: pathlib.Path, folder: str) -> list[str]:
@@ -96,8 +91,6 @@ class TorchvisionDataset:
     return len(self.order)
 
   def __getitem__(self, index: int) -> tuple[Any, int]:
-    from PIL import Image
-
     place = int(self.order[index])
     with open(self.files[place], "rb") as file:
       image = Image.open(file).convert("RGB")
@@ -106,9 +99,6 @@ class TorchvisionDataset:
 
 def peer_training(image: Any, to_float: bool = True) -> Any:
   """RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize, or without the last two."""
-  import torch
-  from PIL import Image
-
   top, left, height, width = peer_crop(image.height, image.width)
   image = image.crop((left, top, left + width, top + height)).resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
   if torch.rand(1) < 0.5:
@@ -118,8 +108,6 @@ def peer_training(image: Any, to_float: bool = True) -> Any:
 
 def peer_evaluation(image: Any) -> Any:
   """Resize(256), CenterCrop(224), ToTensor and Normalize."""
-  from PIL import Image
-
   height, width = resized_size(image.height, image.width, 256)
   top, left = round((height - _SIZE) / 2), round((width - _SIZE) / 2)
   image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -128,8 +116,6 @@ def peer_evaluation(image: Any) -> Any:
 
 def peer_tensor(image: Any) -> Any:
   """ToTensor and Normalize."""
-  import torch
-
   tensor = torch.from_numpy(np.array(image)).permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
   mean, std = torch.tensor(_MEAN).view(-1, 1, 1), torch.tensor(_STD).view(-1, 1, 1)
   return tensor.sub_(mean).div_(std)
@@ -137,8 +123,6 @@ def peer_tensor(image: Any) -> Any:
 
 def peer_crop(height: int, width: int) -> tuple[int, int, int, int]:
   """RandomResizedCrop.get_params."""
-  import torch
-
   log_ratio = torch.log(torch.tensor((3 / 4, 4 / 3)))
   for _ in range(10):
     area = height * width * torch.empty(1).uniform_(0.08, 1.0).item()
@@ -153,19 +137,16 @@ def peer_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def our_batches(files: list[str], order: np.ndarray, recipe: data.Recipe) -> Iterator[Any]:
-  split = data.EncodedSplit(FolderSource("", files, np.arange(len(files), dtype=np.int32)))
+  split = FolderSource("", files, np.arange(len(files), dtype=np.int32))
   return data.stream_batches(split, order, recipe=recipe, seed=0, purpose=0, epoch=0, workers=1)
 
 
 def peer_batches(files: list[str], order: np.ndarray, to_float: bool) -> Iterator[Any]:
-  import torch.utils.data
-
   dataset: Any = TorchvisionDataset(files, order.ravel(), to_float)
   # Spawned like our workers, as a fork of a process with threads may hang.
-  loader: Any = torch.utils.data.DataLoader(
+  yield from torch.utils.data.DataLoader(
     dataset, batch_size=order.shape[1], num_workers=1, multiprocessing_context="spawn"
   )
-  yield from loader
 
 
 def measure_pipelines(files: list[str], batch_size: int, seconds: float, runs: int) -> dict[str, dict[str, Any]]:
@@ -201,12 +182,8 @@ def images_per_second(batches: Any, batch_size: int, seconds: float) -> float:
 
 def measure_costs(files: list[str], runs: int) -> dict[str, float]:
   """Measures the steps for one image in this process, in turns: medians in milliseconds."""
-  import torch
-  from PIL import Image
-
   torch.set_num_threads(1)
-  contents = [pathlib.Path(file).read_bytes() for file in files]
-  bits = np.random.PCG64(0)
+  contents, bits = [pathlib.Path(file).read_bytes() for file in files], np.random.PCG64(0)
   training, evaluation = data.TrainingRecipe(_SIZE), data.EvaluationRecipe(_SIZE)
 
   def open_with_pillow(content: bytes) -> Any:

@@ -1,20 +1,19 @@
-"""Does a run that is killed end as if it had not been? A small run on the digits, killed twenty times by SIGKILL.
+"""Does a run that is killed end as if it had not been? A small run on the digits, killed in 21 places by SIGKILL.
 
-    python -m benchmarks.kill_and_resume --runs runs/kill_and_resume
+    python -m benchmarks.kill_and_resume [--quick] [--seed N] --runs runs/kill_and_resume
 
 The experiment runs once undisturbed; then again, killed in every stage and while checkpoints and models are being
-written, each time started anew by the same command, and at last left to finish. Both must end with the same saved
+written, each time started again by the same command, and at last left to finish. Both must end with the same saved
 models, masks, optimizer states and records, bit for bit; only times may differ. It prints where each kill hit, writes
 that and the verdict to `results/kill_and_resume.json`, and exits with 1 if anything differs. About ten minutes on two
 CPU cores.
 
-When a kill is due is decided by looking at the run: its files, and a note in shared memory of the function that it is
-in. The instant is random (`--seed`), within a window after the run has come to the place that is meant.
+When a kill is due is decided by looking at the run: its records, and a note in shared memory of the function that it
+is in. The instant is random (`--seed`), within a window after the run has come to the place that is meant.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -35,9 +34,12 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.measuring import parser
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import write_json
 
+RESULTS = pathlib.Path("results/kill_and_resume.json")
+CONFIG = "configs/digits.py"
 OVERRIDES = {
   "model.width_multiplier": 0.5,
   "data.train_images": 768,  # 12 steps in an epoch
@@ -59,90 +61,87 @@ TEMPORARY = ("*.orbax-checkpoint-tmp*", ".*.*")  # what is being written, below 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What is to be killed.
+  """A run that is to be killed.
 
   Attributes:
     name: For people.
     place: Regular expression: the functions that are running.
     records: So many epochs must be recorded.
-    window: The kill comes at a random instant within so many seconds after all this has come true.
-    file: Something below the work directory that matches this must have been made since the run was started.
+    window: The kill comes at a random instant within so many seconds after both have come true.
   """
 
   name: str
   place: str = ""
   records: int = 0
   window: float = 0.3
-  file: str | None = None
 
 
-CHECKPOINT = "checkpoints/{}/*.orbax-checkpoint-tmp*"
+WEIGHTS = r"^loop\.train > devices\."
 TARGETS = (
   Target("start-up: interpreter and imports", window=4.0),
   Target("start-up: data, network and its channels", r"run\.build", window=2.0),
-  Target("start-up: the first step is compiled", r"loop\._train_weights", window=2.0),
-  Target("training before E_start: a checkpoint is written", file=CHECKPOINT.format("train"), window=0.0),
-  Target("training before E_start: weights", r"epochs\.train_weights", records=1, window=1.0),
-  Target("training before E_start: evaluation", r"epochs\.evaluate", records=2, window=0.1),
-  Target("the first epoch of the generator", r"epochs\.train_generator", records=3, window=1.0),
-  Target("new masks", r"epochs\.masks_in_force", records=3, window=0.02),
-  Target("regularized training: weights", r"epochs\.train_weights", records=3, window=0.5),
-  Target("regularized training: a checkpoint is written", file=CHECKPOINT.format("train"), records=3, window=0.0),
+  Target("start-up: the first step is compiled", WEIGHTS, window=2.0),
+  Target("training before E_start: a checkpoint is written", r"Checkpointer\.save", window=0.05),
+  Target("training before E_start: weights", WEIGHTS, records=1, window=1.0),
+  Target("training before E_start: evaluation", r"Passes\.evaluate", records=2, window=0.1),
+  Target("the first epoch of the generator", r"GeneratorProposer\.propose", records=3, window=1.0),
+  Target("network.json is written", r"^run\.write_json", window=0.005),
+  Target("new masks", r"Experiment\.project", records=3, window=0.02),
+  Target("regularized training: weights", WEIGHTS, records=3, window=0.5),
+  Target("regularized training: a checkpoint is written", r"Checkpointer\.save", records=3, window=0.05),
   Target("a record is written", r"Recorder\.write", records=4, window=0.01),
-  Target("a later epoch of the generator", r"epochs\.train_generator", records=5, window=0.5),
+  Target("a later epoch of the generator", r"GeneratorProposer\.propose", records=5, window=0.5),
   Target("a checkpoint is read", r"Checkpointer\.restore", records=5, window=0.3),
-  Target("regularized training: evaluation", r"loop\._measure_subnetwork", records=5, window=0.2),
+  Target("regularized training: evaluation", r"Passes\.evaluate", records=5, window=0.2),
   Target("pruning", r"run\.prune", records=7, window=0.5),
-  Target("fine-tuning: a checkpoint is written", file=CHECKPOINT.format("finetune"), records=7, window=0.01),
-  Target("fine-tuning: weights", r"epochs\.train_weights", records=8, window=0.5),
-  Target("after fine-tuning: latency, accuracy", r"run\._summarize", records=11, window=2.0),
+  Target("fine-tuning: a checkpoint is written", r"Checkpointer\.save", records=8, window=0.05),
+  Target("fine-tuning: weights", WEIGHTS, records=8, window=0.5),
+  Target("after fine-tuning: latency, accuracy", r"run\.summarize", records=11, window=2.0),
   Target("the models are saved", r"artifacts\.save", records=11, window=0.01),
-  Target("report and summary are written", r"run\.write_", records=11, window=0.002),
+  Target("report and summary are written", r"run\._write_results > run\.", records=11, window=0.002),
 )
+
+NOTED = {
+  "sapr_jax.training.run": ("build", "prune", "summarize", "_write_results", "write_atomically", "write_json"),
+  "sapr_jax.training.loop": ("train",),
+  "sapr_jax.training.passes": ("Passes.evaluate",),
+  "sapr_jax.training.experiment": ("Experiment.project",),
+  "sapr_jax.training.proposers": ("GeneratorProposer.propose",),
+  "sapr_jax.runtime.devices": ("MappedStep.__call__", "MetricsQueue.add"),
+  "sapr_jax.artifacts": ("save", "Checkpointer.save", "Checkpointer.restore", "Recorder.write", "Recorder.rewind"),
+}
+"""The functions of which a run notes that it is in them, where they are called from."""
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--runs", type=pathlib.Path, required=True, help="folder for the work directories, made anew")
-  parser.add_argument("--kills", type=int, default=20)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results/kill_and_resume.json"))
-  args = parser.parse_args()
-  if args.kills < 1:
-    parser.error(f"--kills={args.kills} is out of range; expected at least 1.")
+  arguments = parser(__doc__, "three kills")
+  arguments.add_argument("--runs", type=pathlib.Path, required=True, help="folder for the work directories, emptied")
+  arguments.add_argument("--seed", type=int, default=0, help="of the instants of the kills")
+  args = arguments.parse_args()
   whole, killed = Run(args.runs / "undisturbed"), Run(args.runs / "killed")
-  print(f"undisturbed: {whole.finish():.1f} s")
+  print(f"undisturbed: {whole.finish():.1f} s", flush=True)
   kills: list[dict[str, Any]] = []
-  for target in choose_targets(args.kills):
+  for target in TARGETS[3::7] if args.quick else TARGETS:
     kills.append(killed.kill(target, random.Random(f"{args.seed} {len(kills)}")))
     print(f"{len(kills):2} {describe(kills[-1])}", flush=True)
-  seconds = killed.finish()
-  print(f"left alone: {seconds:.1f} s")
+  print(f"left alone: {killed.finish():.1f} s")
   problems = [*killed.complaints(), *differences(whole.workdir, killed.workdir)]
   problems += [f"{name} is left over, half written" for name in killed.temporary_files()]
   problems += [f"kill {n} came too late: the run was finished" for n, kill in enumerate(kills, 1) if not kill["hit"]]
-  write_json(
-    args.results,
-    {
-      "config": "configs/digits.py",
-      "overrides": OVERRIDES,
-      "seed": args.seed,
-      "device": report.versions() | {"cores": os.cpu_count()},
-      "kills": kills,
-      "damaged_entries_of_the_compilation_cache": killed.damaged_cache_entries(),
-      "problems": problems,
-      "verdict": "differs" if problems else "the same, bit for bit",
-    },
-  )
+  results = {
+    "config": CONFIG,
+    "overrides": OVERRIDES,
+    "seed": args.seed,
+    "device": report.versions() | {"cores": os.cpu_count()},
+    "kills": kills,
+    "damaged_entries_of_the_compilation_cache": killed.damaged_cache_entries(),
+    "problems": problems,
+    "verdict": "differs" if problems else "the same, bit for bit",
+  }
+  if not args.quick:
+    write_json(RESULTS, results)
   print("\n".join(problems) or f"killed {len(kills)} times, and the same, bit for bit")
   return 1 if problems else 0
-
-
-def choose_targets(count: int) -> list[Target]:
-  """Returns `count` targets in the order of a run: all of them equally often, or evenly spaced ones."""
-  times, rest = divmod(count, len(TARGETS))
-  chosen = [len(TARGETS) * (2 * n + 1) // (2 * rest) for n in range(rest)] if rest else []
-  return [target for n, target in enumerate(TARGETS) for _ in range(times + (n in chosen))]
 
 
 class Run:
@@ -168,9 +167,9 @@ class Run:
   def kill(self, target: Target, rng: random.Random) -> dict[str, Any]:
     """Starts the run, kills it at `target`, and says where that hit."""
     delay = rng.uniform(0, target.window)
-    started, since = time.monotonic(), time.time()
+    started = time.monotonic()
     with self._process() as (process, place):
-      while process.poll() is None and not self._is_at(target, place(), since):
+      while process.poll() is None and not self._is_at(target, place()):
         time.sleep(0.0005)
       time.sleep(delay)
       process.kill()
@@ -178,10 +177,8 @@ class Run:
     seconds = time.monotonic() - started
     if status not in (0, -signal.SIGKILL):
       sys.exit(f"{self.workdir} ended with status {status} by itself:\n{self._log.read_text()}")
-    checkpoints = [d for d in self.workdir.glob("checkpoints/*/*") if d.name.isdigit()]
-    newest = max(checkpoints, key=lambda d: (d.parent.name == "train", int(d.name)), default=None)
-    if tuned := [d for d in checkpoints if d.parent.name == "finetune"]:
-      newest = max(tuned, key=lambda d: int(d.name))
+    stages = (_checkpoints(self.workdir, stage) for stage in ("finetune", "train"))
+    newest = next((found[-1] for found in stages if found), None)
     return {
       "target": target.name,
       "hit": status != 0,
@@ -192,12 +189,10 @@ class Run:
       "being_written": self.temporary_files(),
     }
 
-  def _is_at(self, target: Target, place: str, since: float) -> bool:
-    return (
-      re.search(target.place, place) is not None
-      and (not target.records or len(artifacts.read_records(self.workdir)) >= target.records)
-      and (target.file is None or any(_modified(path) > since for path in self.workdir.glob(target.file)))
-    )
+  def _is_at(self, target: Target, place: str) -> bool:
+    if re.search(target.place, place) is None:
+      return False
+    return not target.records or len(artifacts.read_records(self.workdir)) >= target.records
 
   @contextlib.contextmanager
   def _process(self) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
@@ -205,7 +200,7 @@ class Run:
     self._place_file.write_bytes(bytes(PLACE_SIZE))
     flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
     command = [sys.executable, "-m", "benchmarks.kill_and_resume", "run", str(self._place_file)]
-    command += ["--config=configs/digits.py", f"--workdir={self.workdir}", *flags]
+    command += [f"--config={CONFIG}", f"--workdir={self.workdir}", *flags]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(self._cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with (
       self._place_file.open("r+b") as file,
@@ -239,11 +234,10 @@ class Run:
     return [line for line in self._log.read_text().splitlines() if re.search(r"Traceback|damaged|^error", line)]
 
 
-def _modified(path: pathlib.Path) -> float:
-  try:
-    return path.stat().st_mtime
-  except FileNotFoundError:  # renamed, just now
-    return 0.0
+def _checkpoints(workdir: pathlib.Path, stage: str) -> list[pathlib.Path]:
+  """Returns the whole checkpoints of a stage, in order."""
+  found = [d for d in workdir.glob(f"checkpoints/{stage}/*") if d.name.isdigit()]
+  return sorted(found, key=lambda d: int(d.name))
 
 
 def describe(kill: dict[str, Any]) -> str:
@@ -283,10 +277,7 @@ def _last_checkpoints(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns position and checksum of every array in the last checkpoint of each stage."""
   found: dict[str, Any] = {}
   for stage in ("train", "finetune"):
-    newest = max(
-      (d for d in (workdir / "checkpoints" / stage).iterdir() if d.name.isdigit()), key=lambda d: int(d.name)
-    )
-    content = json.loads((newest / "position" / "metadata").read_text())
+    content = json.loads((_checkpoints(workdir, stage)[-1] / "position" / "metadata").read_text())
     position = content["position"] | {"record": _without_times(content["position"]["record"])}
     found |= {f"{stage}/position": position, **{f"{stage}/{k}": v for k, v in content["arrays"].items()}}
   return found
@@ -303,20 +294,6 @@ def _summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _without_times(values: dict[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in values.items() if not k.endswith("seconds") and not k.startswith("latency")}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# In the process of the run
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-NOTED = {
-  "sapr_jax.training.run": ("build", "prune", "_summarize", "write_atomically", "write_json"),
-  "sapr_jax.training.loop": ("restore", "_train_weights", "_renew_masks", "_measure_subnetwork"),
-  "sapr_jax.training.epochs": ("train_weights", "train_generator", "masks_in_force", "evaluate"),
-  "sapr_jax.artifacts": ("save", "Checkpointer.save", "Checkpointer.restore", "Recorder.write", "Recorder.rewind"),
-}
-"""The functions of which a run notes that it is in them, where they are called from."""
 
 
 def run_and_note_place(place_file: str) -> None:

@@ -1,21 +1,25 @@
-"""Tools that all benchmarks share: timing in turns, a description of the machine, recorded results, tables."""
+"""Tools that all benchmarks share: command line, timing in turns, the machine, recorded results, tables."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import os
 import pathlib
 import platform
-import shlex
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sapr_jax.artifacts.files import read_json, write_json
 
 RESULTS = pathlib.Path("results")
+Row = TypeVar("Row")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torch-pruning")
 
 
@@ -39,11 +43,16 @@ def time_in_turns(
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      start = time.perf_counter()
-      for _ in range(repeats):
-        call()
-      seconds[name].append((time.perf_counter() - start) / repeats)
+      seconds[name].append(seconds_of(call, repeats))
   return seconds
+
+
+def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
+  """Returns the seconds that a call takes."""
+  start = time.perf_counter()
+  for _ in range(repeats):
+    call()
+  return (time.perf_counter() - start) / repeats
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
@@ -67,14 +76,12 @@ def machine() -> dict[str, Any]:
   }
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
   """Returns the versions of those packages that are installed."""
   found = {}
-  for package in _PACKAGES:
-    try:
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      continue
   return found
 
 
@@ -89,34 +96,64 @@ def cpu_name() -> str:
   return f"{name} (AVX-512)" if "avx512f" in fields.get("flags", "").split() else name
 
 
-def load_average() -> float:
-  """Returns the number of processes that wanted to run in the last minute: what else the machine did."""
-  return round(os.getloadavg()[0], 2)
+def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+  """Returns a parser for a benchmark with this docstring, with the option `--quick`."""
+  made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  made.add_argument("--quick", action="store_true", help=f"{quick}; records nothing")
+  return made
 
 
-def positive(text: str) -> int:
-  """Parses an integer of at least 1, for argparse."""
-  if (number := int(text)) < 1:
-    raise ValueError
-  return number
+def needed(module: str, extra: str) -> Any:
+  """Imports a module; ends the program with what to install if a package is missing."""
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is missing; pip install -e '.[{extra}]'")
+
+
+def measure_rows(
+  doc: str | None,
+  name: str,
+  key: str,
+  rows: Mapping[str, Row],
+  measure: Callable[[Row, bool], dict[str, Any]],
+  default: Iterable[str] | None = None,
+) -> dict[str, Any]:
+  """Measures the rows that the command line names, and records each as soon as it is there; returns them.
+
+  What was recorded of other rows on this machine, with these versions, is kept.
+
+  Args:
+    doc: Docstring of the benchmark.
+    name: Its name.
+    key: Where the rows are in its record.
+    rows: Name -> row, in the order of the record.
+    measure: (row, quick) -> what is recorded of it.
+    default: Rows to measure if none is named; None for all.
+  """
+  made = parser(doc, "small networks, images and batches, few rounds")
+  made.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(rows)}")
+  args = made.parse_args()
+  if unknown := set(args.rows) - set(rows):
+    made.error(f"ROW must be one of {', '.join(rows)}, got {', '.join(sorted(unknown))}")
+  measured: dict[str, Any] = {}
+  for row in args.rows or default or rows:
+    measured[row] = measure(rows[row], args.quick)
+    print(f"{row}: measured", file=sys.stderr, flush=True)
+    if not args.quick:
+      about = machine()
+      earlier = recorded(name, about["platform"]) or {}
+      known = {**(earlier[key] if earlier.get("machine") == about else {}), **measured}
+      record(name, {key: {row: known[row] for row in rows if row in known}})
+  return measured
 
 
 def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
   """Writes `results/<name>_<platform>.json`: the body, the command and the machine. Returns what it wrote."""
   about = machine()
-  module = pathlib.Path(sys.argv[0]).stem
-  report = {"command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]), "machine": about, **body}
-  RESULTS.mkdir(exist_ok=True)
+  report = {"command": f"python -m benchmarks.{name}", "machine": about, **body}
   write_json(RESULTS / f"{name}_{about['platform']}.json", report)
   return report
-
-
-def record_some(name: str, key: str, measured: Mapping[str, Any], order: Iterable[str]) -> None:
-  """Records what was measured under `key`, with what was measured before on this machine, with these versions."""
-  about = machine()
-  earlier = recorded(name, about["platform"]) or {}
-  rows = {**(earlier[key] if earlier.get("machine") == about else {}), **measured}
-  record(name, {"command": f"python -m benchmarks.{name}", key: {row: rows[row] for row in order if row in rows}})
 
 
 def recorded(name: str, platform_name: str) -> dict[str, Any] | None:
@@ -136,3 +173,17 @@ def shown(value: float, digits: int = 3) -> str:
     return "0"
   text = f"{value:.{digits}g}"
   return f"{float(text):.0f}" if "e" in text else text
+
+
+def goal(reached: bool, text: str) -> str:
+  """Formats a line that says whether a goal was reached."""
+  return f"- Goal {'reached' if reached else 'missed'}: {text}"
+
+
+def renew_tables(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+  """Returns a page with its tables renewed, each between `<!-- table: name -->` and `<!-- end -->`."""
+
+  def replace(match: re.Match) -> str:
+    return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+  return re.sub(r"<!-- table: ([\w ]+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)

@@ -1,43 +1,43 @@
-"""What the method costs: an epoch with generator and regularization beside the same epoch without.
+"""Cost of the method: an epoch with generator and regularization beside the same epoch without.
 
-    python -m benchmarks.method_cost [--networks NETWORK ...]
+    python -m benchmarks.method_cost [--quick] [NETWORK ...]
 
 Times the steps of a run on random images that lie on the device, and adds up an epoch of the data set from them. A CPU
 gets few images, and small ones of ImageNet: times that grow with the images are multiplied up to the size of the
-experiment, the others are not. `--networks` measures some networks only and keeps what was recorded of the others on
-the same machine.
+experiment, the others are not.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from sapr_jax.training.devices import Step, replicate
 
 from benchmarks import training_pieces
-from benchmarks.mapped_call import mapped_call
-from benchmarks.measuring import median_ratio, positive, record_some, shown, table, time_in_turns
-from benchmarks.performance_page import provenance
+from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
 from sapr_jax.method import (
   ArchitectureGenerator,
+  SearchOptions,
   macs_budget,
   project_to_budget,
   regularize_by_penalty,
-  regularize_by_prox,
   split_by_group,
 )
-from sapr_jax.training import keep_memory, state, steps
+from sapr_jax.runtime import keep_memory, replicate
+from sapr_jax.runtime.devices import Step
+from sapr_jax.training import steps
+from sapr_jax.training.inputs import Shared
+from sapr_jax.training.state import GeneratorState, TrainState
 
 WEIGHTS, METHOD, GENERATOR, EVALUATION = "weight step", "with regularization", "generator step", "evaluation"
 OPTIMIZER, PENALTY, PROXIMAL, MASKS = "optimizer", "penalty", "proximal step", "masks"
+TIMED = (WEIGHTS, METHOD, GENERATOR, EVALUATION, OPTIMIZER, PENALTY, PROXIMAL, MASKS)
+ADDED = (GENERATOR, PENALTY, MASKS, EVALUATION)
 
 GENERATOR_SHARE = 0.1
 GOAL_EPOCH, GOAL_PENALTY = 0.05, 0.01
@@ -67,12 +67,6 @@ class Network:
   test_images: int
   cpu: tuple[int, int]
 
-  def measured(self, platform: str, quick: bool) -> tuple[int, int]:
-    """Returns the batch and the image size to measure with."""
-    if quick:
-      return 4, 32
-    return self.cpu if platform == "cpu" else (self.batch, self.image_size)
-
 
 CIFAR, IMAGENET = (128, 32, 50_000, 10_000), (256, 224, 1_281_167, 50_000)
 NETWORKS = (
@@ -90,37 +84,30 @@ _LONG_ON_CPU = ("resnet34", "resnet101")
 
 def main() -> None:
   keep_memory()  # as a run does on CPUs
-  platform = jax.devices()[0].platform
   networks = {network.name: network for network in NETWORKS}
-  default = [name for name in networks if platform != "cpu" or name not in _LONG_ON_CPU]
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--networks", nargs="+", choices=networks, default=default)
-  parser.add_argument("--rounds", type=positive, default=7, help="timings of each")
-  parser.add_argument("--quick", action="store_true", help="small batches and images, few rounds; records nothing")
-  args = parser.parse_args()
-  measured = {}
-  for name in args.networks:
-    batch, image_size = networks[name].measured(platform, args.quick)
-    measured[name] = measure(networks[name], batch, image_size, 2 if args.quick else args.rounds)
-    print(f"{networks[name].title}: measured", file=sys.stderr, flush=True)
-    if not args.quick:
-      record_some("method_cost", "networks", measured, networks)
+  on_cpu = jax.devices()[0].platform == "cpu"
+  default = [name for name in networks if not (on_cpu and name in _LONG_ON_CPU)]
+  measured = measure_rows(__doc__, "method_cost", "networks", networks, measure, default)
   print(f"{time_table(measured)}\n\n{cost_table(measured)}")
 
 
 # Measuring.
 
 
-def measure(network: Network, batch: int, image_size: int, rounds: int) -> dict[str, Any]:
+def measure(network: Network, quick: bool) -> dict[str, Any]:
   """Times everything that an epoch with the method is made of."""
-  accelerated = jax.devices()[0].platform != "cpu"
-  dtype = "bfloat16" if accelerated and network.image_size == 224 else "float32"
-  per_call = (10 if network.image_size == 224 else 50) if accelerated else 1
+  accelerated, large = jax.devices()[0].platform != "cpu", network.image_size == 224
+  batch, image_size = (network.batch, network.image_size) if accelerated else network.cpu
+  if quick:
+    batch, image_size = 4, 32
+  dtype = "bfloat16" if accelerated and large else "float32"
+  per_call = (10 if large else 50) if accelerated else 1
   made = training_pieces.pieces(network.name, dtype=dtype, image_size=image_size, images=max(batch, 256))
   calls = {
-    name: mapped_call(made_for, step, carry, batch, steps_per_call=per_call)
-    for name, (made_for, step, carry) in step_pieces(made, network.p).items()
+    name: made.call(step, state, batch, variables=variables, steps_per_call=per_call)
+    for name, (step, state, variables) in steps_to_time(made, network.p).items()
   }
+  rounds = 2 if quick else 7
   seconds = time_in_turns(calls, rounds=rounds)
   renewal = time_in_turns({MASKS: masks_call(made, network.p)}, rounds=rounds)
   return {
@@ -133,68 +120,39 @@ def measure(network: Network, batch: int, image_size: int, rounds: int) -> dict[
   }
 
 
-def step_pieces(made: training_pieces.Pieces, p: float) -> dict[str, tuple[training_pieces.Pieces, Step, Any]]:
-  """Returns name -> (pieces, step, its first carry) of all that runs on the device."""
-  graph, params = made.graph, made.variables["params"]
-  plain = training_pieces.weight_tx(None)
+def steps_to_time(made: training_pieces.Pieces, p: float) -> dict[str, tuple[Step, Any, Any]]:
+  """Returns name -> (step, its first state, `shared.variables`) of all that runs on the device."""
+  model, graph, variables, preprocessing = made.model, made.graph, made.variables, made.preprocessing
+  plain, proximal = training_pieces.weight_tx(), training_pieces.proximal_step(graph)
   penalty = regularize_by_penalty(graph, training_pieces.GAMMA)
   method = optax.chain(penalty, plain)
-  proximal = regularize_by_prox(
-    graph, training_pieces.LEARNING_RATE, training_pieces.GAMMA, momentum=training_pieces.MOMENTUM
-  )
-  generator, generator_tx = ArchitectureGenerator.for_graph(graph), optax.adamw(1e-3, weight_decay=1e-2)
-  generator_step = steps.generator_step(
-    made.model,
-    generator,
-    graph,
-    generator_tx,
-    made.preprocessing,
-    p=p,
-    macs_weight=4.0,
-    bias=3.0,
-    temperature=0.4,
-    batch_statistics=False,
-  )
-  fixed = with_variables(made, made.variables)
-  still = with_variables(made, {"params": jax.tree.map(jnp.zeros_like, params)})
+  generator, adamw = ArchitectureGenerator.for_graph(graph), optax.adamw(1e-3, weight_decay=1e-2)
+  search = steps.generator_step(model, generator, graph, adamw, preprocessing, SearchOptions(macs_budget(graph, p)))
+  evaluation = steps.evaluation_step(model, preprocessing)
+  gradients = {"params": jax.tree.map(jnp.zeros_like, variables["params"])}
   return {
-    WEIGHTS: (
-      made,
-      steps.weight_step(made.model, plain, made.preprocessing),
-      state.network_state(made.variables, plain),
+    WEIGHTS: (made.weight_step(plain), made.state(plain), None),
+    METHOD: (made.weight_step(method), made.state(method), None),
+    GENERATOR: (search, GeneratorState.create(generator.init(jax.random.key(0)), adamw), variables),
+    EVALUATION: (
+      lambda sums, shared, rows: evaluation(sums, shared, (rows, jnp.ones(rows.shape))),
+      {name: jnp.zeros(()) for name in ("correct", "loss", "count")},
+      variables,
     ),
-    METHOD: (
-      made,
-      steps.weight_step(made.model, method, made.preprocessing),
-      state.network_state(made.variables, method),
-    ),
-    GENERATOR: (fixed, generator_step, state.generator_state(generator, generator_tx, jax.random.key(0))),
-    EVALUATION: (fixed, evaluation_step(made), {name: jnp.zeros(()) for name in ("correct", "loss", "count")}),
-    OPTIMIZER: (still, update_step(plain), (params, plain.init(params))),
-    PENALTY: (still, update_step(penalty), (params, penalty.init(params))),
-    PROXIMAL: (still, update_step(proximal), (params, proximal.init(params))),
+    OPTIMIZER: (update_step(plain), made.state(plain), gradients),
+    PENALTY: (update_step(penalty), made.state(penalty), gradients),
+    PROXIMAL: (update_step(proximal), made.state(proximal), gradients),
   }
 
 
-def with_variables(made: training_pieces.Pieces, variables: Any) -> training_pieces.Pieces:
-  shared = dataclasses.replace(made.shared, variables=replicate(variables, made.mesh))
-  return dataclasses.replace(made, shared=shared)
-
-
-def evaluation_step(made: training_pieces.Pieces) -> Step:
-  """The evaluation of a batch, each image of weight one."""
-  step = steps.evaluation_step(made.model, made.preprocessing)
-  return lambda carry, shared, rows: step(carry, shared, (rows, jnp.ones(rows.shape)))
-
-
 def update_step(tx: optax.GradientTransformationExtraArgs) -> Step:
-  """What an optax transform does in a weight step, alone; the gradients are `shared.variables`."""
+  """Does what an optax transform does in a weight step, alone; the gradients are `shared.variables`."""
 
-  def step(carry: Any, shared: steps.Shared, rows: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+  def step(state: TrainState, shared: Shared, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     del rows
-    params, opt_state = carry
-    updates, opt_state = tx.update(shared.variables["params"], opt_state, params, masks=shared.masks)
-    return (optax.apply_updates(params, updates), opt_state), {}
+    updates, opt_state = tx.update(shared.variables["params"], state.opt_state, state.params, masks=state.masks)
+    params = optax.apply_updates(state.params, updates)
+    return dataclasses.replace(state, params=params, opt_state=opt_state), {}
 
   return step
 
@@ -236,73 +194,38 @@ def shares(report: Mapping[str, Any]) -> dict[str, float]:
 # What the page shows.
 
 
-def section(reports: Mapping[str, Any]) -> str:
-  """Returns the section of `docs/performance.md`."""
-  parts = [
-    "## What the method costs",
-    "Steps of a run on random images that lie on the device, timed in turns; the optimizer's update and both forms of"
-    " the regularization are timed alone as well, as a difference of two long times cannot show a percent. From them,"
-    " what an epoch with the method costs more than the weight steps of one without: generator steps on"
-    f" {GENERATOR_SHARE:.0%} of the images, the penalty's gradient in each weight step, new masks once, and one more"
-    " evaluation on all test images, that of the sub-network.",
-  ]
-  for platform, report in reports.items():
-    networks = report["networks"]
-    parts += [f"### {platform.upper()}", time_table(networks), cost_table(networks)]
-    if any(network["measured_image_size"] != network["image_size"] for network in networks.values()):
-      parts.append(
-        "Times that grow with the images are multiplied up to the batch and the image size of the experiment (CIFAR-10:"
-        " 128 of 32 pixels, ImageNet: 256 of 224); those of optimizer, regularization and masks do not grow."
-      )
-    parts += [provenance(report), "\n".join(line for network in networks.values() for line in verdicts(network))]
-  return "\n\n".join([*parts, _BOUNDS])
-
-
-_BOUNDS = """What bounds it: a generator step is a forward pass and the backward pass through the activations, two
-thirds of the arithmetic of a weight step; masks gate feature maps (`sapr_jax.masked_apply`), so that no kernel's
-gradient is computed. With masked kernels, as it was before, it took 0.74 of a weight step for ResNet-20, 0.73 for
-ResNet-56, 0.95 for ResNet-50, and 1.40 and 1.20 for the two forms of MobileNet-V2. For 10 % of the images that alone is
-more than 5 % of an epoch, unless a backward pass were free. The evaluation of the sub-network in every epoch is for the
-records; the method does not need it. On CIFAR-10 the test set is a fifth of the training set. Epochs without new masks
-have no generator steps either."""
+def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
+  del platform
+  networks, lines = report["networks"], []
+  for network in networks.values():
+    found, title = shares(network), network["title"]
+    epoch, penalty = sum(found.values()), found[PENALTY]
+    costs = f"{title}: an epoch with the method costs {epoch:.1%} more"
+    lines.append(goal(epoch <= GOAL_EPOCH, f"{costs}, asked for at most {GOAL_EPOCH:.0%}."))
+    costs = f"{title}: the penalty's gradient is {penalty:.2%} of a weight step"
+    lines.append(goal(penalty < GOAL_PENALTY, f"{costs}, asked for less than {GOAL_PENALTY:.0%}."))
+  return [time_table(networks), cost_table(networks), "\n".join(lines)]
 
 
 def time_table(networks: Mapping[str, Any]) -> str:
   """Returns milliseconds of everything that was timed."""
-  names = (WEIGHTS, METHOD, GENERATOR, EVALUATION, OPTIMIZER, PENALTY, PROXIMAL, MASKS)
   lines = []
   for report in networks.values():
     size = f"{report['measured_batch']} images of {report['measured_image_size']} pixels"
-    cells = [shown(1e3 * statistics.median(report["seconds"][name])) for name in names]
+    cells = [shown(1e3 * statistics.median(report["seconds"][name])) for name in TIMED]
     generator = median_ratio(report["seconds"][GENERATOR], report["seconds"][WEIGHTS])
     lines.append([f"{report['title']}, {size}, {report['dtype']}", *cells, f"{generator:.2f}"])
-  return table(["time of", *(f"{name}, ms" for name in names), "generator step / weight step"], lines)
+  return table(["time of", *(f"{name}, ms" for name in TIMED), "generator step / weight step"], lines)
 
 
 def cost_table(networks: Mapping[str, Any]) -> str:
   """Returns what each part adds to an epoch."""
-  names = (GENERATOR, PENALTY, MASKS, EVALUATION)
   lines = []
   for report in networks.values():
     found = shares(report)
-    cells = [f"{found[name]:.2%}" for name in names]
+    cells = [f"{found[name]:.2%}" for name in ADDED]
     lines.append([f"{report['title']}, {report['groups']} groups", *cells, f"{sum(found.values()):.2%}"])
-  return table(["added to an epoch by", "generator steps", *names[1:], "sum"], lines)
-
-
-def verdicts(report: Mapping[str, Any]) -> list[str]:
-  found, title = shares(report), report["title"]
-  epoch, penalty = sum(found.values()), found[PENALTY]
-  return [
-    f"- Goal {_word(epoch <= GOAL_EPOCH)}: {title}: an epoch with the method costs {epoch:.1%} more, asked for at most"
-    f" {GOAL_EPOCH:.0%}.",
-    f"- Goal {_word(penalty < GOAL_PENALTY)}: {title}: the penalty's gradient is {penalty:.2%} of a weight step, asked"
-    f" for less than {GOAL_PENALTY:.0%}.",
-  ]
-
-
-def _word(reached: bool) -> str:
-  return "reached" if reached else "missed"
+  return table(["added to an epoch by", "generator steps", *ADDED[1:], "sum"], lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Start-up and memory: what passes before the first step, and how much memory and disk training takes.
 
-    python -m benchmarks.start_up
+    python -m benchmarks.start_up [--quick]
 
 Starts runs in processes of their own, with an empty compilation cache and with what the one before left in it, on
 random images that it writes to a temporary folder.
@@ -8,7 +8,7 @@ random images that it writes to a temporary folder.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
 import pathlib
 import statistics
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,13 +27,12 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from benchmarks import training_pieces
-from benchmarks.measuring import positive, record, shown, table
-from benchmarks.performance_page import provenance
+from benchmarks.measuring import goal, parser, record, shown, table, time_in_turns
 from sapr_jax import prune, trace_channels
 from sapr_jax.artifacts import Checkpointer, read_records
 from sapr_jax.method import ArchitectureGenerator, sample_masks
-from sapr_jax.training import state, steps
-from sapr_jax.training.devices import AXIS
+from sapr_jax.runtime.devices import AXIS
+from sapr_jax.training.state import GeneratorState, TrainState
 
 GOAL_TRACE, GOAL_PRUNE = 1.5, 1.0
 GOAL_GROWTH = 1.25  # of compile time, from the fewest groups to the most: room for the noise
@@ -42,24 +41,23 @@ STATEMENTS = ("pass", "import jax", "import sapr_jax", "from sapr_jax import tra
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--rounds", type=positive, default=2, help="starts of each kind")
-  parser.add_argument("--quick", action="store_true", help="small networks, once; records nothing")
-  args = parser.parse_args()
-  quick, rounds = args.quick, 1 if args.quick else args.rounds
+  quick = parser(__doc__, "small networks, once").parse_args().quick
+  rounds = 1 if quick else 2
+  sizes = {"resnet20": (8, 32)} if quick else {"resnet56": (128, 32), "resnet50": (256, 224)}
+  imports = {
+    statement: functools.partial(subprocess.run, [sys.executable, "-c", statement], check=True)
+    for statement in STATEMENTS
+  }
   # In their own processes first: on a GPU, they need the memory that this one has not taken yet.
   measured: dict[str, Any] = {
     "start": measure_starts("resnet20" if quick else "resnet56", rounds),
-    "imports": {statement: [import_seconds(statement) for _ in range(rounds + 1)] for statement in STATEMENTS},
+    "imports": time_in_turns(imports, rounds=rounds + 1, warm_up=0),
     "surgery": measure_surgery("resnet18" if quick else "resnet101", 0.41, rounds + 3),
     "generator_compile": {str(groups): [generator_compile(groups) for _ in range(rounds)] for groups in GROUPS},
-    "networks": {
-      name: measure_network(name, *size)
-      for name, size in ({"resnet20": (8, 32)} if quick else {"resnet56": (128, 32), "resnet50": (256, 224)}).items()
-    },
+    "networks": {name: measure_network(name, *size) for name, size in sizes.items()},
   }
   report = measured if quick else record("start_up", measured)
-  print(tables(report))
+  print("\n\n".join(tables(report)))
 
 
 # Runs in processes of their own.
@@ -116,13 +114,6 @@ def write_images(folder: pathlib.Path) -> None:
       Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
 
 
-def import_seconds(statement: str) -> float:
-  """Seconds of a Python process that runs one statement."""
-  started = time.perf_counter()
-  subprocess.run([sys.executable, "-c", statement], check=True)
-  return time.perf_counter() - started
-
-
 # In this process.
 
 
@@ -130,21 +121,11 @@ def measure_surgery(network: str, p: float, rounds: int) -> dict[str, Any]:
   """Times `trace_channels` and `prune` of a network for ImageNet, all weights at hand."""
   made = training_pieces.pieces(network, image_size=224, images=1)
   masks = training_pieces.random_masks(made.graph, p)
-  shape = (1, 224, 224, 3)
-  return {
-    "network": network,
-    "trace_channels": timed(lambda: trace_channels(made.model, made.variables, shape), rounds),
-    "prune": timed(lambda: prune(made.model, made.variables, made.graph, masks), rounds),
+  calls = {
+    "trace_channels": lambda: trace_channels(made.model, made.variables, (1, 224, 224, 3)),
+    "prune": lambda: prune(made.model, made.variables, made.graph, masks),
   }
-
-
-def timed(call: Callable[[], Any], rounds: int) -> list[float]:
-  """Returns the seconds of each call."""
-  ends = [time.perf_counter()]
-  for _ in range(rounds):
-    call()
-    ends.append(time.perf_counter())
-  return list(np.diff(ends))
+  return {"network": network, **time_in_turns(calls, rounds=rounds, warm_up=0)}
 
 
 def generator_compile(groups: int) -> float:
@@ -152,54 +133,45 @@ def generator_compile(groups: int) -> float:
   generator = ArchitectureGenerator(sizes=(64,) * groups)
   variables = generator.init(jax.random.key(0))
 
-  def kept(params: Any, key: jax.Array) -> jax.Array:
+  def kept(params: Any) -> jax.Array:
     outputs: Any = generator.apply({**variables, "params": params})
-    return jnp.sum(sample_masks(key, outputs))
+    return jnp.sum(sample_masks(jax.random.key(1), outputs))
 
-  jax.clear_caches()
-  started = time.perf_counter()
-  jax.jit(jax.grad(kept)).lower(variables["params"], jax.random.key(1)).compile()
-  return time.perf_counter() - started
+  return training_pieces.compile_seconds(kept, variables["params"])
 
 
 def measure_network(network: str, batch: int, image_size: int) -> dict[str, Any]:
   """Returns the memory that a weight step with regularization takes, and the size of a checkpoint, in bytes."""
   made = training_pieces.pieces(network, image_size=image_size, images=batch)
-  tx = training_pieces.weight_tx(made.graph)
-  carry = state.network_state(made.variables, tx)
+  generator, tx = ArchitectureGenerator.for_graph(made.graph), training_pieces.weight_tx(made.graph)
+  proposer = GeneratorState.create(generator.init(jax.random.key(0)), optax.adamw(1e-3))
   return {
     "batch": batch,
     "image_size": image_size,
-    "device_bytes": step_memory(made, steps.weight_step(made.model, tx, made.preprocessing), carry),
-    "checkpoint_bytes": checkpoint_bytes(made, carry),
+    "device_bytes": step_memory(made, tx),
+    "checkpoint_bytes": checkpoint_bytes(TrainState.create(made.variables, tx, masks=made.masks, proposer=proposer)),
   }
 
 
-def step_memory(made: training_pieces.Pieces, step: Any, carry: Any) -> dict[str, int]:
+def step_memory(made: training_pieces.Pieces, tx: optax.GradientTransformation) -> dict[str, int]:
   """Returns what the compiled step needs on a device, and what the device counted where it does."""
-  rows = np.arange(len(made.shared.labels), dtype=np.int32)  # type: ignore[arg-type]
+  shared, state = made.shared, made.state(tx)
+  rows = np.arange(len(shared.labels), dtype=np.int32)  # type: ignore[arg-type]
   everywhere, cut = PartitionSpec(), PartitionSpec(AXIS)
-  mapped = jax.shard_map(
-    step, mesh=made.mesh, in_specs=(everywhere, everywhere, cut), out_specs=(everywhere, everywhere), check_vma=False
-  )
-  compiled = jax.jit(mapped, donate_argnums=0).lower(carry, made.shared, rows).compile()
+  step, specs, out = made.weight_step(tx), (everywhere, everywhere, cut), (everywhere, everywhere)
+  mapped = jax.shard_map(step, mesh=made.mesh, in_specs=specs, out_specs=out, check_vma=False)
+  compiled = jax.jit(mapped, donate_argnums=0).lower(state, shared, rows).compile()
   plan: Any = compiled.memory_analysis()
   used = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
   device = made.mesh.devices.flat[0]
   if device.memory_stats() is None:
     return {"planned": used}
-  jax.block_until_ready(compiled(jax.device_put(carry, made.shared.images.sharding), made.shared, rows))  # type: ignore[union-attr]
+  jax.block_until_ready(compiled(jax.device_put(state, shared.images.sharding), shared, rows))  # type: ignore[union-attr]
   return {"planned": used, "peak": device.memory_stats()["peak_bytes_in_use"]}
 
 
-def checkpoint_bytes(made: training_pieces.Pieces, carry: Any) -> int:
-  """Returns the size on disk of what a run saves while it prunes: network, generator, masks."""
-  generator = ArchitectureGenerator.for_graph(made.graph)
-  whole = {
-    "network": carry,
-    "generator": state.generator_state(generator, optax.adamw(1e-3), jax.random.key(0)),
-    "masks": made.shared.masks,
-  }
+def checkpoint_bytes(state: TrainState) -> int:
+  """Returns the size on disk of what a run saves while it prunes."""
   rng = np.random.default_rng(0)
 
   def fill(leaf: Any) -> jax.Array:  # what a run saves is not all zeros, which would compress to nothing
@@ -207,88 +179,51 @@ def checkpoint_bytes(made: training_pieces.Pieces, carry: Any) -> int:
 
   with tempfile.TemporaryDirectory() as folder:
     checkpointer = Checkpointer(pathlib.Path(folder))
-    checkpointer.save(1, jax.tree.map(fill, whole), {})
+    checkpointer.save(1, jax.tree.map(fill, state), {})
     checkpointer.close()
     return sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*") if path.is_file())
 
 
 # What the page shows.
 
-
-def section(reports: Mapping[str, Any]) -> str:
-  """Returns the section of `docs/performance.md`."""
-  parts = [
-    "## Start-up and memory",
-    "From the command to the end of the first step, of `python -m sapr_jax.main` on images in a folder, batch 128: with"
-    " an empty compilation cache, and with what the run before left in it. Imports are whole processes. The memory of a"
-    " step is what the compiled program asks for: arguments, results and what lies between. Checkpoints hold network,"
-    " momentum, generator and masks. Medians.",
-  ]
-  for platform, report in reports.items():
-    parts += [f"### {platform.upper()}", tables(report), provenance(report), "\n".join(verdicts(report))]
-  return "\n\n".join(parts)
-
-
-def tables(report: Mapping[str, Any]) -> str:
-  return "\n\n".join((_times(report), _sizes(report)))
-
-
-def _times(report: Mapping[str, Any]) -> str:
-  start, surgery = report["start"], report["surgery"]
-  rows = [
-    [
-      f"{start['network']}: command to first step, {kind} cache",
-      _median(run["first_step_seconds"] for run in start[key]),
-    ]
-    for kind, key in (("empty", "cold"), ("filled", "warm"))
-  ]
-  rows += [[f"`python -c '{statement}'`", _median(seconds)] for statement, seconds in report["imports"].items()]
-  rows += [[f"{surgery['network']}: `{name}`", _median(surgery[name])] for name in ("trace_channels", "prune")]
-  rows += [
-    [f"compiling the generator's gradient, {groups} groups", _median(seconds)]
-    for groups, seconds in report["generator_compile"].items()
-  ]
-  return table(["", "seconds"], rows)
-
-
-def _sizes(report: Mapping[str, Any]) -> str:
-  start, rows = report["start"], []
-  for kind, key in (("empty", "cold"), ("filled", "warm")):
-    peak = statistics.median(run["peak_host_bytes"] for run in start[key])
-    rows.append([f"{start['network']}: peak of the host until after the first step, {kind} cache", _mega(peak)])
-  for name, network in report["networks"].items():
-    where = f"{name}, {network['batch']} images of {network['image_size']} pixels, float32"
-    for kind, taken in network["device_bytes"].items():
-      rows.append([f"{where}: memory of a weight step, {_KINDS[kind]}", _mega(taken)])
-    rows.append([f"{name}: checkpoint", _mega(network["checkpoint_bytes"])])
-  return table(["", "MB"], rows)
-
-
+_CACHES = {"cold": "empty cache", "warm": "filled cache"}
 _KINDS = {"planned": "as compiled", "peak": "greatest so far that the device counted"}
 
 
-def _median(seconds: Iterable[float]) -> str:
-  return shown(statistics.median(seconds))
-
-
-def _mega(taken: float) -> str:
-  return shown(taken / 1e6)
-
-
-def verdicts(report: Mapping[str, Any]) -> list[str]:
-  surgery, compiling = report["surgery"], report["generator_compile"]
-  lines = []
-  for name, goal in (("trace_channels", GOAL_TRACE), ("prune", GOAL_PRUNE)):
+def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
+  del platform
+  surgery, compiling, lines = report["surgery"], report["generator_compile"], []
+  for name, most in (("trace_channels", GOAL_TRACE), ("prune", GOAL_PRUNE)):
     seconds = statistics.median(surgery[name])
-    word = "reached" if seconds < goal else "missed"
-    lines.append(f"- Goal {word}: `{name}` of {surgery['network']} takes {seconds:.2f} s, asked for under {goal:g} s.")
+    found = f"`{name}` of {surgery['network']} takes {seconds:.2f} s, asked for under {most:g} s."
+    lines.append(goal(seconds < most, found))
   few, many = (statistics.median(compiling[str(groups)]) for groups in (GROUPS[0], GROUPS[-1]))
-  word = "reached" if many <= GOAL_GROWTH * few else "missed"
-  lines.append(
-    f"- Goal {word}: the generator for {GROUPS[-1]} groups takes {many / few:.2f} times as long to compile as for"
-    f" {GROUPS[0]}, asked for no growth (at most {GOAL_GROWTH:g})."
-  )
-  return lines
+  found = f"the generator for {GROUPS[-1]} groups takes {many / few:.2f} times as long to compile as for {GROUPS[0]}"
+  lines.append(goal(many <= GOAL_GROWTH * few, f"{found}, asked for no growth (at most {GOAL_GROWTH:g})."))
+  return [*tables(report), "\n".join(lines)]
+
+
+def tables(report: Mapping[str, Any]) -> list[str]:
+  """Returns the table of times and that of sizes."""
+  start, surgery = report["start"], report["surgery"]
+  network, times, sizes = start["network"], {}, {}
+  for key, cache in _CACHES.items():
+    times[f"{network}: command to first step, {cache}"] = [run["first_step_seconds"] for run in start[key]]
+    peak = statistics.median(run["peak_host_bytes"] for run in start[key])
+    sizes[f"{network}: peak of the host until after the first step, {cache}"] = peak
+  times |= {f"`python -c '{statement}'`": seconds for statement, seconds in report["imports"].items()}
+  times |= {f"{surgery['network']}: `{name}`": surgery[name] for name in ("trace_channels", "prune")}
+  for groups, seconds in report["generator_compile"].items():
+    times[f"compiling the generator's gradient, {groups} groups"] = seconds
+  for name, about in report["networks"].items():
+    where = f"{name}, {about['batch']} images of {about['image_size']} pixels, float32"
+    for kind, taken in about["device_bytes"].items():
+      sizes[f"{where}: memory of a weight step, {_KINDS[kind]}"] = taken
+    sizes[f"{name}: checkpoint"] = about["checkpoint_bytes"]
+  return [
+    table(["", "seconds"], [[name, shown(statistics.median(seconds))] for name, seconds in times.items()]),
+    table(["", "MB"], [[name, shown(taken / 1e6)] for name, taken in sizes.items()]),
+  ]
 
 
 if __name__ == "__main__":

@@ -11,44 +11,38 @@ def conv(inputs, outputs, size, stride=1, groups=1):
   return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+  def __init__(self, convolutions, downsample):
+    super().__init__()
+    self.depth, self.downsample = len(convolutions), downsample
+    for number, layer in enumerate(convolutions, 1):
+      setattr(self, f"conv{number}", layer)
+      setattr(self, f"bn{number}", nn.BatchNorm2d(layer.out_channels))
+
+  def forward(self, x):
+    y = x
+    for number in range(1, self.depth + 1):
+      y = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(y))
+      y = F.relu(y) if number < self.depth else y
+    return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class BasicBlock(Block):
   expansion = 1
 
   def __init__(self, inputs, width, stride, downsample):
-    super().__init__()
-    self.conv1, self.bn1 = conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
-    self.conv2, self.bn2 = conv(width, width, 3), nn.BatchNorm2d(width)
-    self.downsample = downsample
-
-  def forward(self, x):
-    y = F.relu(self.bn1(self.conv1(x)))
-    y = self.bn2(self.conv2(y))
-    return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+    super().__init__((conv(inputs, width, 3, stride), conv(width, width, 3)), downsample)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
   expansion = 4
 
   def __init__(self, inputs, width, stride, downsample):
-    super().__init__()
-    self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
-    self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
-    self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-    self.downsample = downsample
-
-  def forward(self, x):
-    y = F.relu(self.bn1(self.conv1(x)))
-    y = F.relu(self.bn2(self.conv2(y)))
-    y = self.bn3(self.conv3(y))
-    return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+    layers = (conv(inputs, width, 1), conv(width, width, 3, stride), conv(width, 4 * width, 1))
+    super().__init__(layers, downsample)
 
 
 class ResNet(nn.Module):
-  layer1: nn.Module
-  layer2: nn.Module
-  layer3: nn.Module
-  layer4: nn.Module
-
   def __init__(self, block, layers, num_classes=1000, width=64):
     super().__init__()
     self.conv1, self.bn1 = conv(3, width, 7, 2), nn.BatchNorm2d(width)
@@ -68,8 +62,8 @@ class ResNet(nn.Module):
 
   def forward(self, x):
     x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-    for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-      x = stage(x)
+    for stage in range(1, 5):
+      x = getattr(self, f"layer{stage}")(x)
     return self.fc(x.mean((2, 3)))
 
 
@@ -92,10 +86,6 @@ class OptionABlock(BasicBlock):
 class CifarResNet(nn.Module):
   """With the names of most repositories: torchvision's, but `linear`."""
 
-  layer1: nn.Module
-  layer2: nn.Module
-  layer3: nn.Module
-
   def __init__(self, depth, num_classes=10, widths=(16, 32, 64)):
     super().__init__()
     self.conv1, self.bn1 = conv(3, widths[0], 3), nn.BatchNorm2d(widths[0])
@@ -110,7 +100,9 @@ class CifarResNet(nn.Module):
 
   def forward(self, x):
     x = F.relu(self.bn1(self.conv1(x)))
-    return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+    for stage in range(1, 4):
+      x = getattr(self, f"layer{stage}")(x)
+    return self.linear(x.mean((2, 3)))
 
 
 def conv_norm_activation(inputs, outputs, size, stride=1, groups=1):

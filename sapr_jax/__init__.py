@@ -25,7 +25,7 @@ from sapr_jax.channels import (
   register_rule,
   trace_channels,
 )
-from sapr_jax.errors import InputError, InterruptedRunError
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError
 from sapr_jax.method import (
   COSTS,
   IMPORTANCES,
@@ -66,6 +66,7 @@ __all__ = [
   "ChannelGraph",
   "ChannelGroup",
   "Cost",
+  "DivergedError",
   "InputError",
   "InterruptedRunError",
   "NarrowModule",

@@ -84,7 +84,7 @@ class Images:
   def __init__(self, config: Any):
     dataset = data.load_dataset(data_spec(config))
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    self.shape, self.num_classes = dataset.image_shape, dataset.num_classes
+    self.shape, self.num_classes = dataset.image_shape, len(dataset.class_names)
     self._config, (mean, std) = config, dataset.channel_statistics()
     self._mean, self._std = torch.tensor(mean, device=self.device), torch.tensor(std, device=self.device)
     self._splits = {

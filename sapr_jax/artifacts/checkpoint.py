@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -26,48 +27,26 @@ class Checkpointer:
   """Saves and restores one stage of a run: its state of arrays, and its position as JSON.
 
   A checkpoint holds a checksum of each array, because disks, copies and file systems do lose bits.
-
-  Example:
-    >>> import pathlib, tempfile
-    >>> import jax.numpy as jnp
-    >>> from sapr_jax.artifacts import Checkpointer
-    >>> state = {"weights": jnp.ones(2)}
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...   checkpointer = Checkpointer(pathlib.Path(directory) / "checkpoints" / "train", keep=2)
-    ...   checkpointer.save(300, state, {"epoch": 1})
-    ...   state, position = checkpointer.restore(state)
-    ...   checkpointer.close()
-    >>> position
-    {'epoch': 1}
+  Everything that writes raises `InputError` if the disk cannot be written; older checkpoints are complete then.
   """
 
   def __init__(self, directory: pathlib.Path, keep: int = 2, keep_period: int | None = None):
-    """Opens the checkpoints in `directory`; it is made if it does not exist.
+    """Opens `directory`, which is made if it does not exist, for the checkpoints, a directory each.
 
-    Args:
-      directory: Parent of the checkpoints, which are a directory each.
-      keep: Number of the newest that are kept.
-      keep_period: Checkpoints whose step is a multiple of this are kept as well.
-
-    Raises:
-      InputError: If the directory cannot be written.
+    The newest `keep` are kept, and those whose step is a multiple of `keep_period`.
     """
     import orbax.checkpoint as ocp  # imports slowly
 
     self._args, self._directory = ocp.args, directory
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period, create=True)
-    try:
+    with self._writing():
       self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "position"))
-    except OSError as error:
-      raise self._cannot_write(error) from error
 
   def restore(self, like: Tree) -> tuple[Tree, dict[str, Any] | None]:
     """Returns the newest undamaged state and its position, or `like` and None if there is none.
 
-    Damaged checkpoints are named on standard error and moved to `damaged/`, beside the directories of the stages.
-
-    Args:
-      like: A state of the same structure, dtypes and placement.
+    The structure, dtypes and placement are those of `like`. Damaged checkpoints are named on standard error and moved
+    to `damaged/`, beside the directories of the stages.
     """
     target = jax.tree.map(_abstract, like)
     while (step := self._manager.latest_step()) is not None:
@@ -89,61 +68,46 @@ class Checkpointer:
       number = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
       destination = folder / f"{self._directory.name}_{step}_{number}"
       print(f"warning: the checkpoint {source} is damaged ({problem}); moved to {destination}", file=sys.stderr)
-      try:
+      with self._writing():
         folder.mkdir(exist_ok=True)
         os.rename(source, destination)
-      except OSError as error:
-        raise self._cannot_write(error) from error
     _all_processes(True)  # waits, so that no process finds it again
     self._manager.reload()
 
   def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-    """Starts saving, and returns once the state is copied from the devices.
+    """Starts saving, and returns once the state, a pytree of arrays, is copied from the devices.
 
-    Args:
-      step: Number of the checkpoint, greater than those before. An existing one of this number is kept as it is.
-      state: Pytree of arrays.
-      position: Everything else to remember, as JSON can hold it.
-
-    Raises:
-      InputError: If this checkpoint, or the one before, cannot be written; older ones are complete.
+    `step` must rise; an existing checkpoint of this number is kept as it is. `position` must fit into JSON. An error
+    may be about the checkpoint before.
     """
     if step in self._manager.all_steps():
       return
     content: dict[str, Any] = {"position": dict(position), "arrays": _checksums(state)}
     content |= {"checksum": _json_checksum(content)}
     items = self._args.Composite(state=self._args.StandardSave(state), position=self._args.JsonSave(content))
-    try:
+    with self._writing():
       self._manager.save(step, args=items, force=True)  # otherwise Orbax looks for preemption, as the loop does
-    except Exception as error:
-      self._explain(error)
-      raise
 
   def close(self) -> None:
-    """Waits until every checkpoint is written.
-
-    Raises:
-      InputError: If one cannot be written.
-    """
-    try:
+    """Waits until every checkpoint is written."""
+    with self._writing():
       self._manager.wait_until_finished()
       self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
     except Exception as error:
-      self._explain(error)
-      raise
-
-  def _explain(self, error: Exception) -> None:
-    # Orbax's TimeoutError, which is an OSError, is about processes and not about the disk.
-    of_system = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-    if of_system or any(text in str(error) for text in _DISK_TROUBLE):
-      raise self._cannot_write(error) from error
-
-  def _cannot_write(self, error: Exception) -> InputError:
-    reason = getattr(error, "strerror", None) or next((t for t in _DISK_TROUBLE if t in str(error)), str(error))
-    return InputError(
-      f"No checkpoint can be written to {self._directory} ({reason}); older ones are complete: make room or fix the"
-      " directory, and the same command resumes the run."
-    )
+      trouble = next((text for text in _DISK_TROUBLE if text in str(error)), None)
+      # Orbax's TimeoutError, which is an OSError, is about processes and not about the disk.
+      if trouble is None and (isinstance(error, TimeoutError) or not isinstance(error, OSError)):
+        raise
+      reason = getattr(error, "strerror", None) or trouble or error
+      raise InputError(
+        f"No checkpoint can be written to {self._directory} ({reason}); older ones are complete: make room or fix the"
+        " directory, and the same command resumes the run."
+      ) from error
 
 
 def _forget_unfinished_reads() -> None:

@@ -34,6 +34,7 @@ FORMAT = 1
 DEFINITION = "model.json"
 WEIGHTS = "weights.safetensors"
 _WIDTH_FIELDS = {"features", "feature_group_count"}
+_SCALARS = (bool, int, float, str)
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]) -> None:
@@ -127,8 +128,8 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
     raise InputError(f"{file} {why}; {path} is not the directory of a saved model.") from None
   except (ValueError, RecursionError) as error:
     raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
-  if not isinstance(definition, dict) or definition.get("format") != FORMAT:
-    found = definition.get("format") if isinstance(definition, dict) else None
+  found = definition.get("format") if isinstance(definition, dict) else None
+  if found != FORMAT:
     raise InputError(f"{file} has format {found}; this version reads format {FORMAT}.")
   try:
     whole = (
@@ -157,40 +158,32 @@ def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
 
 def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
   """Checks that `base` is the module that was saved, as far as its definition tells."""
-  got = {"class": type(base).__name__, "fields": json.loads(json.dumps(fields_to_json(base)))}
-  if got["class"] != description["class"]:
-    raise InputError(f"{path} holds a {description['class']}; base is a {got['class']}.")
+  kind, fields = type(base).__name__, json.loads(json.dumps(fields_to_json(base)))  # as they come from a file
+  if kind != description["class"]:
+    raise InputError(f"{path} holds a {description['class']}; base is a {kind}.")
   for name, value in description["fields"].items():
-    found = got["fields"].get(name)
+    found = fields.get(name)
     # Text stands for values that JSON cannot hold; it may differ from one process to the next. `remat` and dtypes may
     # differ, as they change the computation and not the variables.
     if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
-      raise InputError(f"{path} holds a {got['class']} with {name}={value}; base has {name}={found}.")
+      raise InputError(f"{path} holds a {kind} with {name}={value}; base has {name}={found}.")
 
 
 def fields_to_json(module: nn.Module) -> dict[str, Any]:
   """Returns the fields of a module that JSON can hold. Others are written as their repr, for people to read."""
-  fields: dict[str, Any] = {}
-  for field in dataclasses.fields(module):
-    if field.name in ("parent", "name"):
-      continue
-    value = getattr(module, field.name)
-    if isinstance(value, bool | int | float | str | type(None)):
-      fields[field.name] = value
-    elif isinstance(value, tuple | list):
-      fields[field.name] = {"tuple": [v if isinstance(v, bool | int | float | str) else repr(v) for v in value]}
-    elif (dtype := _dtype_name(value)) is not None:
-      fields[field.name] = {"dtype": dtype}
-    else:
-      fields[field.name] = {"repr": repr(value)}
-  return fields
+  names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+  return {name: _to_json(getattr(module, name)) for name in names}
 
 
-def _dtype_name(value: Any) -> str | None:
+def _to_json(value: Any) -> Any:
+  if value is None or isinstance(value, _SCALARS):
+    return value
+  if isinstance(value, tuple | list):
+    return {"tuple": [v if isinstance(v, _SCALARS) else repr(v) for v in value]}
   try:
-    return jnp.dtype(value).name
+    return {"dtype": jnp.dtype(value).name}
   except TypeError:
-    return None
+    return {"repr": repr(value)}
 
 
 def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Module:
@@ -217,13 +210,11 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:
   """Puts `new` in the place of `path`, which may hold an older model."""
+  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
   if path.exists():
-    old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
     os.replace(path, old / path.name)
-    os.replace(new, path)
-    shutil.rmtree(old)
-  else:
-    os.replace(new, path)
+  os.replace(new, path)
+  shutil.rmtree(old)
 
 
 def count_params(variables: Mapping[str, Any]) -> int:

@@ -26,13 +26,7 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Reads the tensors of a file by name.
 
   A checkpoint may hold more, and the state dict under a name such as "state_dict" or "model". Nothing in a file is
-  executed: torch.load runs with `weights_only=True`.
-
-  Args:
-    path: File of torch.save (.pth, .pt, .th), or .safetensors.
-
-  Returns:
-    Name -> array. They may be views of one another.
+  executed: torch.load runs with `weights_only=True`. The arrays may be views of one another.
 
   Raises:
     InputError: If the file is missing, damaged, of another kind, has no state dict or holds more than data, or if
@@ -69,9 +63,10 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         " .safetensors."
       ) from None
     try:
-      zipped = zipfile.is_zipfile(path)
-      if zipped:
-        _check_checksums(path)
+      if zipped := zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
+          if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
       # Scripts save their options as a Namespace. With mmap, the state of an optimizer stays on disk.
       with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -91,13 +86,6 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       " model.state_dict()."
     )
   return arrays
-
-
-def _check_checksums(path: pathlib.Path) -> None:
-  """Checks the archive's checksums, which torch.load does not look at."""
-  with zipfile.ZipFile(path) as archive:
-    if damaged := archive.testzip():
-      raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def _explain(error: Exception) -> str:

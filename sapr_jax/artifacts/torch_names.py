@@ -29,15 +29,9 @@ _CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1")
 
 
 def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames | None = None) -> dict[str, str]:
-  """Returns path -> torch name of each layer.
+  """Returns path -> torch name of each layer of a dense network.
 
-  Args:
-    base: The dense network.
-    paths: Its layers.
-    layer_names: Names for a network that is not of this package.
-
-  Raises:
-    InputError: If a layer has no name, two have the same, or `layer_names` is needed or names an unknown layer.
+  Raises `InputError` if a layer has no name, two have the same, or `layer_names` is needed or names an unknown layer.
   """
   if layer_names is None:
     if type(base) not in TORCH_NAMES:
@@ -63,12 +57,8 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
 def rename_tensors(found: Collection[str], wanted: Collection[str], other_names: bool) -> dict[str, str]:
   """Returns the tensors of a file by the names that `name_layers` gives: wanted name -> name in the file.
 
-  Prefixes that wrappers of modules add are taken off. The counters of batch normalization are left out.
-
-  Args:
-    found: Names in the file.
-    wanted: Names of the network's tensors.
-    other_names: Whether the classifier and the shortcuts may have the other names in use than torchvision's.
+  Prefixes that wrappers of modules add are taken off. The counters of batch normalization are left out. `other_names`
+  says whether the classifier and the shortcuts may have the other names in use than torchvision's.
   """
   names = {name: name for name in found if name.rpartition(".")[2] != COUNTER}
   while prefix := next((p for p in _PREFIXES if _all_start(names, p) and not _all_start(wanted, p)), None):

@@ -52,7 +52,7 @@ class Member:
 
   @functools.cached_property
   def is_whole_axis(self) -> bool:
-    """Whether the axis consists of the group's channels, each once and in order."""
+    """True if the axis consists of the group's channels, each once and in order."""
     return np.array_equal(self.channels, np.arange(self.channels.size))
 
   def along_axis(self, per_channel: Any, fill: float) -> Any:

@@ -19,7 +19,7 @@ ParamKey = tuple[str, ...]
 """Path of a variable: its collection, the names of its modules, its own name: ("params", "conv1", "kernel")."""
 
 Place = tuple[int, ...]
-"""Where an equation is: its index in its jaxpr, after the indices of the equations that hold that jaxpr."""
+"""Place of an equation: its index in its jaxpr, after the indices of the equations that hold that jaxpr."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Image data: where it comes from, in which order it is read, and how it is augmented."""
 
 from sapr_jax.data.augment import augment, normalize, random_crop, random_flip
-from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, ImageSplit, subset
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSource, ImageDataset, ImageSplit, subset
 from sapr_jax.data.order import epoch_batches, epoch_order, evaluation_batches
 from sapr_jax.data.recipe import EvaluationRecipe, Recipe, TrainingRecipe
 from sapr_jax.data.sources import SOURCES, load_dataset, open_dataset
@@ -11,7 +11,7 @@ __all__ = [
   "SOURCES",
   "DataSpec",
   "EncodedDataset",
-  "EncodedSplit",
+  "EncodedSource",
   "EvaluationRecipe",
   "ImageDataset",
   "ImageSplit",

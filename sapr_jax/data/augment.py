@@ -7,47 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from sapr_jax.errors import InputError
-
 
 def augment(key: jax.Array, images: jax.Array, *, padding: int, flip: bool) -> jax.Array:
-  """Crops each image at random and then mirrors half of them.
+  """Applies `random_crop` and then, if `flip`, `random_flip` to images `[N, H, W, C]` of any dtype.
 
-  Args:
-    key: Randomness; crop and flip use keys of their own, so that turning one off does not change the other.
-    images: uint8 `[N, H, W, C]`.
-    padding: Zero pixels to add on each side before the crop; 0 leaves the crop out.
-    flip: Whether to mirror.
-
-  Returns:
-    uint8 `[N, H, W, C]`.
-
-  Raises:
-    InputError: If `images` is not uint8 `[N, H, W, C]` or `padding` is negative.
+  Both have keys of their own, so that turning one off does not change the other.
   """
-  _check_uint8(images)
   crop_key, flip_key = jax.random.split(key)
   images = random_crop(crop_key, images, padding)
   return random_flip(flip_key, images) if flip else images
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-  """Pads with zeros on all sides and cuts the original size out, at a random place in each image.
+  """Pads with `padding` zeros on all sides and cuts the original size out, at a random place in each image.
 
-  Args:
-    key: Randomness.
-    images: `[N, H, W, C]`, any dtype.
-    padding: Pixels to add on each side. 0 returns `images` as they are.
-
-  Returns:
-    `[N, H, W, C]` of the same dtype. Offsets are uniform on 0 .. 2 * padding, independently down and across.
-
-  Raises:
-    InputError: If `images` is not `[N, H, W, C]` or `padding` is negative.
+  Offsets are uniform on 0 .. 2 * padding, independently down and across.
   """
-  _check_rank(images)
-  if padding < 0:
-    raise InputError(f"padding must be at least 0 pixels, got {padding}")
   if padding == 0:
     return images
   num_images, height, width, _ = images.shape
@@ -63,7 +38,6 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Mirrors each image `[N, H, W, C]`, of any dtype, left to right with probability one half."""
-  _check_rank(images)
   is_flipped = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(is_flipped, images[:, :, ::-1, :], images)
 
@@ -78,29 +52,7 @@ def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLi
     mean: `[C]`, mean of each channel on the [0, 1] scale.
     std: `[C]`, standard deviation of each channel on the [0, 1] scale, positive.
     dtype: Of the result. The arithmetic is done in float32 whatever it is.
-
-  Returns:
-    `[N, H, W, C]` of `dtype`.
-
-  Raises:
-    InputError: If `images` is not uint8 `[N, H, W, C]`, or `mean` or `std` is not `[C]`.
   """
-  _check_uint8(images)
-  num_channels = images.shape[-1]
   mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-  for name, value in (("mean", mean), ("std", std)):
-    if value.shape != (num_channels,):
-      raise InputError(f"{name} must have shape ({num_channels},), one value a channel, got {value.shape}")
   scaled = images.astype(jnp.float32) / 255.0
   return ((scaled - mean[None, None, None, :]) / std[None, None, None, :]).astype(dtype)
-
-
-def _check_rank(images: jax.Array) -> None:
-  if images.ndim != 4:
-    raise InputError(f"images must be [N, H, W, C], got shape {images.shape}")
-
-
-def _check_uint8(images: jax.Array) -> None:
-  _check_rank(images)
-  if images.dtype != jnp.uint8:
-    raise InputError(f"images must be uint8 with values 0 .. 255, got {images.dtype}")

@@ -38,31 +38,10 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSplit:
-  """The images of one split and their labels.
-
-  Attributes:
-    images: uint8 `[N, H, W, C]`, values 0 .. 255.
-    labels: int32 `[N]`, class numbers from 0.
-
-  Raises:
-    InputError: On creation, if a shape, dtype or length differs, a label is negative or there is no image.
-  """
+  """Images of one split, uint8 `[N, H, W, C]`, and their labels, int32 `[N]`, class numbers from 0."""
 
   images: np.ndarray
   labels: np.ndarray
-
-  def __post_init__(self) -> None:
-    images, labels = self.images, self.labels
-    if images.ndim != 4 or images.dtype != np.uint8:
-      raise InputError(f"images must be uint8 [N, H, W, C], got {images.dtype} of shape {images.shape}")
-    if labels.ndim != 1 or labels.dtype != np.int32:
-      raise InputError(f"labels must be int32 [N], got {labels.dtype} of shape {labels.shape}")
-    if len(images) != len(labels):
-      raise InputError(f"each image must have one label, got {len(images)} images but {len(labels)} labels")
-    if images.size == 0:
-      raise InputError(f"there must be at least one image with pixels, got shape {images.shape}")
-    if labels.min() < 0:
-      raise InputError(f"labels must be class numbers from 0, got {labels.min()}")
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -70,38 +49,12 @@ class ImageSplit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-  """A labelled image set with a training and a test split.
-
-  Attributes:
-    name: What the set is called in logs and reports.
-    train: Split to train on.
-    test: Split to evaluate on; its images have the same `[H, W, C]`.
-    class_names: Name of each class, in label order.
-
-  Raises:
-    InputError: On creation, if the image shapes of the splits differ or a label has no class name.
-  """
+  """A labelled image set in memory; all images have one shape, and `class_names` are in label order."""
 
   name: str
   train: ImageSplit
   test: ImageSplit
   class_names: tuple[str, ...]
-
-  def __post_init__(self) -> None:
-    train_shape, test_shape = self.train.images.shape[1:], self.test.images.shape[1:]
-    if train_shape != test_shape:
-      raise InputError(f"training and test images must have the same [H, W, C], got {train_shape} and {test_shape}")
-    for split_name, split in (("train", self.train), ("test", self.test)):
-      if split.labels.max() >= self.num_classes:
-        raise InputError(
-          f"labels of split {split_name!r} must be below the number of class names, {self.num_classes}, "
-          f"got {split.labels.max()}"
-        )
-
-  @property
-  def num_classes(self) -> int:
-    """Number of classes."""
-    return len(self.class_names)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -112,9 +65,8 @@ class ImageDataset:
   def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel over the training images, scaled to [0, 1].
 
-    Returns:
-      A pair of float32 `[C]`, exact, from the histogram of the 256 gray levels. The standard deviation is at least
-      1/255, so that a constant channel can be divided by it.
+    Both are float32 `[C]` and exact, from the histogram of the 256 gray levels. The standard deviation is at least
+    1/255, so that a constant channel can be divided by it.
     """
     images = self.train.images
     num_channels = images.shape[-1]
@@ -141,41 +93,13 @@ class EncodedSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncodedSplit:
-  """The image files of one split.
-
-  Attributes:
-    source: Where they are read from.
-    labels: int32 `[N]`, or None where a label is known only after its image has been read.
-  """
-
-  source: EncodedSource
-  labels: np.ndarray | None = None
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class EncodedDataset:
-  """A labelled set of image files with a training and a test split.
-
-  Attributes:
-    name: What the set is called in logs and reports.
-    train: Split to train on.
-    test: Split to evaluate on.
-    class_names: Name of each class, in label order.
-  """
+  """A labelled set of image files; `class_names` are in label order."""
 
   name: str
-  train: EncodedSplit
-  test: EncodedSplit
+  train: EncodedSource
+  test: EncodedSource
   class_names: tuple[str, ...]
-
-  @property
-  def num_classes(self) -> int:
-    """Number of classes."""
-    return len(self.class_names)
 
 
 def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndarray:
@@ -184,17 +108,13 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
   The items of each class are shuffled, then taken in turns, one of each class, until there are `size`. For one seed, a
   smaller choice is therefore contained in a larger one.
 
-  Args:
-    labels: Integer `[N]`, class numbers from 0.
-    size: How many items to choose, between 1 and N; None chooses all.
-    seed: Seed of the choice, in [0, 2**32).
-
   Returns:
-    int32 `[size]`, increasing indices into `labels`.
+    int32 `[size]`, increasing indices into `labels`; all of them if `size` is None.
+
+  Raises:
+    InputError: If there are fewer than `size` items.
 
   Example:
-    >>> import numpy as np
-    >>> from sapr_jax.data.dataset import balanced_indices
     >>> labels = np.array([0, 0, 0, 0, 1, 2, 2])
     >>> np.bincount(labels[balanced_indices(labels, 5, seed=0)]).tolist()
     [2, 1, 2]
@@ -217,16 +137,7 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
 
 
 def subset(split: ImageSplit, size: int | None, seed: int) -> ImageSplit:
-  """Takes a random class-balanced subset of a split, keeping its order.
-
-  Args:
-    split: Split to choose from.
-    size: How many images to keep, between 1 and `len(split)`; None keeps all.
-    seed: Seed of the choice, in [0, 2**32).
-
-  Raises:
-    InputError: If `size` or `seed` is out of range.
-  """
+  """Takes the images that `balanced_indices` chooses, keeping their order."""
   if size is None:
     return split
   indices = balanced_indices(split.labels, size, seed)

@@ -22,13 +22,7 @@ _FAST_COLOURSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 
 
 def image_size(encoded: bytes, name: str) -> tuple[int, int]:
-  """Reads the height and width of an image from its header.
-
-  An EXIF orientation is ignored. Raises `InputError` with `name` as `decode_exactly` does.
-
-  Returns:
-    `(height, width)`.
-  """
+  """Reads `(height, width)` of an image from its header; see `decode_exactly` for the rest."""
   size = _fast_jpeg_size(encoded)
   if size is None:
     width, height = _open(encoded, name).size
@@ -38,16 +32,10 @@ def image_size(encoded: bytes, name: str) -> tuple[int, int]:
 
 
 def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
-  """Decodes an image to RGB with the fast, slightly coarser methods of libjpeg where it can.
+  """Decodes an image to uint8 `[H, W, 3]` with the fast, slightly coarser methods of libjpeg where it can.
 
-  Args:
-    encoded: See `decode_exactly`.
-    name: See `decode_exactly`, also for what is raised.
-    reduction: 1, 2, 4 or 8: decode to that fraction of both sides, which costs less. Only JPEG can; others come in
-      full size.
-
-  Returns:
-    uint8 `[H, W, 3]`; a reduced side is rounded up.
+  A `reduction` of 2, 4 or 8 divides both sides, rounded up, which costs less. Only JPEG can; others come in full size.
+  See `decode_exactly` for the rest.
   """
   import simplejpeg
 
@@ -63,13 +51,9 @@ def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
 
 
 def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
-  """Decodes an image to RGB with Pillow.
+  """Decodes an image file with Pillow.
 
   An alpha channel is dropped, and an EXIF orientation ignored, as torchvision does.
-
-  Args:
-    encoded: Content of an image file.
-    name: Name of the image for messages.
 
   Returns:
     The image in mode "RGB", and whether it is stored as grayscale.
@@ -97,15 +81,15 @@ def decode_dataset(files: EncodedDataset) -> ImageDataset:
   32x32 images slower, not faster.
 
   Raises:
-    InputError: If an image cannot be read or has another size than the first one; the message names the image.
+    InputError: If an image cannot be read or has another size than the first one; the message names the image. Or if a
+      split has no image, or one without a label.
   """
-  sources = (files.train.source, files.test.source)
-  sizes = [len(source) for source in sources]
+  sizes = [len(files.train), len(files.test)]
   images: np.ndarray | None = None
   first, all_grayscale = "", True
   labels = np.empty(sum(sizes), np.int32)
   for place in range(len(labels)):
-    encoded, labels[place], name = sources[0][place] if place < sizes[0] else sources[1][place - sizes[0]]
+    encoded, labels[place], name = files.train[place] if place < sizes[0] else files.test[place - sizes[0]]
     image, is_grayscale = decode_exactly(encoded, name)
     if images is None:
       first, images = name, np.empty((len(labels), image.height, image.width, 3), np.uint8)
@@ -118,6 +102,8 @@ def decode_dataset(files: EncodedDataset) -> ImageDataset:
     all_grayscale &= is_grayscale
   if images is None or 0 in sizes:
     raise InputError(f"the splits of {files.name!r} hold {sizes[0]} and {sizes[1]} images; expected at least one each")
+  if labels.min() < 0:
+    raise InputError(f"images of {files.name!r} have no label; expected splits that are labelled")
   if all_grayscale:
     images = np.ascontiguousarray(images[..., :1])
   train, test = (ImageSplit(images[part], labels[part]) for part in (slice(sizes[0]), slice(sizes[0], None)))

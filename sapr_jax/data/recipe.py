@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from sapr_jax.data.decoding import decode_exactly, decode_quickly, image_size
-from sapr_jax.errors import InputError
 
 _ATTEMPTS = 10
 _DRAWS_PER_ATTEMPT = 4
@@ -50,22 +49,12 @@ class TrainingRecipe:
     scale: Least and greatest area of the crop, as a share of the image's.
     ratio: Least and greatest width / height of the crop.
     flip: Whether to mirror.
-
-  Raises:
-    InputError: On creation, if `size` is below 1, `scale` is not within (0, 1] or a range is empty.
   """
 
   size: int = 224
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   flip: bool = True
-
-  def __post_init__(self) -> None:
-    _check_size(self.size)
-    if not 0 < self.scale[0] <= self.scale[1] <= 1:
-      raise InputError(f"scale must be two increasing shares of the image in (0, 1], got {self.scale}")
-    if not 0 < self.ratio[0] <= self.ratio[1]:
-      raise InputError(f"ratio must be two positive numbers in increasing order, got {self.ratio}")
 
   def __call__(self, encoded: bytes, name: str, bits: np.random.BitGenerator) -> np.ndarray:
     import cv2
@@ -96,18 +85,10 @@ class EvaluationRecipe:
   Attributes:
     size: Height and width of the result.
     resize: Length to which the shorter side is resized first, at least `size`.
-
-  Raises:
-    InputError: On creation, if `size` is below 1 or above `resize`.
   """
 
   size: int = 224
   resize: int = 256
-
-  def __post_init__(self) -> None:
-    _check_size(self.size)
-    if self.resize < self.size:
-      raise InputError(f"resize must be at least size, {self.size}, got {self.resize}")
 
   def __call__(self, encoded: bytes, name: str, bits: np.random.BitGenerator) -> np.ndarray:
     from PIL import Image
@@ -131,8 +112,7 @@ def random_resized_crop(
   Args:
     height, width: Of the image, in pixels.
     draws: float64 `[40]`, uniform on [0, 1): area, log of the ratio, top and left of each attempt.
-    scale: Least and greatest area, as a share of the image's.
-    ratio: Least and greatest width / height.
+    scale, ratio: See `TrainingRecipe`.
 
   Example:
     >>> import numpy as np
@@ -173,8 +153,3 @@ def _reduced(crop: Crop, reduction: int) -> Crop:
 def _uniform(bits: np.random.BitGenerator, count: int) -> np.ndarray:
   """float64 `[count]` on [0, 1), from raw bits: NumPy promises those, not `Generator.random`, across its versions."""
   return (bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
-
-
-def _check_size(size: int) -> None:
-  if size < 1:
-    raise InputError(f"size must be at least 1 pixel, got {size}")

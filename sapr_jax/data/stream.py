@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from sapr_jax.data.dataset import EncodedSource, EncodedSplit
+from sapr_jax.data.dataset import EncodedSource
 from sapr_jax.data.order import random_bits
 from sapr_jax.data.recipe import Recipe
 from sapr_jax.errors import InputError
@@ -32,7 +32,7 @@ _OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def stream_batches(
-  split: EncodedSplit,
+  source: EncodedSource,
   order: np.ndarray,
   *,
   recipe: Recipe,
@@ -47,15 +47,14 @@ def stream_batches(
   """Reads the batches of one epoch, a few ahead of the consumer.
 
   Args:
-    split: Images to read.
+    source: Images to read.
     order: int32 `[n, B]`, which image is where in which batch, from `epoch_batches` or `evaluation_batches`.
     recipe: Makes an example of an image file.
     seed, purpose, epoch: See `epoch_order`; the purpose keeps the random crops of different uses apart.
     first: How many batches to skip, from 0 to n: a resumed epoch has the batches that remained.
     workers: How many processes to read with. 0 takes threads of this process, one a core, which is enough where there
       are few cores: most of the time the decoders run outside the interpreter lock.
-    process_index: Index of this process in a distributed run.
-    process_count: Number of processes in the run; `B` must be a multiple of it.
+    process_index, process_count: Place of this process in the run; `B` is a multiple of their number.
 
   Returns:
     Iterator of n - first dicts with "images", uint8 `[B / process_count, size, size, 3]`, and "labels", int32
@@ -63,21 +62,13 @@ def stream_batches(
     iterator, or dropping it, ends its threads and worker processes.
 
   Raises:
-    InputError: If an argument is out of range or a package is missing; from `next`, if an image cannot be read or a
-      worker process died.
+    InputError: If a package is missing; from `next`, if an image cannot be read or a worker process died.
   """
   _check_packages()
-  _check_order(split, order, first)
-  if workers < 0:
-    raise InputError(f"workers must be at least 0, got {workers}")
-  if not 0 <= process_index < process_count:
-    raise InputError(f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}")
-  if order.shape[1] % process_count:
-    raise InputError(f"the batch size must be a multiple of the {process_count} processes, got {order.shape[1]}")
-  random_bits(seed, purpose, epoch)
+  assert 0 <= first <= len(order) and order.shape[1] % process_count == 0
   size = order.shape[1] // process_count
   columns = range(process_index * size, (process_index + 1) * size)
-  batches = _batches(_Pieces(split.source, recipe, order, first, columns, (seed, purpose, epoch)), workers)
+  batches = _batches(_Pieces(source, recipe, order, first, columns, (seed, purpose, epoch)), workers)
   _OPEN.add(batches)
   return batches
 
@@ -120,7 +111,9 @@ def _batches(pieces: _Pieces, workers: int) -> Generator[dict[str, np.ndarray]]:
   reader = _read(pieces, min(workers, len(pieces)))
   try:
     for _ in range(0, len(pieces), pieces.per_batch):
-      yield _join([next(reader) for _ in range(pieces.per_batch)])
+      parts = [next(reader) for _ in range(pieces.per_batch)]
+      # Copies them out of the memory that is shared with the workers, so that it can be given back.
+      yield {name: np.concatenate([part[name] for part in parts]) for name in ("images", "labels")}
   except RuntimeError as error:
     if "terminated unexpectedly" not in str(error):
       raise
@@ -130,11 +123,6 @@ def _batches(pieces: _Pieces, workers: int) -> Generator[dict[str, np.ndarray]]:
     ) from error
   finally:
     reader.close()
-
-
-def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Copies pieces into one batch, out of the memory shared with the workers, so that it can be given back."""
-  return {name: np.concatenate([part[name] for part in parts]) for name in ("images", "labels")}
 
 
 @atexit.register
@@ -193,15 +181,3 @@ def _check_packages() -> None:
       "streaming images needs grain, simplejpeg and OpenCV, which are not installed; run: "
       "pip install 'sapr_jax[imagenet]'"
     ) from error
-
-
-def _check_order(split: EncodedSplit, order: np.ndarray, first: int) -> None:
-  if order.ndim != 2 or order.size == 0 or not np.issubdtype(order.dtype, np.integer):
-    raise InputError(f"order must be integers [batches, batch size], got {order.dtype} {list(order.shape)}")
-  if order.min() < 0 or order.max() >= len(split):
-    raise InputError(
-      f"order must hold indices of the {len(split)} images, got {order.min()} to {order.max()}; "
-      "make it for the same split"
-    )
-  if not 0 <= first <= len(order):
-    raise InputError(f"first must be from 0 to the number of batches, {len(order)}, got {first}")

@@ -12,17 +12,17 @@ from sapr_jax.channels import ChannelGraph, Member, map_members
 
 
 def is_producer(member: Member) -> bool:
-  """Whether the member is the output axis of a kernel: its slices are filters, depthwise ones included."""
+  """Returns whether the member is the output axis of a kernel: its slices are filters, depthwise ones included."""
   return member.role == "out"
 
 
 def is_reader(member: Member) -> bool:
-  """Whether the member is the input axis of a kernel: its slices are the weights with which a layer reads a channel."""
+  """Returns whether the member is the input axis of a kernel: its slices are weights that read a channel."""
   return member.role == "in"
 
 
 def is_kernel(member: Member) -> bool:
-  """Whether the member is an axis of a kernel, not of a bias or a normalization."""
+  """Returns whether the member is an axis of a kernel, not of a bias or a normalization."""
   return is_producer(member) or is_reader(member)
 
 

@@ -1,4 +1,4 @@
-"""What a sub-network costs, as a function of how many channels each group keeps."""
+"""Costs of a sub-network, as functions of how many channels each group keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the generator minimizes: the search for the sub-network."""
+"""Objective of the search for the sub-network, which the generator minimizes."""
 
 from __future__ import annotations
 

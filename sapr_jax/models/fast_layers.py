@@ -52,7 +52,7 @@ _BATCH_NORM_VARIABLES = (("params", "scale"), ("params", "bias"), ("batch_stats"
 
 
 def _is_plain_batch_norm(layer: nn.BatchNorm, x: Any, kwargs: dict[str, Any]) -> bool:
-  """Whether it normalizes float32 with the statistics of this batch, along the last axis, and nothing else."""
+  """Returns whether it normalizes float32 with the statistics of this batch, along the last axis, and nothing else."""
   running = kwargs.get("use_running_average", layer.use_running_average)
   return (
     running is False
@@ -153,7 +153,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: A
 
 
 def _leaves_a_window(size: Sequence[int], window: Sequence[int], padding: Any) -> bool:
-  """Whether the window fits into the padded image, and nothing is cropped off."""
+  """Returns whether the window fits into the padded image, and nothing is cropped off."""
   return all(
     min(low, high) >= 0 and n + low + high >= k for n, k, (low, high) in zip(size, window, padding, strict=True)
   )

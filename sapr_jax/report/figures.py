@@ -28,7 +28,8 @@ def accuracy_of_full_model(runs: Sequence[RunHistory]) -> Figure:
   """Accuracy of the dense network, and of the pruned one while it is fine-tuned (supplement C, Fig. 1b)."""
   figure, axes = _figure("Full model, then the pruned one", "epoch", "test accuracy (%)")
   _lines(axes, runs, "test_accuracy", scale=100)
-  for epochs in sorted({run.train_epochs for run in runs if run.records[-1]["step"] > run.train_epochs}):
+  lengths = [(run.config["train.epochs"], run.records[-1]["step"]) for run in runs]
+  for epochs in sorted({epochs for epochs, step in lengths if step > epochs}):
     axes.axvline(epochs + 0.5, color=_GRAY, linewidth=1)
     axes.annotate(" fine-tuning", (epochs + 0.5, 0.02), xycoords=("data", "axes fraction"), color=_GRAY, fontsize=9)
   return _finished(figure, axes, runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,17 +22,11 @@ def measure_latency(
 ) -> dict[str, dict[str, float]]:
   """Times the compiled evaluation-mode forward pass.
 
-  The networks take turns, so that other load on the machine affects them alike. Compilation and first calls do not
-  count.
-
-  Args:
-    networks: Name -> (model, variables); called as `model(x, train=False)`.
-    input_shape: `(1, height, width, channels)`.
-    batch_sizes: Images in a call.
-    repeats: Timed calls of each network and batch size.
+  The networks, (model, variables), take turns, so that other load on the machine affects them alike. Compilation and
+  first calls do not count.
 
   Returns:
-    Name -> batch size, as a string for JSON -> median milliseconds of a call.
+    Name -> batch size, as a string for JSON -> median milliseconds of `repeats` calls.
   """
   result: dict[str, dict[str, float]] = {name: {} for name in networks}
   for batch_size in batch_sizes:
@@ -51,10 +46,7 @@ def measure_latency(
 def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> Callable[[], jax.Array]:
   variables = jax.device_put(variables)
   forward = jax.jit(lambda v, inputs: model.apply(v, inputs, train=False)).lower(variables, x).compile()
-
-  def call() -> jax.Array:
-    return forward(variables, x)
-
+  call = functools.partial(forward, variables, x)
   for _ in range(2):
     jax.block_until_ready(call())
   return call

@@ -20,17 +20,9 @@ _RESOLUTION = 150  # dots per inch
 
 
 def write_page(runs: Sequence[RunHistory], directory: pathlib.Path) -> pathlib.Path:
-  """Writes `report.html` and a PNG file for each figure.
+  """Writes `report.html` and a PNG file for each figure to `directory`; returns the path of the page.
 
-  Args:
-    runs: Runs, in the order of the legends.
-    directory: Where to write; it is made if it does not exist.
-
-  Returns:
-    Path of the page.
-
-  Raises:
-    InputError: If matplotlib or Jinja2 is not installed, or the directory cannot be written.
+  Raises `InputError` if matplotlib or Jinja2 is not installed, or the directory cannot be written.
   """
   try:
     import jinja2

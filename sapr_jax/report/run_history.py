@@ -18,8 +18,7 @@ class RunHistory:
   """History of one run, finished or not.
 
   Attributes:
-    path: The work directory.
-    config: Its configuration, nested as in `configs/default.py`, flat names with dots.
+    config: Its configuration, flat: names as in `configs/default.py`, with dots.
     records: One mapping for each epoch, in order.
     network: Size of each channel group and MACs of the dense network; None if an older run did not note them.
     summary: Measurements of a finished run; None for others.
@@ -42,18 +41,9 @@ class RunHistory:
     """Returns the newest value of `name`, None if no record has it."""
     return next((record[name] for record in reversed(self.records) if name in record), None)
 
-  @property
-  def train_epochs(self) -> int:
-    """Epochs of the dense network; fine-tuning comes after them."""
-    return int(self.config["train.epochs"])
-
 
 def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
-  """Reads work directories; the runs come in the order of gamma and seed.
-
-  Raises:
-    InputError: If one is not a work directory, or has no record yet.
-  """
+  """Reads work directories, each with a record at least; the runs come in the order of gamma and seed."""
   configs = [_read_config(path) for path in paths]
   histories = []
   for path, config, label in zip(paths, configs, _labels(paths, configs), strict=True):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import platform
 import sys
 import warnings
+import zlib
 from typing import Any
 
 import jax
@@ -28,11 +28,9 @@ def use_compilation_cache() -> pathlib.Path | None:
     The folder; None where it did nothing.
   """
   config: Any = jax.config  # most releases do not declare its fields
-  if config.jax_compilation_cache_dir is not None:
+  if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
     return None
-  if not config.jax_enable_compilation_cache or jax.distributed.is_initialized():
-    return None
-  if jax.default_backend() == "cpu" and jax.__version_info__ < _QUIET_ON_CPU:
+  if jax.distributed.is_initialized() or (jax.default_backend() == "cpu" and jax.__version_info__ < _QUIET_ON_CPU):
     return None
   try:
     folder = cache_folder()
@@ -40,7 +38,7 @@ def use_compilation_cache() -> pathlib.Path | None:
     if not os.access(folder, os.W_OK | os.X_OK):
       raise PermissionError(f"{folder} cannot be written")
   except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-    print(f"warning: no compilation cache, every run compiles anew: {error}", file=sys.stderr)
+    print(f"warning: no compilation cache, every run compiles again: {error}", file=sys.stderr)
     return None
   config.update("jax_compilation_cache_dir", str(folder))
   # A full disk, or a file that a killed run left half written: JAX compiles instead, and would say so for each program.
@@ -54,22 +52,11 @@ def use_compilation_cache() -> pathlib.Path | None:
 def cache_folder() -> pathlib.Path:
   """Returns `$XDG_CACHE_HOME/sapr_jax/compilation/PROCESSOR`, or the same in `~/.cache`.
 
-  The last part differs between processors: a home directory may be shared by machines, and JAX does not tell programs
-  for different instruction sets apart.
-
-  Raises:
-    RuntimeError: If the user has no home directory.
+  Machines may share a home directory, and JAX does not tell programs for different instruction sets apart.
   """
   given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   caches = given if given.is_absolute() else pathlib.Path.home() / ".cache"
-  instructions = hashlib.sha256(_instruction_sets().encode()).hexdigest()[:12]
-  return caches / "sapr_jax" / "compilation" / f"{platform.machine()}-{instructions}"
-
-
-def _instruction_sets() -> str:
-  """Returns what Linux says the processor can do, elsewhere its name."""
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    return platform.processor()
-  return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+  instructions = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+  return caches / "sapr_jax" / "compilation" / f"{platform.machine()}-{zlib.crc32(instructions.encode()):08x}"

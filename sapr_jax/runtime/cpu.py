@@ -20,22 +20,11 @@ from sapr_jax.runtime.devices import MappedStep, Step, is_cpu
 
 
 def map_step(step: Step, mesh: Mesh, params: Any, *, fast: bool = True) -> MappedStep:
-  """Maps a step over the devices; where these are CPUs, in its fast form.
-
-  Args:
-    step: See `training.steps`.
-    mesh: The devices.
-    params: Parameters of the network that the step runs, for their shapes.
-    fast: `config.fast_cpu`.
-  """
+  """Maps a step of the network with these parameters over the devices; where they are CPUs, in its fast form."""
   if not (fast and is_cpu(mesh)):
     return MappedStep(step, mesh)
   return MappedStep(with_fast_layers(step), mesh, compiler_options(params))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
-# ----------------------------------------------------------------------------------------------------------------------
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # of mallopt(3)
 
@@ -60,17 +49,13 @@ def keep_memory() -> bool:
 
 
 def _only_cpu() -> bool:
-  """Whether JAX will use the CPU, told without starting it."""
+  """Returns whether JAX will use the CPU, told without starting it."""
   config: Any = jax.config  # most releases do not declare its fields
   if platforms := config.jax_platforms:
     return platforms == "cpu"
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   return not plugins and importlib.util.find_spec("libtpu") is None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Compiler options
-# ----------------------------------------------------------------------------------------------------------------------
 
 _OPTION = "xla_cpu_experimental_ynn_fusion_type"
 _TRIED_FROM = (0, 10)
@@ -96,7 +81,7 @@ def _has_depthwise(params: Any) -> bool:
 
 @functools.cache
 def _is_known(value: str) -> bool:
-  """Whether this release of JAX takes the option: it is experimental, and may go."""
+  """Returns whether this release of JAX takes the option: it is experimental, and may go."""
   if jax.__version_info__ < _TRIED_FROM:
     return False
   try:

@@ -23,8 +23,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 def data_mesh() -> Mesh:
   """Returns the mesh of all devices along the axis `AXIS`, those of a process side by side.
 
-  Raises:
-    InputError: If the processes have different numbers of devices, as each provides an equal part of every batch.
+  Raises `InputError` if the processes have different numbers of them: each provides an equal part of every batch.
   """
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   counts = collections.Counter(device.process_index for device in devices)
@@ -53,12 +52,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def is_cpu(mesh: Mesh) -> bool:
-  """Whether the devices are CPUs."""
+  """Returns whether the devices are CPUs."""
   return mesh.devices.flat[0].platform == "cpu"
 
 
 def loops_are_slow(mesh: Mesh) -> bool:
-  """Whether to unroll loops: on a CPU, XLA runs the convolutions in the body of one some thirty times slower."""
+  """Returns whether to unroll loops: XLA for CPUs runs convolutions in a loop some thirty times slower."""
   return is_cpu(mesh)
 
 
@@ -68,7 +67,7 @@ def default_steps_per_call(mesh: Mesh) -> int:
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that writes files and talks to the user."""
+  """Returns whether this process is the one that writes files and talks to the user."""
   return jax.process_index() == 0
 
 
@@ -80,11 +79,6 @@ def process_slice(batch_size: int) -> slice:
 
 class MappedStep:
   """A per-device step, mapped over the mesh and compiled to run many times in one call.
-
-  Args:
-    step: The step.
-    mesh: The devices.
-    compiler_options: For `jax.jit`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -113,21 +107,16 @@ class MappedStep:
     self._many = jax.jit(mapped, donate_argnums=0, compiler_options=dict(compiler_options or {}) or None)
 
   def place(self, batches: Any) -> Any:
-    """Sends the batches of a call to the devices.
+    """Sends the batches of a call, host arrays `[n, batch, ...]`, to the devices, over which a batch is cut evenly.
 
-    Args:
-      batches: Pytree of host arrays `[n, batch, ...]`, of which each process provides its `process_slice`. The batch is
-        cut evenly over the devices.
+    Each process provides its `process_slice` of the batches.
     """
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._sharding, x), batches)
 
   def __call__(self, state: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
-    """Starts the step on n batches in turn; every n is a program to compile.
+    """Starts the step on n batches that `place` has sent; every n is a program to compile.
 
-    Args:
-      state: State before the first step, on all devices; donated.
-      shared: What every step reads, on all devices.
-      batches: Batches that `place` has sent.
+    State and `shared` are on all devices, and `state` is donated.
 
     Returns:
       (state, metrics stacked `[n, ...]`). The host does not wait for them.
@@ -149,12 +138,9 @@ class MappedStep:
 
 
 class MetricsQueue:
-  """Metrics that still lie on the devices, fetched many calls at a time, so that the host seldom waits.
+  """Metrics that still lie on the devices, fetched `every` calls at a time, so that the host seldom waits.
 
   It bounds how far the host runs ahead: at most `2 * every` calls are under way.
-
-  Args:
-    every: How many calls to fetch at a time.
   """
 
   def __init__(self, every: int):
@@ -186,20 +172,3 @@ def sum_over_devices(tree: Any) -> Any:
 def device_key(key: jax.Array) -> jax.Array:
   """Makes a key that differs between devices; for use inside a step."""
   return jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-
-
-__all__ = [
-  "AXIS",
-  "MappedStep",
-  "MetricsQueue",
-  "data_mesh",
-  "default_steps_per_call",
-  "device_key",
-  "is_cpu",
-  "is_main_process",
-  "loops_are_slow",
-  "mean_over_devices",
-  "process_slice",
-  "replicate",
-  "sum_over_devices",
-]

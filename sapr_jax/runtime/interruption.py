@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -41,9 +41,7 @@ class Interruption:
       self._previous = {number: signal.signal(number, self._note) for number in signals}
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import zlib
@@ -45,26 +46,34 @@ def initialize(
     coordinator: `HOST:PORT`, a free port of the machine of process 0 that all others can reach.
     num_processes: How many processes there are.
     process_id: Which one this is, from 0.
-    timeout: Seconds to wait for the others.
+    timeout: Seconds to wait for the others; then the program ends.
 
   Returns:
     Which process this is.
 
   Raises:
-    InputError: If the arguments are wrong, or a process does not come.
+    InputError: If the arguments are wrong, or no connection can be made.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
   if len(missing) not in (0, len(given)):
     raise InputError(f"{missing[0]} is missing; give --coordinator, --num_processes and --process_id, or none of them.")
   if coordinator is not None and num_processes is not None and process_id is not None:
-    _check_arguments(coordinator, num_processes, process_id)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+      raise InputError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}.")
+    if not 0 <= process_id < num_processes:
+      raise InputError(f"--process_id must be at least 0 and below --num_processes={num_processes}, got {process_id}.")
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
   # Where a process does not come, JAX aborts with a stack trace; this ends the wait first, with one line.
-  watch = threading.Timer(timeout, _give_up, [_not_connected(coordinator, num_processes, process_id, timeout)])
+  who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
+  watch = threading.Timer(timeout, _give_up, [f"{who} could not connect to the others within {timeout} s"])
   watch.daemon = True
   watch.start()
   try:
+    if coordinator is not None and process_id == 0:
+      # Where the port is taken, JAX raises an error or, now and then, crashes.
+      socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     jax.distributed.initialize(
       coordinator,
       num_processes,
@@ -73,7 +82,7 @@ def initialize(
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
-  except (RuntimeError, ValueError) as error:
+  except (OSError, RuntimeError, ValueError) as error:
     if coordinator is None:
       raise InputError(
         f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator,"
@@ -103,10 +112,9 @@ def gather(text: str) -> list[str]:
 
 
 def together(action: Callable[[], T]) -> T:
-  """Does something on each process; what one cannot do stops all of them. It must not communicate.
+  """Does something on each process; it must not communicate.
 
-  Raises:
-    InputError: If `action` raises one on any process; on all of them, with the message of the first.
+  If it raises `InputError` on any process, all of them raise one with the message of the first.
   """
   result, problem = None, ""
   try:
@@ -123,14 +131,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def decided_by_main(question: Callable[[], T]) -> T:
-  """Returns on all processes what `question` returns on process 0, where alone it is called.
-
-  Args:
-    question: Returns what JSON can hold.
-
-  Raises:
-    InputError: If `question` raises one.
-  """
+  """Returns on all processes what `question` returns, as JSON can hold it, on process 0, where alone it is called."""
   if jax.process_count() == 1:
     return question()
   answer = together(lambda: json.dumps(question()) if jax.process_index() == 0 else "")
@@ -139,11 +140,7 @@ def decided_by_main(question: Callable[[], T]) -> T:
 
 
 def check_equal(**values: Any) -> None:
-  """Checks that all processes have the same values, as JSON has them.
-
-  Raises:
-    InputError: If they differ; the message says where.
-  """
+  """Checks that all processes have the same values, as JSON has them; raises `InputError` that says where not."""
   for number, text in enumerate(texts := gather(json.dumps(values, sort_keys=True))):
     here, there = json.loads(texts[0]), json.loads(text)
     for name in sorted(here.keys() | there.keys()):
@@ -177,11 +174,8 @@ def lost_process(error: BaseException) -> str | None:
 def leave(status: int, *, wait: bool = True) -> int:
   """Ends this process's part of a run of several; call it last.
 
-  If the others come here too, it returns `status`. If they do not, within seconds, JAX stops them, and this one ends.
-
-  Args:
-    status: The exit status.
-    wait: Whether there is any use in waiting for the others.
+  If the others come here too, it returns the exit status `status`. If they do not, within seconds, JAX stops them, and
+  this one ends; at once if there is no use in waiting (`wait=False`).
   """
   if not jax.distributed.is_initialized():
     return status
@@ -196,37 +190,11 @@ def leave(status: int, *, wait: bool = True) -> int:
   os._exit(status)  # what is run at exit would wait for them
 
 
-def _check_arguments(coordinator: str, num_processes: int, process_id: int) -> None:
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdigit() or not 0 < int(port) < 65536:
-    raise InputError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}.")
-  if num_processes < 1:
-    raise InputError(f"--num_processes must be at least 1, got {num_processes}.")
-  if not 0 <= process_id < num_processes:
-    raise InputError(f"--process_id must be in 0 .. --num_processes - 1 = {num_processes - 1}, got {process_id}.")
-
-
-def _not_connected(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> str:
-  who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
-  return (
-    f"{who} could not connect to the others within {timeout} s; start every process, each with the same --coordinator"
-    " and --num_processes and a --process_id of its own, and let them through the firewall."
+def _give_up(problem: str) -> None:
+  print(
+    f"error: {problem}; start every process, each with the same --coordinator and --num_processes and a --process_id of"
+    " its own, and let them through the firewall.",
+    file=sys.stderr,
+    flush=True,
   )
-
-
-def _give_up(message: str) -> None:
-  print(f"error: {message}", file=sys.stderr, flush=True)
   os._exit(2)
-
-
-__all__ = [
-  "HEARTBEAT_SECONDS",
-  "check_equal",
-  "decided_by_main",
-  "fingerprint",
-  "gather",
-  "initialize",
-  "leave",
-  "lost_process",
-  "together",
-]

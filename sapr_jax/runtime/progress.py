@@ -30,14 +30,8 @@ class Progress:
     self._done = self._first = steps_done
     self._started = self._last_line = time.monotonic()
     self._is_terminal = sys.stderr.isatty() and is_main_process()
-    self._bar = tqdm(
-      total=epochs * steps_per_epoch,
-      initial=self._done,
-      desc=stage,
-      unit="step",
-      disable=not self._is_terminal,
-      dynamic_ncols=True,
-    )
+    total, hidden = epochs * steps_per_epoch, not self._is_terminal
+    self._bar = tqdm(total=total, initial=steps_done, desc=stage, unit="step", disable=hidden, dynamic_ncols=True)
 
   def advance(self, steps: int) -> None:
     """Notes that `steps` more weight steps are done."""
@@ -53,15 +47,12 @@ class Progress:
     self._last_line = time.monotonic()
     if self._is_terminal:
       self._bar.write(text, file=sys.stdout)
-    else:
-      say(f"{text}{self._time_left()}")
-
-  def _time_left(self) -> str:
+      return
     done, todo = self._done - self._first, self._epochs * self._steps_per_epoch - self._done
-    if not done or not todo:
-      return ""
-    seconds = round((time.monotonic() - self._started) / done * todo)
-    return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+    if done and todo:
+      seconds = round((self._last_line - self._started) / done * todo)
+      text += f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+    say(text)
 
   def close(self) -> None:
     self._bar.close()

@@ -150,7 +150,7 @@ class StreamedFeed(Feed):
     return zip(calls, weights[:, None, process_slice(order.shape[1])], strict=True)
 
   def _calls(
-    self, split: data.EncodedSplit, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
+    self, split: data.EncodedSource, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
   ) -> Iterator[Any]:
     batches = data.stream_batches(
       split,

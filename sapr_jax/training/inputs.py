@@ -1,4 +1,4 @@
-"""How images become the inputs of a step: what lies on the devices, augmentation, normalization."""
+"""Inputs of a step: images on the devices, their augmentation and normalization."""
 
 from __future__ import annotations
 

@@ -46,29 +46,6 @@ class Stage:
   renew_masks: Callable[[TrainState, int], tuple[TrainState, Record]] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointPlan:
-  """When checkpoints are made, besides at the end of a stage.
-
-  Attributes:
-    every_epochs: After every so many epochs.
-    every_steps: And every so many steps within an epoch; None for not.
-  """
-
-  every_epochs: int
-  every_steps: int | None
-
-  def within_epoch(self, position: Position, steps: int) -> bool:
-    """Whether a checkpoint is due after `steps` more steps have led to `position`."""
-    if self.every_steps is None or position.step == position.steps_per_epoch:
-      return False
-    return position.steps_done // self.every_steps > (position.steps_done - steps) // self.every_steps
-
-  def after_epoch(self, position: Position, epochs: int) -> bool:
-    """Whether a checkpoint is due at the end of an epoch, the last of which is `epochs`."""
-    return position.epoch % self.every_epochs == 0 or position.epoch == epochs
-
-
 def train(
   stage: Stage,
   state: TrainState,
@@ -76,9 +53,13 @@ def train(
   checkpointer: Checkpointer,
   recorder: Recorder,
   interruption: Interruption,
-  plan: CheckpointPlan,
+  *,
+  every_epochs: int,
+  every_steps: int | None,
 ) -> TrainState:
   """Runs a stage from `position`, where it has `state` (donated), to its end; returns its last state.
+
+  Checkpoints are made after every `every_epochs` epochs, at the end, and after every `every_steps` steps of an epoch.
 
   Raises:
     DivergedError: If a loss is not finite; the last checkpoint before is kept.
@@ -114,7 +95,7 @@ def train(
       position.step += steps
       progress.advance(steps)
       stopping = interruption.requested()
-      if stopping or plan.within_epoch(position, steps) or position.diverged():
+      if stopping or position.diverged() or position.passed_multiple(every_steps, steps):
         position.add(queue.fetch())
         position.record["weight_seconds"] = seconds_before + time.monotonic() - clock
         _check_finite(stage, state, position)
@@ -131,7 +112,7 @@ def train(
     recorder.write(record)
     progress.line(report.format_epoch(record, stage.epochs))
     position = Position(position.steps_per_epoch, position.epoch + 1)
-    if plan.after_epoch(position, stage.epochs):
+    if position.epoch % every_epochs == 0 or position.epoch == stage.epochs:
       save()
   progress.close()
   return state

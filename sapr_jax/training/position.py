@@ -61,6 +61,12 @@ class Position:
     """Number of a checkpoint made here: it grows by one with every step and with the end of every epoch."""
     return self.steps_done + self.epoch
 
+  def passed_multiple(self, every: int | None, steps: int) -> bool:
+    """Returns whether the last `steps` steps reached a multiple of `every`, and the epoch goes on."""
+    if every is None or self.step == self.steps_per_epoch:
+      return False
+    return self.steps_done // every > (self.steps_done - steps) // every
+
   def add(self, calls: Sequence[Mapping[str, Any]]) -> None:
     """Adds the metrics of calls, `[n]` for n steps each."""
     for metrics in calls:

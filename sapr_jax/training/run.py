@@ -131,8 +131,8 @@ def run_stage(
     if stage.renew_masks is not None and position.epoch < stage.epochs:
       # Fine-tuning of a network that does not exist yet: the checkpoints of its training were lost.
       processes.decided_by_main(lambda: shutil.rmtree(folder.parent / "finetune", ignore_errors=True))
-    plan = loop.CheckpointPlan(fields.every_epochs, fields.every_steps)
-    return loop.train(stage, state, position, checkpointer, recorder, interruption, plan)
+    every = {"every_epochs": fields.every_epochs, "every_steps": fields.every_steps}
+    return loop.train(stage, state, position, checkpointer, recorder, interruption, **every)
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:

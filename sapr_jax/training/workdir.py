@@ -162,7 +162,7 @@ def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
 
 def _remove_leftovers(path: pathlib.Path) -> None:
   """Removes what a killed run had begun to write and had not yet put in its place."""
-  for name in (CONFIG, RECORDS, SUMMARY, REPORT, DENSE, PRUNED):
+  for name in (CONFIG, NETWORK, RECORDS, SUMMARY, REPORT, DENSE, PRUNED):
     for leftover in path.glob(f".{name}.*"):
       if leftover.is_dir():
         shutil.rmtree(leftover)

@@ -67,20 +67,6 @@ def test_evaluation_batches_count_each_image_once(num_images, batch_size):
   assert counted.tolist() == [1] * num_images
 
 
-def test_bad_sizes_and_seeds_are_refused(refused):
+def test_a_batch_larger_than_the_data_is_refused(refused):
   with refused("batch_size must be", "training images, 8, got 9"):
     epoch_batches(8, 9, seed=0, epoch=0, purpose="weights")
-  with refused("batch_size must be at least 1, got 0"):
-    epoch_batches(8, 0, seed=0, epoch=0, purpose="weights")
-  with refused("num_images must be at least 1, got 0"):
-    epoch_order(0, seed=0, epoch=0, purpose="weights")
-  with refused("seed must be in [0, 2**32), got -1"):
-    epoch_order(8, seed=-1, epoch=0, purpose="weights")
-  with refused("seed must be", "got 4294967296"):
-    epoch_order(8, seed=2**32, epoch=0, purpose="weights")
-  with refused("epoch must be", "got -2"):
-    epoch_order(8, seed=0, epoch=-2, purpose="weights")
-  with refused("num_images must be at least 1, got 0"):
-    evaluation_batches(0, 4)
-  with refused("batch_size must be at least 1, got 0"):
-    evaluation_batches(4, 0)

@@ -175,21 +175,6 @@ def test_evaluation_equals_the_reference_bit_for_bit(shape, file_format):
   assert np.array_equal(EvaluationRecipe(size=13, resize=16)(encoded, "a", bits(0)), expected)
 
 
-def test_bad_recipes_are_refused(refused):
-  with refused("size must be at least 1 pixel, got 0"):
-    TrainingRecipe(size=0)
-  with refused("size must be at least 1 pixel, got 0"):
-    EvaluationRecipe(size=0)
-  for scale in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.1)):
-    with refused("scale must be", "shares of the image"):
-      TrainingRecipe(scale=scale)
-  for ratio in ((0.0, 1.0), (2.0, 1.0)):
-    with refused("ratio must be", "increasing order"):
-      TrainingRecipe(ratio=ratio)
-  with refused("resize must be at least size, 11, got 10"):
-    EvaluationRecipe(size=11, resize=10)
-
-
 @pytest.fixture(scope="module")
 def real_files(tmp_path_factory):
   """Forty real ImageNet images, as bytes."""

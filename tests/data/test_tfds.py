@@ -31,6 +31,7 @@ class SaprTiny(tfds.core.GeneratorBasedBuilder):
   __module__ = "tiny_sets"
   pkg_dir_path = tfds.core.Path(__file__).parent
 
+  unlabelled = False
   image_name = "image"
   image_dtype = np.uint8
   splits = tuple(SPLIT_SIZES)
@@ -48,7 +49,7 @@ class SaprTiny(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, size):
     for index in range(size):
-      yield index, {self.image_name: self.image(index), "label": index % 2}
+      yield index, {self.image_name: self.image(index), "label": -1 if self.unlabelled else index % 2}
 
   def image(self, index):
     return encoded(index)
@@ -73,6 +74,10 @@ class SaprTinyWide(SaprTiny):
 class SaprTinySizes(SaprTiny):
   def image(self, index):
     return encoded(index, width=4 + index % 2)
+
+
+class SaprTinyUnlabelled(SaprTiny):
+  unlabelled = True
 
 
 class SaprTinyMissingPackage(SaprTiny):
@@ -144,6 +149,8 @@ def test_sets_of_another_form_are_refused(tmp_path, refused):
     load("sapr_tiny_wide", tmp_path)
   with refused("'sapr_tiny_sizes/train[", "is 3x4", "is 3x5", "one size"):
     load("sapr_tiny_sizes", tmp_path)
+  with refused("'sapr_tiny_unlabelled' have no label"):
+    load("sapr_tiny_unlabelled", tmp_path)
 
 
 def test_what_is_missing_to_prepare_is_named(tmp_path, refused):

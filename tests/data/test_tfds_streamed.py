@@ -45,13 +45,13 @@ def value_of(content):
 def test_train_and_validation_are_opened_without_decoding(tmp_path, monkeypatch):
   prepare(tmp_path, monkeypatch, train=6, validation=4, test=2)
   dataset = opened(path=str(tmp_path))
-  assert (dataset.name, dataset.num_classes, dataset.train.labels) == (NAME, 1000, None)
+  assert (dataset.name, len(dataset.class_names)) == (NAME, 1000)
   assert dataset.class_names[:2] == ("n01440764", "n01443537")
   for split, size in ((dataset.train, 6), (dataset.test, 4)):
-    examples = [pickle.loads(pickle.dumps(split.source))[index] for index in range(len(split))]
+    examples = [pickle.loads(pickle.dumps(split))[index] for index in range(len(split))]
     assert sorted(label for _, label, _ in examples) == list(range(size))
     assert all(value_of(content) == label for content, label, _ in examples)
-  assert dataset.train.source[3][2] == "imagenet2012/train[3]"
+  assert dataset.train[3][2] == "imagenet2012/train[3]"
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_batches_come_from_threads_and_from_workers(tmp_path, monkeypatch):
   prepare(tmp_path, monkeypatch, train=6, validation=4)
   split = opened(path=str(tmp_path)).train
   order = np.array([[5, 0, 0], [2, 1, 3]], np.int32)
-  expected = [[split.source[index][1] for index in row] for row in order.tolist()]
+  expected = [[split[index][1] for index in row] for row in order.tolist()]
   for workers in (0, 1):
     batches = list(
       stream_batches(
@@ -85,7 +85,7 @@ def test_a_subset_is_random_and_follows_the_seed(tmp_path, monkeypatch, refused)
 
   def chosen(seed):
     split = opened(path=str(tmp_path), train_images=3, seed=seed).train
-    return tuple(split.source[index][2] for index in range(len(split)))
+    return tuple(split[index][2] for index in range(len(split)))
 
   assert chosen(1) == chosen(1)
   assert len(set(chosen(1))) == 3

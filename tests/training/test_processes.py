@@ -174,9 +174,9 @@ def test_a_port_in_use_is_named():
     ((None, 2, 0), "--coordinator is missing"),
     (("10.0.0.1", 2, 0), "--coordinator must be HOST:PORT, such as .*, got '10.0.0.1'"),
     (("10.0.0.1:port", 2, 0), "--coordinator must be HOST:PORT"),
-    (("10.0.0.1:1234", 0, 0), "--num_processes must be at least 1, got 0"),
-    (("10.0.0.1:1234", 2, 2), "--process_id must be in 0 .. --num_processes - 1 = 1, got 2"),
-    (("10.0.0.1:1234", 2, -1), "--process_id must be in 0 .*, got -1"),
+    (("10.0.0.1:1234", 0, 0), "--process_id must be at least 0 and below --num_processes=0, got 0"),
+    (("10.0.0.1:1234", 2, 2), "--process_id must be at least 0 and below --num_processes=2, got 2"),
+    (("10.0.0.1:1234", 2, -1), "--process_id must be at least 0 .*, got -1"),
   ],
 )
 def test_wrong_arguments_are_refused(arguments, text):

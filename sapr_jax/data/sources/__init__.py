@@ -1,4 +1,4 @@
-"""Where images come from: a new source is one file here and one line in `SOURCES`."""
+"""Sources of images: a new one is one file here and one line in `SOURCES`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,12 +10,7 @@ from sapr_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The functions of one source.
-
-  Attributes:
-    load: Reads all images into memory.
-    open: Lists image files to stream from disk; None where images are only to be had in memory.
-  """
+  """Reads all images into memory with `load`; lists the files to stream from disk with `open`, where that can be."""
 
   load: Callable[[DataSpec], ImageDataset]
   open: Callable[[DataSpec], EncodedDataset] | None = None
@@ -29,13 +24,7 @@ SOURCES: dict[str, Source] = {
 
 
 def load_dataset(spec: DataSpec) -> ImageDataset:
-  """Loads a labelled image set into host memory.
-
-  Args:
-    spec: Names the data set. Subsets are class-balanced.
-
-  Returns:
-    The data set, images as uint8 `[N, H, W, C]`.
+  """Loads a labelled image set into host memory; subsets are class-balanced.
 
   Raises:
     InputError: If the source is unknown or cannot be read, or the images differ in size.
@@ -51,12 +40,8 @@ def load_dataset(spec: DataSpec) -> ImageDataset:
 def open_dataset(spec: DataSpec) -> EncodedDataset:
   """Opens a labelled set of image files without reading them; `stream_batches` does that.
 
-  Args:
-    spec: Names the data set. Subsets of "tfds" are not class-balanced, as a label is known only with its image.
-
-  Returns:
-    The data set. It is evaluated on `val` (folder) or `validation` (tfds), and on `test` only where that is missing,
-    as the test images of ImageNet have no labels.
+  It is evaluated on `val` (folder) or `validation` (tfds), and on `test` only where that is missing, as the test images
+  of ImageNet have no labels. Subsets of "tfds" are not class-balanced, as a label is known only with its image.
 
   Raises:
     InputError: If the source is unknown, cannot be streamed or cannot be opened. Broken images are found when read.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, balanced_indices
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSource, ImageDataset, balanced_indices
 from sapr_jax.data.decoding import decode_dataset, unreadable
 from sapr_jax.errors import InputError
 
@@ -30,26 +30,18 @@ def open(spec: DataSpec) -> EncodedDataset:
 
 
 class FolderSource:
-  """Image files on disk.
-
-  The paths are kept as one run of bytes: a list of a million strings would take five times the memory, in every
-  worker process, and long to hand over.
-  """
+  """Image files on disk: paths that begin with `root`, and their labels, int32 `[N]`."""
 
   def __init__(self, root: str, files: Sequence[str], labels: np.ndarray) -> None:
-    """Keeps `files`, paths that begin with `root`, and their `labels`, int32 `[N]`."""
-    self._root = root
-    paths = [os.fsencode(file[len(root) :]) for file in files]
-    self._paths = b"".join(paths)
-    self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-    self._labels = labels
+    # An array: a list of ImageNet's paths takes three times the memory in every worker, and ten times as long to send.
+    self._paths = np.array([os.fsencode(file[len(root) :]) for file in files])
+    self._root, self._labels = root, labels
 
   def __len__(self) -> int:
     return len(self._labels)
 
   def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-    start = self._ends[index - 1] if index else 0
-    path = self._root + os.fsdecode(self._paths[start : self._ends[index]])
+    path = self._root + os.fsdecode(self._paths[index])
     try:
       return Path(path).read_bytes(), int(self._labels[index]), path
     except OSError as error:
@@ -57,51 +49,40 @@ class FolderSource:
 
 
 def _list_files(spec: DataSpec, held_out: str) -> EncodedDataset:
-  """Lists the files of both splits, after checking that they have the same classes."""
-  splits = ("train", held_out)
-  root = _find_root(spec.path, splits)
-  class_names = _find_classes(root, splits)
-  train, test = (
-    _choose_files(root / split, class_names, size, spec.seed)
-    for split, size in zip(splits, (spec.train_images, spec.test_images), strict=True)
-  )
+  root, class_names = _find_classes(spec.path, ("train", held_out))
+  train = _choose_files(root / "train", class_names, spec.train_images, spec.seed)
+  test = _choose_files(root / held_out, class_names, spec.test_images, spec.seed)
   return EncodedDataset(root.resolve().name, train, test, class_names)
 
 
-def _find_root(path: str | None, splits: tuple[str, str]) -> Path:
-  """Returns the folder of a data set, after checking that it holds a folder for both `splits`."""
+def _find_classes(path: str | None, splits: tuple[str, str]) -> tuple[Path, tuple[str, ...]]:
+  """Returns the folder of a data set and its sorted class names, after checking that both splits have the same ones."""
+  expected = f"expected {splits[0]}/<class>/* and {splits[1]}/<class>/*"
   if path is None:
-    raise InputError(f"source=folder needs the path of a folder; {_layout(splits)} in it")
+    raise InputError(f"source=folder needs the path of a folder; {expected} in it")
   root = Path(path)
   if not root.is_dir():
-    raise InputError(f"there is no folder {str(root)!r}; {_layout(splits)} in it")
-  found = _visible_folders(root)
+    raise InputError(f"there is no folder {path!r}; {expected} in it")
+  found, classes = _visible_folders(root), []
   for split in splits:
     if split not in found:
       raise InputError(
-        f"folder {str(root)!r} has no {split!r} folder; {_layout(splits)}, found {_listed(found)}; "
-        f"rename the folder that holds the {split} images, or link to it"
+        f"folder {path!r} has no {split!r} folder; {expected}, found {_listed(found)}; rename the folder that holds "
+        f"the {split} images, or link to it"
       )
-  return root
-
-
-def _find_classes(root: Path, splits: tuple[str, str]) -> tuple[str, ...]:
-  """Returns the sorted class names, after checking that both splits have the same ones."""
-  first, second = (set(_visible_folders(root / split)) for split in splits)
-  for split, classes in zip(splits, (first, second), strict=True):
-    if not classes:
-      raise InputError(
-        f"folder {str(root / split)!r} has no class folder; {_layout(splits)}, so sort its files into them"
-      )
+    classes.append(set(_visible_folders(root / split)))
+    if not classes[-1]:
+      raise InputError(f"folder {str(root / split)!r} has no class folder; {expected}, so sort its files into them")
+  first, second = classes
   if first != second:
     raise InputError(
-      f"the splits of {str(root)!r} have different classes; expected the same ones: only in {splits[0]}: "
+      f"the splits of {path!r} have different classes; expected the same ones: only in {splits[0]}: "
       f"{_listed(first - second)}; only in {splits[1]}: {_listed(second - first)}"
     )
-  return tuple(sorted(first))
+  return root, tuple(sorted(first))
 
 
-def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, seed: int) -> EncodedSplit:
+def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, seed: int) -> EncodedSource:
   """Lists the image files of a split and takes the balanced subset, before any file is opened."""
   by_class = [_image_files(folder / class_name) for class_name in class_names]
   files = [file for class_files in by_class for file in class_files]
@@ -110,7 +91,7 @@ def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, se
     chosen = balanced_indices(labels, size, seed)
   except InputError as error:
     raise InputError(f"in {str(folder)!r}: {error}") from error
-  return EncodedSplit(FolderSource(str(folder), [files[index] for index in chosen], labels[chosen]), labels[chosen])
+  return FolderSource(str(folder), [files[index] for index in chosen], labels[chosen])
 
 
 def _visible_folders(folder: Path) -> list[str]:
@@ -135,10 +116,6 @@ def _image_files(folder: Path) -> list[str]:
       f"class folder {str(folder)!r} holds no image; expected files ending in {', '.join(sorted(EXTENSIONS))}"
     )
   return [os.path.join(folder, name) for name in sorted(names)]
-
-
-def _layout(splits: tuple[str, str]) -> str:
-  return "expected " + " and ".join(f"{split}/<class>/*" for split in splits)
 
 
 def _listed(names: Iterable[str]) -> str:

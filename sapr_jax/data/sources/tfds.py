@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSplit, ImageDataset, balanced_indices, subset
+from sapr_jax.data.dataset import DataSpec, EncodedDataset, ImageDataset, balanced_indices, subset
 from sapr_jax.data.decoding import decode_dataset
 from sapr_jax.errors import InputError, one_line
 
@@ -37,13 +37,10 @@ def open(spec: DataSpec) -> EncodedDataset:
 
 
 class TfdsSource:
-  """Image files within a data set of TensorFlow Datasets."""
+  """The examples at `indices` of a `tfds` data source whose images are left encoded."""
 
   def __init__(self, examples: Any, indices: np.ndarray, name: str) -> None:
-    """Keeps the `examples` at `indices` of a `tfds` data source whose images are left encoded."""
-    self._examples = examples
-    self._indices = indices
-    self._name = name
+    self._examples, self._indices, self._name = examples, indices, name
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -58,14 +55,13 @@ def _open_splits(spec: DataSpec, builder: Any, held_out: str) -> EncodedDataset:
   """Opens `train` and `held_out` of a prepared set, after checking its form."""
   from tensorflow_datasets import decode
 
-  splits = ("train", held_out)
-  _check_form(spec.name, builder.info, splits)
+  _check_form(spec.name, builder.info, ("train", held_out))
 
-  def open_split(split: str, size: int | None) -> EncodedSplit:
+  def open_split(split: str, size: int | None) -> TfdsSource:
     examples = builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
     # One class for all: to balance the subset, the labels would have to be read along with every image.
     indices = balanced_indices(np.zeros(len(examples), np.int32), size, spec.seed)
-    return EncodedSplit(TfdsSource(examples, indices, f"{spec.name}/{split}"))
+    return TfdsSource(examples, indices, f"{spec.name}/{split}")
 
   train, test = open_split("train", spec.train_images), open_split(held_out, spec.test_images)
   return EncodedDataset(spec.name, train, test, tuple(builder.info.features["label"].names))
@@ -75,32 +71,26 @@ def _check_form(name: str, info: Any, splits: Sequence[str]) -> None:
   """Checks that the set has `splits`, with 8-bit images and class labels under the usual names."""
   import tensorflow_datasets as tfds
 
-  for kind, expected, found in (("split", splits, info.splits), ("feature", ("image", "label"), info.features)):
-    missing = [item for item in expected if item not in found]
-    if missing:
-      raise InputError(
-        f"TensorFlow Datasets set {name!r} has no {kind} {missing[0]!r}, only {', '.join(sorted(found))}; choose a set "
-        f"of images with the {kind}s {' and '.join(expected)}, {_OTHER_SOURCE}"
-      )
+  features = info.features
+  missing = [split for split in splits if split not in info.splits]
+  problems = [f"it has no split {split!r}, only {', '.join(info.splits)}" for split in missing]
   for feature, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-    if not isinstance(info.features[feature], kind):
-      raise InputError(
-        f"feature {feature!r} of TensorFlow Datasets set {name!r} must be of type {kind.__name__}, got "
-        f"{type(info.features[feature]).__name__}; choose a set for image classification, {_OTHER_SOURCE}"
-      )
-  if info.features["image"].np_dtype != np.uint8:
+    if feature not in features:
+      problems.append(f"it has no feature {feature!r}, only {', '.join(sorted(features))}")
+    elif not isinstance(features[feature], kind):
+      got = type(features[feature]).__name__
+      problems.append(f"its feature {feature!r} must be of type {kind.__name__}, got {got}")
+  if not problems and (dtype := features["image"].np_dtype) != np.uint8:
+    problems.append(f"its images must be uint8, got {dtype.__name__}")
+  if problems:
     raise InputError(
-      f"images of TensorFlow Datasets set {name!r} must be uint8, got {info.features['image'].np_dtype.__name__}; "
-      f"choose a set for image classification, {_OTHER_SOURCE}"
+      f"TensorFlow Datasets set {name!r} does not fit: {problems[0]}; choose one for image classification, "
+      f"{_OTHER_SOURCE}"
     )
 
 
 def _prepare(spec: DataSpec) -> Any:
-  """Downloads and prepares a set if need be.
-
-  Returns:
-    The `tfds.core.DatasetBuilder` of a set that lies ready on disk, in a format with random access.
-  """
+  """Returns the builder of a set, in a format with random access, downloaded and prepared if need be."""
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -120,30 +110,20 @@ def _prepare(spec: DataSpec) -> Any:
     builder.download_and_prepare()
   # Downloading and preparing run code of each set, which raises errors of many unrelated types.
   except Exception as error:
-    raise InputError(_explain(name, path, error)) from error
+    raise InputError(f"{_explain(name, path, error)}, {_OTHER_SOURCE}") from error
   return builder
 
 
 def _explain(name: str, path: str | None, error: Exception) -> str:
   """Says what is to be done about an error while a set was being prepared."""
-  package = _missing_package(error)
-  if package is not None:
-    return f"preparing {name!r} for the first time needs {package}; run: pip install {package}, {_OTHER_SOURCE}"
-  folder = path or "the default folder of TensorFlow Datasets"
+  if package := _missing_package(error):
+    return f"preparing {name!r} for the first time needs {package}; run: pip install {package}"
+  folder, text = path or "the default folder of TensorFlow Datasets", one_line(error, 400)
   if "Manual directory" in str(error):
-    return (
-      f"{name!r} is not free to download; put its files into the folder downloads/manual in {folder}, {_OTHER_SOURCE} "
-      f"({one_line(error, 400)})"
-    )
+    return f"{name!r} is not free to download; put its files into the folder downloads/manual in {folder} ({text})"
   if "File format is already set" in str(error):
-    return (
-      f"{name!r} lies in {folder} in a file format without random access; give another path to prepare it again, "
-      f"{_OTHER_SOURCE}"
-    )
-  return (
-    f"TensorFlow Datasets could not download and prepare {name!r}; check the network and the space "
-    f"on disk, {_OTHER_SOURCE} ({one_line(error, 200)})"
-  )
+    return f"{name!r} lies in {folder} in a format without random access; give another path to prepare it again"
+  return f"TensorFlow Datasets could not download and prepare {name!r}; check the network and the disk ({text})"
 
 
 def _missing_package(error: BaseException | None) -> str | None:
