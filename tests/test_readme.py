@@ -30,6 +30,7 @@ def test_the_example_of_the_readme(tmp_path):
   assert (tmp_path / "small_net" / "model.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   *_, dense, pruned, shares, time = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
