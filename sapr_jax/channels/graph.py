@@ -129,9 +129,10 @@ class ChannelPolynomial:
   factors: np.ndarray
 
   def __call__(self, kept: Any) -> Any:
-    """Evaluates at `kept`: a NumPy array `[K]` of int64 gives an exact Python int, a floating array a JAX scalar."""
-    if isinstance(kept, np.ndarray) and kept.dtype == np.int64:
-      return int((self.coefficients * np.append(kept, 1)[self.factors].prod(axis=1)).sum())
+    """Evaluates at `kept`, `[K]`: concrete integers give an exact Python int, others a floating JAX scalar."""
+    if not isinstance(kept, jax.core.Tracer) and np.issubdtype(np.asarray(kept).dtype, np.integer):
+      widths = np.append(np.asarray(kept, np.int64), 1)
+      return int((self.coefficients * widths[self.factors].prod(axis=1)).sum())
     kept = jnp.asarray(kept)
     extended = jnp.append(kept, jnp.ones((), kept.dtype))
     return jnp.sum(jnp.asarray(self.coefficients, kept.dtype) * jnp.prod(extended[self.factors], axis=1))

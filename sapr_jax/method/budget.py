@@ -102,6 +102,8 @@ def make_budget(
     if cost not in COSTS:
       raise InputError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}.")
     cost = COSTS[cost](graph)
+  if not callable(cost) or not isinstance(getattr(cost, "name", None), str):
+    raise InputError(f"cost must be one of {', '.join(COSTS)}, or a function with a `name`, got {cost!r}; see Cost.")
   if (share is None) == (amount is None):
     raise InputError(
       f"A budget must be given as a share or as an amount, got {'neither' if share is None else 'both'}; write"
@@ -165,7 +167,9 @@ def budget_penalty(graph: ChannelGraph, masks: Masks, budget: Budget) -> jax.Arr
   Raises:
     InputError: If `masks` does not fit `graph`.
   """
-  return jnp.log(jnp.maximum(budget.cost(graph.kept(masks)), budget.limit) / budget.limit)
+  cost = budget.cost(graph.kept(masks))
+  cost = float(cost) if isinstance(cost, int) else cost  # of concrete masks; it may exceed int32
+  return jnp.log(jnp.maximum(cost, budget.limit) / budget.limit)
 
 
 def project_to_budget(

@@ -8,8 +8,10 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 
 from sapr_jax.channels import ChannelGraph, Masks
+from sapr_jax.errors import InputError
 from sapr_jax.method.budget import Budget, budget_penalty
 from sapr_jax.method.generator import ArchitectureGenerator, sample_masks, split_by_group
 
@@ -29,6 +31,10 @@ class SearchOptions:
   budget_weight: float = 4.0
   bias: float = 3.0
   temperature: float = 0.4
+
+  def __post_init__(self) -> None:
+    if not isinstance(self.budget, Budget):
+      raise InputError(f"budget must be a Budget, got {self.budget!r}; macs_budget(graph, 0.5) makes one.")
 
 
 @flax.struct.dataclass
@@ -92,5 +98,5 @@ def architecture_loss(
   masks = split_by_group(sample_masks(key, outputs, bias=options.bias, temperature=options.temperature), graph)
   loss = loss_fn(masks)
   budget = options.budget
-  share = budget.cost(graph.kept(masks)) / budget.full
+  share = jnp.asarray(budget.cost(graph.kept(masks)) / budget.full)
   return loss + options.budget_weight * budget_penalty(graph, masks, budget), SearchMetrics(loss, share)

@@ -162,14 +162,23 @@ def regularize_by_prox(
     if params is None:
       raise InputError("regularize_by_prox needs the parameters: tx.update(updates, state, params, masks=masks).")
     rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-    moved = optax.apply_updates(params, updates)
+    given = jax.tree.map(lambda u, p: jnp.zeros_like(p) if _is_missing(u) else u, updates, params, is_leaf=_is_missing)
+    moved = optax.apply_updates(params, given)
     step_size = rate / (1.0 - momentum) * gamma
     shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)
+
     # Whatever the operator left alone keeps its update bit for bit.
-    updates = jax.tree.map(lambda u, p, m, s: jnp.where(s == m, u, s - p), updates, params, moved, shrunk)
-    return updates, new_state
+    def update_of(u: Any, p: jax.Array, m: jax.Array, s: jax.Array) -> Any:
+      return u if _is_missing(u) else jnp.where(s == m, u, s - p)
+
+    return jax.tree.map(update_of, updates, params, moved, shrunk, is_leaf=_is_missing), new_state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_missing(update: Any) -> bool:
+  """Returns whether a parameter has no update: it is frozen, or holds integers."""
+  return update is None or getattr(update, "dtype", None) == jax.dtypes.float0
 
 
 def _check_gamma(gamma: float | jax.Array) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
@@ -175,6 +177,11 @@ def check_config(config: Any) -> None:
   for name, rule in FIELDS.items():
     if not rule.accepts(value := _value(config, name)):
       raise InputError(f"{name} must be {rule.expected}, got {value!r}.")
+  unknown = sorted(traverse_util.flatten_dict(config.to_dict(), sep=".").keys() - FIELDS.keys())
+  if unknown:
+    near = difflib.get_close_matches(unknown[0], FIELDS, 1)
+    hint = f"did you mean {near[0]}?" if near else "configs/default.py has all fields."
+    raise InputError(f"the configuration must have no other fields than these, got {unknown[0]}; {hint}")
   for name in ("train", "finetune"):
     _check_schedule(name, config[name])
   _check_images(config.data)

@@ -15,9 +15,9 @@ import jax
 
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
-from sapr_jax.channels import prune
+from sapr_jax.channels import ChannelGraph, Masks, prune
 from sapr_jax.errors import InputError
-from sapr_jax.method import Weighting, relative_weights
+from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
 from sapr_jax.training import loop, stages
@@ -82,6 +82,7 @@ def run(
       dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
       state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
       variables, masks = jax.device_get((state.variables, state.masks))
+      check_masks_meet(experiment.budget, experiment.graph, masks)
 
       small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
       small_variables = recalibrate_batch_norm(
@@ -114,6 +115,19 @@ def run(
     say(warning)
   say(f"The pruned model is in {path / layout.PRUNED}; sapr_jax.load reads it.")
   return summary
+
+
+def check_masks_meet(budget: Budget, graph: ChannelGraph, masks: Masks) -> None:
+  """Checks that masks keep within a budget, as a proposer that proposes nothing leaves those that keep everything.
+
+  Raises:
+    InputError: If they do not.
+  """
+  if (cost := budget.cost(graph.kept(masks))) > budget.limit:
+    raise InputError(
+      f"the masks after training must cost at most {budget.limit:,.0f} {budget.cost.name}, got {cost:,.0f}; the"
+      " proposer must return scores before at least one epoch."
+    )
 
 
 def run_stage(

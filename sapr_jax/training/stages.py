@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from sapr_jax.channels import Masks, mask_params
+from sapr_jax.errors import DivergedError
 from sapr_jax.method import Weighting, channel_norms, relative_weights
 from sapr_jax.runtime import replicate
 from sapr_jax.training import optimizers
@@ -38,8 +39,14 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       return state, {}
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
+    proposed = replicate(proposed, passes.mesh)
     if scores is None:
       return dataclasses.replace(state, proposer=proposed), record
+    if bad := next((name for name, values in scores.items() if np.isnan(values).any()), None):
+      raise DivergedError(
+        f"the scores of group {bad!r} hold a NaN before epoch {epoch + 1} of train: what they come from diverged; lower"
+        " generator.learning_rate or train.learning_rate. The last checkpoint is kept."
+      )
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
     if epoch > start:  # the first masks have no predecessor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,3 +229,23 @@ def test_widths_below_one_are_refused(tiny, option):
 def test_a_budget_below_the_smallest_widths_is_refused(resnet20):
   with pytest.raises(sapr.InputError, match=r"round_to=16\), got .* \(0\.3000\); raise it, or lower min_width"):
     check_budget(resnet20, macs_budget(resnet20, 0.3), round_to=16)
+
+
+def test_costs_above_int32_are_exact_and_can_be_penalized(tiny):
+  graph = dataclasses.replace(
+    tiny.graph,
+    costs={name: dataclasses.replace(c, coefficients=c.coefficients * 10**6) for name, c in tiny.graph.costs.items()},
+  )
+  sizes = [group.size for group in graph.groups]
+  want = tiny.graph.macs() * 10**6
+  assert want > 2**31
+  for kept in (np.array(sizes), np.array(sizes, np.int32), sizes, jnp.array(sizes)):
+    assert graph.costs["macs"](kept) == want
+  penalty = budget_penalty(graph, graph.full_masks(), macs_budget(graph, 0.5, of="network"))
+  np.testing.assert_allclose(penalty, np.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cost", [None, lambda kept: 1.0])
+def test_a_cost_must_be_a_function_with_a_name(tiny, cost):
+  with pytest.raises(sapr.InputError, match="or a function with a `name`"):
+    make_budget(tiny.graph, cost, 0.5)

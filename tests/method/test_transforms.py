@@ -141,3 +141,16 @@ def test_new_masks_do_not_recompile(tiny, two, grads, either):
   for masks in (tiny.graph.full_masks(), two):
     update(grads, state, tiny.params, masks)
   assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("form", ["penalty", "prox"])
+def test_a_parameter_without_an_update_is_left_alone(tiny, form):
+  masks = {group.name: np.arange(group.size) % 2 for group in tiny.graph.groups}
+  tx = (
+    sapr.regularize_by_penalty(tiny.graph, 0.1) if form == "penalty" else sapr.regularize_by_prox(tiny.graph, 0.1, 0.1)
+  )
+  grads = jax.tree.map(jnp.zeros_like, tiny.params)
+  grads["stage1_block1"]["conv1"]["kernel"] = None
+  updates, _ = tx.update(grads, tx.init(tiny.params), tiny.params, masks=masks)
+  assert updates["stage1_block1"]["conv1"]["kernel"] is None
+  assert np.any(updates["stage1_block1"]["conv2"]["kernel"])

@@ -1,4 +1,4 @@
-"""The steps on meshes of 1, 2, 4 and 8 devices: `python many_devices.py FILE` writes the results for `test_devices.py`.
+"""The steps on meshes of some devices: `python many_devices.py FILE 1 2` writes the results for `test_devices.py`.
 
 A program of its own, as the number of virtual devices is settled when JAX starts.
 """
@@ -22,7 +22,6 @@ from sapr_jax.training.state import GeneratorState, TrainState
 
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
 SHAPE = (4, 4, 1)
-COUNTS = (1, 2, 4, 8)
 
 
 class Plain(nn.Module):
@@ -40,7 +39,7 @@ class Plain(nn.Module):
     return nn.Dense(10, name="fc")(x.mean((1, 2)))
 
 
-def main(file: str) -> None:
+def main(file: str, counts: list[int]) -> None:
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (21, *SHAPE)).astype(np.uint8)
   shared = Shared(images=images, labels=rng.integers(0, 10, 21).astype(np.int32), key=jax.random.key(0))
@@ -48,7 +47,7 @@ def main(file: str) -> None:
   # Each device gets the same two images over and over: its batch statistics are those of the whole batch.
   tiled = np.tile([3, 7], 8)[None]
   results = {}
-  for count in COUNTS:
+  for count in counts:
     mesh = Mesh(np.asarray(jax.devices()[:count]), (devices.AXIS,))
     for norm, batch in ((False, distinct), (True, tiled)):
       found = weights(mesh, Plain(norm), shared, [batch] * 3)
@@ -122,4 +121,4 @@ def evaluation(mesh, shared):
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(sys.argv[1], [int(count) for count in sys.argv[2:]])

@@ -95,3 +95,12 @@ def test_a_configuration_that_lacks_a_field_is_refused():
     check_config(ConfigDict({"seed": 0}))
   with pytest.raises(sapr.InputError, match=r"config must be the ConfigDict of configs/default\.py, got a dict"):
     check_config({"seed": 0})
+
+
+def test_a_field_that_is_unknown_is_refused_with_the_nearest_one():
+  config = default.get_config().unlock()
+  config.prune.gama = 3
+  with pytest.raises(
+    sapr.InputError, match=r"no other fields than these, got prune\.gama; did you mean prune\.gamma\?"
+  ):
+    check_config(config)

@@ -10,7 +10,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from many_devices import COUNTS
 from small_run import FAST_COMPILATION, small_config
 
 import sapr_jax as sapr
@@ -22,56 +21,64 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(1, 2), pytest.param((1, 4, 8), marks=pytest.mark.slow)], ids=str)
+def results(request, tmp_path_factory):
+  """(numbers of devices, what `many_devices.py` found on them)."""
   file = tmp_path_factory.mktemp("devices") / "results.npz"
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(COUNTS)} {FAST_COMPILATION}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(request.param)} {FAST_COMPILATION}",
     "PYTHONPATH": str(ROOT),
   }
   script = pathlib.Path(__file__).with_name("many_devices.py")
-  done = subprocess.run([sys.executable, str(script), str(file)], env=environment, capture_output=True, text=True)
+  command = [sys.executable, str(script), str(file), *map(str, request.param)]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  return dict(np.load(file))
+  return request.param, dict(np.load(file))
 
 
-def of(results, prefix):
-  return {name[len(prefix) + 1 :]: value for name, value in results.items() if name.startswith(f"{prefix}/")}
+def of(found, prefix):
+  return {name[len(prefix) + 1 :]: value for name, value in found.items() if name.startswith(f"{prefix}/")}
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
 @pytest.mark.parametrize("kind", ["plain", "norm", "generator"])
-def test_the_same_global_batch_gives_the_same_updates(results, kind, count):
-  want, got = of(results, f"{kind}/1"), of(results, f"{kind}/{count}")
-  assert got.keys() == want.keys() and any("params" in name for name in got)
-  for name in want.keys() - {"masks"}:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+def test_the_same_global_batch_gives_the_same_updates(results, kind):
+  counts, found = results
+  want = of(found, f"{kind}/1")
+  assert any("params" in name for name in want)
+  for count in counts[1:]:
+    got = of(found, f"{kind}/{count}")
+    assert got.keys() == want.keys()
+    for name in want.keys() - {"masks"}:
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} on {count}")
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_all_devices_sample_the_same_masks(results, count):
-  masks = results[f"generator/{count}/masks"]
-  assert len(masks) == count
-  assert set(np.unique(masks)) == {0, 1}
-  for copy in masks:
-    np.testing.assert_array_equal(copy, results["generator/1/masks"][0])
+def test_all_devices_sample_the_same_masks(results):
+  counts, found = results
+  for count in counts:
+    masks = found[f"generator/{count}/masks"]
+    assert len(masks) == count
+    assert set(np.unique(masks)) == {0, 1}
+    for copy in masks:
+      np.testing.assert_array_equal(copy, found["generator/1/masks"][0])
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_evaluation_counts_every_image_once_on_any_number_of_devices(results, count):
-  want = of(results, "evaluation/1/8")
-  for size in (8, 16):
-    got = of(results, f"evaluation/{count}/{size}")
-    assert got["count"] == 21
-    assert got["correct"] == want["correct"]
-    np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+def test_evaluation_counts_every_image_once_on_any_number_of_devices(results):
+  counts, found = results
+  want = of(found, "evaluation/1/8")
+  for count in counts:
+    for size in (8, 16):
+      got = of(found, f"evaluation/{count}/{size}")
+      assert got["count"] == 21
+      assert got["correct"] == want["correct"]
+      np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
 
 
 def test_the_steady_state_compiles_nothing(results):
-  programs = {name: value for name, value in results.items() if name.endswith("programs")}
-  assert len(programs) == 3 * len(COUNTS)
+  counts, found = results
+  programs = {name: value for name, value in found.items() if name.endswith("programs")}
+  assert len(programs) == 3 * len(counts)
   assert all(value == 1 for value in programs.values())
 
 

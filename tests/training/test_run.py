@@ -291,3 +291,24 @@ def test_a_run_that_goes_on_keeps_the_rounding_it_began_with(tmp_path):
   assert keep(Rounded(8), tmp_path).round_to == 8
   write_json(tmp_path / workdir.NETWORK, {"groups": {}, "round_to": 1})
   assert keep(Rounded(8), tmp_path).round_to == 1
+
+
+def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(quick_compilation, tmp_path):
+  class Silent:
+    def __init__(self, experiment):
+      pass
+
+    def init(self):
+      return ()
+
+    def propose(self, state, variables, epoch):
+      return state, None, {}
+
+  with pytest.raises(sapr.InputError, match=r"masks after training must cost at most .* prunable_macs, got"):
+    training.run(small_config(**SHORT), tmp_path / "run", proposer=Silent)
+
+
+def test_scores_that_diverge_are_divergence(quick_compilation, tmp_path):
+  config = small_config(**SHORT | {"generator__learning_rate": 1e38})
+  with pytest.raises(sapr.DivergedError, match="hold a NaN before epoch 2 of train"):
+    training.run(config, tmp_path / "run")
