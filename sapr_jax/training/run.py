@@ -73,9 +73,10 @@ def run(
   try:
     with contextlib.ExitStack() as stack:
       processes.together(lambda: stack.enter_context(layout.locked(path, config)))
-      experiment = _with_first_rounding(experiment, path)
+      functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
+      experiment = _as_it_began(experiment, path, functions)
       interruption = stack.enter_context(Interruption())
-      _write_network(experiment, path)
+      _write_network(experiment, path, functions)
       say(describe(experiment))
       recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
 
@@ -167,16 +168,26 @@ def _finished(path: pathlib.Path, config: Any) -> dict[str, Any] | None:
   return layout.read_summary(path)
 
 
-def _with_first_rounding(experiment: Experiment, path: pathlib.Path) -> Experiment:
-  """Lets a run that goes on keep the `round_to` it began with, where another machine would choose otherwise."""
-  earlier = processes.decided_by_main(lambda: (read_json(path / layout.NETWORK) or {}).get("round_to"))
-  return experiment if earlier is None else dataclasses.replace(experiment, round_to=earlier)
+def _as_it_began(experiment: Experiment, path: pathlib.Path, functions: list[str]) -> Experiment:
+  """Lets a run that goes on keep the `round_to` it began with, where another machine would choose otherwise.
+
+  Raises:
+    InputError: If it began with another proposer or weighting.
+  """
+  earlier = processes.decided_by_main(lambda: read_json(path / layout.NETWORK) or {})
+  if (began := earlier.get("functions", functions)) != functions:
+    raise InputError(
+      f"{path} belongs to a run with the proposer and weighting {began}, got {functions}; give the same to resume it,"
+      " or a new --workdir to start again."
+    )
+  return dataclasses.replace(experiment, round_to=earlier.get("round_to", experiment.round_to))
 
 
-def _write_network(experiment: Experiment, path: pathlib.Path) -> None:
+def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[str]) -> None:
   if is_main_process():
     groups = {group.name: group.size for group in experiment.graph.groups}
     network = {"groups": groups, "macs": experiment.graph.macs(), "round_to": experiment.round_to}
+    network |= {"functions": functions}  # of the run, as far as names tell
     write_json(path / layout.NETWORK, network)
 
 

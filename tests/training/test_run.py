@@ -287,10 +287,13 @@ class Rounded:
 
 
 def test_a_run_that_goes_on_keeps_the_rounding_it_began_with(tmp_path):
-  keep = sys.modules["sapr_jax.training.run"]._with_first_rounding  # `training.run` is the function
-  assert keep(Rounded(8), tmp_path).round_to == 8
+  keep = sys.modules["sapr_jax.training.run"]._as_it_began  # `training.run` is the function
+  assert keep(Rounded(8), tmp_path, ["a", "b"]).round_to == 8
   write_json(tmp_path / workdir.NETWORK, {"groups": {}, "round_to": 1})
-  assert keep(Rounded(8), tmp_path).round_to == 1
+  assert keep(Rounded(8), tmp_path, ["a", "b"]).round_to == 1
+  write_json(tmp_path / workdir.NETWORK, {"round_to": 1, "functions": ["a", "c"]})
+  with pytest.raises(sapr.InputError, match="a run with the proposer and weighting"):
+    keep(Rounded(8), tmp_path, ["a", "b"])
 
 
 def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(quick_compilation, tmp_path):
