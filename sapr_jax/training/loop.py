@@ -66,6 +66,7 @@ def train(
     OSError: If the disk cannot be written.
     InterruptedRunError: If the run was asked to stop; its work is saved.
   """
+  recorder.name_lost(stage.epochs_before + 1, stage.epochs_before + position.epoch)
   if position.epoch == stage.epochs:
     return state
 
