@@ -77,14 +77,17 @@ def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path):
 
 
 def test_a_file_system_without_locks_is_said_and_other_errors_end_the_run(tmp_path, monkeypatch, capsys):
-  def fail(file, operation):
-    raise OSError(number, os.strerror(number))
+  def fail_with(number):
+    def fail(file, operation):
+      raise OSError(number, os.strerror(number))
 
-  monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", fail)
+
   for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    fail_with(number)
     with workdir.locked(tmp_path, digits.get_config()):
       assert f"warning: {tmp_path} is on a file system without locks; keep other runs" in capsys.readouterr().err
-  number = errno.EIO
+  fail_with(errno.EIO)
   with pytest.raises(OSError, match=r"Input/output error: .*\.lock"), workdir.locked(tmp_path, digits.get_config()):
     pass
 
