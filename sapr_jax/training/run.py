@@ -20,8 +20,7 @@ from sapr_jax.errors import InputError
 from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
-from sapr_jax.training import loop, stages
-from sapr_jax.training import workdir as layout
+from sapr_jax.training import loop, stages, workdir as layout
 from sapr_jax.training.config import check_config
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.passes import recalibrate_batch_norm

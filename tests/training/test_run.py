@@ -20,8 +20,7 @@ from sapr_jax import artifacts, data, training
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.method import IMPORTANCES
 from sapr_jax.runtime import devices
-from sapr_jax.training import experiment as parts
-from sapr_jax.training import optimizers, passes, workdir
+from sapr_jax.training import experiment as parts, optimizers, passes, workdir
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
