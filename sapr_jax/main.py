@@ -30,6 +30,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
 
 import functools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -67,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
     return _fail(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
-  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
+  for name in ("absl", "jax"):  # Orbax reports every file it writes, JAX every device that it does not find
+    logging.getLogger(name).setLevel(logging.WARNING)
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and by_hand == (None, None, None):
     return _run(config, workdir, interruption=_interruption)
@@ -142,6 +144,9 @@ class _ConfigFileError(Exception):
 
 
 def _load_config_file(load: Callable[[str], Any], path: str) -> Any:
+  file = path.split(":", 1)[0]  # what follows is for get_config()
+  if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+    raise InputError(f"{file} must be a file, and is a pipe or a device")  # reading it might never end
   try:
     return load(path)
   except Exception as error:
