@@ -100,6 +100,9 @@ class ProgramInterruption(Interruption):
   def __init__(self) -> None:
     super().__init__()
     self._unsaved = False
+    # When this process ends at once, a process of `multiprocessing` frees its shared memory, and would warn of that.
+    warnings = filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"])
+    os.environ["PYTHONWARNINGS"] = ",".join(warnings)
     reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
     signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
