@@ -91,6 +91,7 @@ def train(
     queue, clock, seconds_before = stage.weights.metrics_queue(), time.monotonic(), position.record["weight_seconds"]
     for batches in stage.weights.batches(position.epoch, position.step):
       state, metrics = stage.weights.step(state, batches)
+      interruption.note_unsaved()
       position.add(queue.add(metrics))
       steps = len(jax.tree.leaves(metrics)[0])
       position.step += steps
