@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
+import stat
 import tempfile
 from typing import Any
 
@@ -23,6 +25,18 @@ def write_atomically(path: pathlib.Path, data: str | bytes) -> None:
   except BaseException:
     pathlib.Path(temporary).unlink(missing_ok=True)
     raise
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """Returns the content of a regular file.
+
+  Raises:
+    OSError: If it cannot be read, or is something else, such as a pipe, which would have to be waited for.
+  """
+  with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file.read()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:

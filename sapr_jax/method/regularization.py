@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sapr_jax.channels import ChannelGraph, Masks, Member, map_members
-from sapr_jax.errors import InputError
+from sapr_jax.checks import check_array, check_function, check_number
 from sapr_jax.method.channel_norms import channel_norms, is_kernel, output_first, safe_sqrt, sum_by_channel
 
 Params = TypeVar("Params")
@@ -48,6 +48,7 @@ def share_weights(dropped: jax.Array) -> jax.Array:
 
 def _sum_of_all(dropped: jax.Array) -> jax.Array:
   """Returns the divisor of each weight, `[K]`: the sum of `dropped`, at least 1."""
+  check_array("dropped", dropped, (None,))
   total = jnp.maximum(jnp.sum(dropped), 1.0)
   # Without the barrier XLA would multiply by 1 / total, which rounds twice.
   return jax.lax.optimization_barrier(jnp.broadcast_to(total, dropped.shape))
@@ -136,6 +137,7 @@ def prox_partial_group_lasso(
   References:
     Gao et al., ICCV 2023, supplement B, Eq. 2; Yuan and Lin, 2006, for the operator.
   """
+  check_number("step_size", step_size, "a number of at least 0", lambda x: x >= 0, may_be_traced=True)
   weights = _group_weights(graph, masks, weighting)
 
   def shrink(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
@@ -148,17 +150,17 @@ def prox_partial_group_lasso(
   return map_members(shrink, params, graph)
 
 
+def check_weighting(weighting: Any) -> None:
+  check_function("weighting", weighting, "pass sapr_jax.relative_weights or sapr_jax.share_weights")
+
+
 def _group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting) -> dict[str, jax.Array]:
   """Returns group name -> its weight, scalar."""
-  if not callable(weighting):
-    raise InputError(
-      f"weighting must be a function of the numbers of dropped channels, got {weighting!r}; pass"
-      " sapr_jax.relative_weights or sapr_jax.share_weights."
-    )
+  check_weighting(weighting)
   dropped = jnp.asarray(graph.kept(), jnp.float32) - jnp.asarray(graph.kept(masks), jnp.float32)
-  weights = jnp.asarray(weighting(dropped))
-  if weights.shape != dropped.shape:
-    raise InputError(f"weighting must return one weight for each group, {dropped.shape}, got shape {weights.shape}.")
+  weights = weighting(dropped)
+  check_array("What weighting returns, one weight for each group,", weights, dropped.shape)
+  weights = jnp.asarray(weights)
   return {group.name: weights[k] for k, group in enumerate(graph.groups)}
 
 
