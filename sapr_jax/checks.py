@@ -47,7 +47,7 @@ def check_number(
   Of a traced one only the shape and dtype can be checked.
   """
   number = math.nan
-  if isinstance(value, numbers.Real | np.ndarray | jax.Array) and is_real(value) and getattr(value, "shape", ()) == ():
+  if is_number(value):
     if isinstance(value, jax.core.Tracer):
       if may_be_traced:
         return
@@ -55,7 +55,7 @@ def check_number(
     else:
       with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
         number = float(value)
-  if isinstance(value, bool) or not math.isfinite(number) or not is_good(number):
+  if not math.isfinite(number) or not is_good(number):
     raise InputError(f"{name} must be {must}, got {shown(value)}{f'; {cure}' if cure else ''}.")
 
 
@@ -91,9 +91,9 @@ def check_concrete(name: str, tree: Any, function: str) -> None:
 
 def check_key(key: Any) -> None:
   """Raises `InputError` unless `key` is one JAX random key, of the new or the old style."""
-  dtype, shape = getattr(key, "dtype", None), np.shape(key) if hasattr(key, "dtype") else None
-  is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-  if not is_new and not (isinstance(key, jax.Array | np.ndarray) and dtype == np.uint32 and shape in ((2,), (4,))):
+  is_array = isinstance(key, jax.Array | np.ndarray)
+  is_new = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+  if not is_new and not (is_array and key.dtype == np.uint32 and key.shape in ((2,), (4,))):
     raise InputError(f"key must be one random key, such as jax.random.key(0), got {shown(key)}.")
 
 
@@ -110,8 +110,15 @@ def is_integer(value: Any) -> bool:
   return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> bool:
+  """Returns whether `value` is one real number, also as an array without axes, traced or not."""
+  is_one = isinstance(value, numbers.Real | np.ndarray | jax.Array) and getattr(value, "shape", ()) == ()
+  return is_one and is_real(value) and not isinstance(value, bool)
+
+
 def is_real(value: Any) -> bool:
   """Returns whether a number or array, traced or not, holds real numbers."""
-  if not hasattr(value, "dtype"):
+  dtype = getattr(value, "dtype", None)
+  if not isinstance(dtype, np.dtype):  # none, that of random keys, or the descriptor of a class
     return isinstance(value, numbers.Real)
-  return any(jnp.issubdtype(value.dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+  return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))

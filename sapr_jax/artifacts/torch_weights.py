@@ -169,7 +169,7 @@ def _describe(
     return next_fun(*args, **kwargs)
 
   image = abstract_image(input_shape, jnp.float32)
-  with errors_of_model(image.shape), nn.intercept_methods(note):
+  with errors_of_model(f"The model and an input of shape {image.shape}"), nn.intercept_methods(note):
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
   variables = traverse_util.flatten_dict(shapes)
   if others := {"/".join(key) for key in variables if key[1:-1] not in inputs or (key[0], key[-1]) not in TENSORS}:

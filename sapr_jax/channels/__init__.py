@@ -12,7 +12,7 @@ from sapr_jax.channels.linen import (
 )
 from sapr_jax.channels.pruning import abstract_image
 from sapr_jax.channels.rules import register_rule
-from sapr_jax.channels.trees import check_variables, map_members, mask_params, prune_tree
+from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
 __all__ = [
   "ChannelGraph",
@@ -24,6 +24,7 @@ __all__ = [
   "check_graph",
   "check_masks",
   "check_module",
+  "check_params",
   "check_variables",
   "count_macs",
   "errors_of_model",

@@ -244,7 +244,7 @@ def _trace(
 
   check_module(model)
   check_variables(variables)
-  with errors_of_model(inputs.shape):
+  with errors_of_model(f"The model, its variables and an input of shape {inputs.shape}"):
     return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), inputs), features)
 
 
@@ -265,15 +265,14 @@ def check_module(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def errors_of_model(input_shape: Sequence[int]) -> Iterator[None]:
-  """Turns what a model raises on abstract inputs of that shape into an `InputError`; it may raise anything."""
+def errors_of_model(parts: str) -> Iterator[None]:
+  """Turns what a model raises on abstract inputs into an `InputError`: anything, as the model's code is the user's."""
   try:
     yield
   except Exception as error:
     reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
     raise InputError(
-      f"The model, its variables and an input of shape {tuple(input_shape)} do not fit together: {reason}. Pass the"
-      " variables of this model, all collections, made for such inputs."
+      f"{parts} do not fit together: {reason}. Pass the variables of this model, all collections, made for such inputs."
     ) from error
 
 

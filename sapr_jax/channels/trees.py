@@ -41,9 +41,9 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
     if path not in members:
       return leaf
     missing.discard(path)
-    if np.shape(leaf) != graph.shapes[("params", *path)] or not is_real(leaf):
-      traced = graph.shapes[("params", *path)]
-      found = np.shape(leaf) if is_real(leaf) else shown(leaf)
+    traced, is_array = graph.shapes[("params", *path)], is_real(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    if np.shape(leaf) != traced or not is_array:
+      found = np.shape(leaf) if is_array else shown(leaf)
       raise InputError(f"params: {'/'.join(path)} must have shape {traced} as it was traced, got {found}.")
     return change(leaf, members[path])
 
@@ -51,6 +51,11 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
   if missing:
     raise InputError(f"params lacks {'/'.join(min(missing))}; it must be variables['params'] of the traced network.")
   return changed
+
+
+def check_params(params: Any, graph: ChannelGraph) -> None:
+  """Raises `InputError` unless `params` has each parameter of the graph, in the shape that was traced."""
+  map_members(lambda leaf, members: leaf, params, graph)
 
 
 def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:

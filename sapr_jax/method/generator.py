@@ -101,6 +101,8 @@ def sample_masks(key: jax.Array, outputs: jax.Array, *, bias: float = 3.0, tempe
   """
   check_key(key)
   check_array("outputs", outputs)
+  outputs = jnp.asarray(outputs)
+  outputs = outputs if jnp.issubdtype(outputs.dtype, jnp.floating) else outputs.astype(jnp.float32)
   check_number("bias", bias, "a number", lambda x: True, may_be_traced=True)
   check_number("temperature", temperature, "a number above 0", lambda x: x > 0, may_be_traced=True)
   soft = jax.nn.sigmoid((outputs + jax.random.gumbel(key, outputs.shape, outputs.dtype) + bias) / temperature)

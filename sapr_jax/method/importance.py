@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import ChannelGraph, Member, check_graph, map_members
+from sapr_jax.channels import ChannelGraph, Member, check_graph, check_params, map_members
 from sapr_jax.checks import check_key
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import check_scores
@@ -184,7 +184,7 @@ def taylor(params: Any, graph: ChannelGraph, grads: Any) -> dict[str, jax.Array]
     estimation for neural network pruning, 2019.
   """
   try:
-    map_members(lambda leaf, members: leaf, grads, graph)
+    check_params(grads, graph)
   except InputError as error:
     raise InputError(f"grads must be the gradient with respect to params, got a tree that does not fit: {error}") from (
       error

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph, Masks, Member, map_members
+from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks, map_members
 from sapr_jax.checks import check_array, check_function, check_number
 from sapr_jax.method.channel_norms import channel_norms, is_kernel, output_first, safe_sqrt, sum_by_channel
 
@@ -35,7 +35,8 @@ def relative_weights(dropped: jax.Array) -> jax.Array:
     >>> sapr.relative_weights(jnp.array([2.0, 0.0, 4.0]))
     Array([1., 0., 2.], dtype=float32)
   """
-  return dropped.size * dropped / _sum_of_all(dropped)
+  total = _sum_of_all(dropped)
+  return total.size * jnp.asarray(dropped) / total
 
 
 def share_weights(dropped: jax.Array) -> jax.Array:
@@ -43,15 +44,16 @@ def share_weights(dropped: jax.Array) -> jax.Array:
 
   If nothing is dropped, all weights are 0.
   """
-  return dropped / _sum_of_all(dropped)
+  total = _sum_of_all(dropped)
+  return jnp.asarray(dropped) / total
 
 
 def _sum_of_all(dropped: jax.Array) -> jax.Array:
   """Returns the divisor of each weight, `[K]`: the sum of `dropped`, at least 1."""
   check_array("dropped", dropped, (None,))
-  total = jnp.maximum(jnp.sum(dropped), 1.0)
+  total = jnp.maximum(jnp.sum(jnp.asarray(dropped)), 1.0)
   # Without the barrier XLA would multiply by 1 / total, which rounds twice.
-  return jax.lax.optimization_barrier(jnp.broadcast_to(total, dropped.shape))
+  return jax.lax.optimization_barrier(jnp.broadcast_to(total, jnp.shape(dropped)))
 
 
 def partial_group_lasso(
@@ -157,6 +159,7 @@ def check_weighting(weighting: Any) -> None:
 def _group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting) -> dict[str, jax.Array]:
   """Returns group name -> its weight, scalar."""
   check_weighting(weighting)
+  check_masks(graph, masks)
   dropped = jnp.asarray(graph.kept(), jnp.float32) - jnp.asarray(graph.kept(masks), jnp.float32)
   weights = weighting(dropped)
   check_array("What weighting returns, one weight for each group,", weights, dropped.shape)

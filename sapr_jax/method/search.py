@@ -10,7 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_module, check_variables
+from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_module, check_variables, errors_of_model
 from sapr_jax.checks import check_function, check_number, check_type
 from sapr_jax.method.budget import Budget, budget_penalty, check_is_budget
 from sapr_jax.method.generator import ArchitectureGenerator, sample_masks, split_by_group
@@ -104,7 +104,8 @@ def architecture_loss(
   check_graph(graph)
   check_function("loss_fn", loss_fn, "it takes masks and returns the loss")
   check_type("options", options, SearchOptions, "SearchOptions(macs_budget(graph, 0.5)) makes them")
-  outputs: Any = generator.apply(variables)
+  with errors_of_model("generator and variables"):
+    outputs: Any = generator.apply(variables)
   masks = split_by_group(sample_masks(key, outputs, bias=options.bias, temperature=options.temperature), graph)
   loss = loss_fn(masks)
   budget = options.budget

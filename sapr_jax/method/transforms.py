@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sapr_jax.channels import ChannelGraph, Masks, check_graph
+from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_params
 from sapr_jax.checks import check_number, check_type
 from sapr_jax.errors import InputError, one_line
 from sapr_jax.method.regularization import (
@@ -88,6 +88,7 @@ def regularize_by_penalty(
       # As in optax: a parameter may have no gradient, and one of integers has none of its own.
       return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
 
+    check_params(params, graph)
     gradient = jax.grad(penalty, allow_int=True)(params)
     with _one_tree():
       return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state

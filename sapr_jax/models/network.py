@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sapr_jax.checks import is_integer, is_real, shown
+from sapr_jax.checks import is_integer, is_number, shown
 from sapr_jax.errors import InputError
 
 
@@ -17,7 +17,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_between(low: float, high: float) -> Callable[[Any], bool]:
-  return lambda value: is_real(value) and not isinstance(value, bool) and bool(low <= value <= high)
+  return lambda value: is_number(value) and bool(low <= value <= high)
 
 
 def _is_count(high: int) -> Callable[[Any], bool]:
