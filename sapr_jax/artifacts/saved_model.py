@@ -26,10 +26,10 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax import models
-from sapr_jax.artifacts.files import read_bytes, write_json
+from sapr_jax.artifacts.files import read_bytes, temporary_prefix, write_json
 from sapr_jax.channels import NarrowModule, check_module, check_variables
 from sapr_jax.checks import check_concrete, check_path, is_integer, shown
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 
 FORMAT = 1
 DEFINITION = "model.json"
@@ -55,13 +55,11 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   path = pathlib.Path(os.path.abspath(check_path(path)))
   check_module(model)
   named = named_arrays(variables)
-  try:
+  with os_errors_in_one_line(path):
     if os.path.lexists(path) and not (path / DEFINITION).is_file():
       raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-  except OSError as error:
-    raise InputError(f"{path} cannot be written ({error.strerror}); name another directory.") from error
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
   try:
     flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
@@ -276,7 +274,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:
   """Puts `new` in the place of `path`, which may hold an older model."""
-  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
   if path.exists():
     os.replace(path, old / path.name)
   os.replace(new, path)

@@ -20,7 +20,7 @@ from sapr_jax.artifacts.torch_file import read_state_dict
 from sapr_jax.artifacts.torch_names import COUNTER, TENSORS, LayerNames, listed, name_layers, rename_tensors
 from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model
 from sapr_jax.checks import check_path
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.models import CifarResNet
 
 FORMAT = 1
@@ -142,14 +142,12 @@ def export_torch(
   state |= {f"{name}.{COUNTER}": np.zeros((), np.int64) for name in norms}
   widths = {names[layer]: description for layer, description in layers.items()}
   description = {"format": FORMAT, "class": type(base).__name__, "fields": fields_to_json(base), "layers": widths}
-  try:
+  with os_errors_in_one_line(path):
     if os.path.lexists(path) and not path.is_file():
       raise InputError(f"{path} exists and is not a file; name another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
     write_json(path.with_suffix(".json"), description)
-  except OSError as error:
-    raise InputError(f"{path} cannot be written ({error.strerror}); name another file.") from error
 
 
 def _base(model: nn.Module) -> nn.Module:
