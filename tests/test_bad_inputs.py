@@ -140,6 +140,7 @@ def saved(**changes: Any) -> Callable[[Files], str]:
       for name in parents:
         entry = entry[name]
       entry[last] = value
+    del definition["sha256"]["model.json"]  # as in the files of older versions
     file.write_text(json.dumps(definition))
     return str(files.here / "model")
 
@@ -335,8 +336,8 @@ ROWS = [
   Row("p too small", run_tiny(prune__p=0.2), r"budget must be at least 14,400 .* \(0\.3125 of all\), .*min_width=2"),
   Row("min_width too large", run_tiny(prune__min_width=16), r"smallest widths \(min_width=16, .*got .*\(0\.4900\)"),
   Row("round_to leaves all", run_tiny(prune__round_to=64), r"smallest widths \(.*round_to=64\), got .*\(0\.4900\)"),
-  Row("p of text", project("0.5"), r"p must be a number in \(0, 1\], got 0\.5"),
-  Row("p of two numbers", project(np.array([0.5, 0.6])), r"p must be a number .*got \[0\.5 0\.6\]"),
+  Row("p of text", project("0.5"), r"p must be a number in \(0, 1\], got '0\.5'"),
+  Row("p of two numbers", project(np.array([0.5, 0.6])), r"p must be a number .*got array"),
   Row("fractional min_width", project(min_width=1.5), r"min_width must be an integer of at least 1, got 1\.5"),
   Row("round_to of zero", project(round_to=0), r"round_to must be an integer of at least 1, got 0"),
   Row("scores with NaN", project(scores=lambda s, n: s.update({n: np.full(4, np.nan)})), r"scores of .* got a NaN"),
