@@ -17,6 +17,7 @@ the others end too, with a status that is not zero.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -34,7 +35,9 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several p
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where they do not find each other.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
-_CONNECT_SECONDS = flags.DEFINE_integer("connect_seconds", 300, "How long to wait for the other processes.", 1)
+_CONNECT_SECONDS = flags.DEFINE_integer(
+  "connect_seconds", None, "How long to wait for the other processes; 50, or 300 where they find each other.", 1
+)
 _COMPILATION_CACHE = flags.DEFINE_bool(
   "compilation_cache", True, "Keep compiled programs in the user's cache folder, for later runs."
 )
@@ -44,18 +47,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, reco
 def main(argv: Sequence[str]) -> int:
   """Runs the experiment that the flags describe; returns the exit status."""
   if len(argv) > 1:
-    return _fail(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
+    return _refuse(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
   try:
     config, workdir = _CONFIG.value, _WORKDIR.value
     if hasattr(config, "lock"):
       config.lock()
   except OSError as error:  # a file that cannot be read shows when the configuration is first used
-    return _fail(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
+    return _refuse(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
   if not _CONFIG.present or not workdir:
-    return _fail(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
+    return _refuse(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
-    return _fail(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
+    return _refuse(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and by_hand == (None, None, None):
@@ -65,14 +68,11 @@ def main(argv: Sequence[str]) -> int:
   try:
     process = processes.initialize(*by_hand, timeout=_CONNECT_SECONDS.value)
   except InputError as error:
-    return _fail(str(error))
+    return processes.leave(_fail(str(error)))
   try:
     return processes.leave(_run(config, workdir, process))
-  except Exception as error:
-    if (lost := processes.lost_process(error)) is None:
-      raise
-    _fail(lost)
-    return processes.leave(1, wait=False)
+  except Exception:
+    processes.crash()
 
 
 def _run(config: Any, workdir: str, process: int = 0) -> int:
@@ -122,6 +122,18 @@ def _fail(message: str, status: int = 2) -> int:
   return status
 
 
+def _refuse(message: str) -> int:
+  """Fails before this process has connected to the others of the run, and ends those too."""
+  status = _fail(message)
+  coordinator, number, process = (flags.FLAGS[flag.name].value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
+  if None not in (coordinator, number, process):
+    from sapr_jax.runtime import processes
+
+    with contextlib.suppress(InputError):
+      processes.initialize(coordinator, number, process, problem=message)
+  return status
+
+
 class _ConfigFileError(Exception):
   """The user's configuration file raised an error, which is the cause of this one."""
 
@@ -141,15 +153,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of what is an error here
   parser: Any = flags.FLAGS["config"].parser
   parser.parse = functools.partial(_load_config_file, parser.parse)
+  connection = flags.FlagValues()  # which is needed where the others are wrong
+  connection.set_gnu_getopt()
+  for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+    connection[flag.name] = flags.FLAGS[flag.name]
   try:
+    connection(argv, known_only=True)
     return flags.FLAGS(argv)
   except _ConfigFileError as error:
     traceback.print_exception(error.__cause__)
-    sys.exit(_fail(f"{error} raised the error above; fix that file."))
+    problem = f"{error} raised the error above; fix that file."
   except (AttributeError, KeyError) as error:
-    sys.exit(_fail(f"the configuration has no such field: {one_line(error)}"))
+    problem = f"the configuration has no such field: {one_line(error)}"
   except Exception as error:
-    sys.exit(_fail(one_line(error)))
+    problem = one_line(error)
+  sys.exit(_refuse(problem))
 
 
 if __name__ == "__main__":

@@ -5,30 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
+import queue
 import sys
-import threading
+import time
+import traceback
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
+import jaxlib
 import numpy as np
+from jax._src.clusters import ClusterEnv
 
 from sapr_jax.errors import InputError, one_line
+from sapr_jax.runtime.lifeline import PATIENCE_SECONDS, Lifeline
+from sapr_jax.version import __version__
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 40
-"""JAX takes a process that it has not heard of for so long for dead, and stops the others."""
-
+_HEARTBEAT_SECONDS = 40  # should the lifeline fail: JAX then aborts what it has not heard of the others for so long
 _SHUTDOWN_SECONDS = 15
 
-# Words in the errors of collectives and barriers when a process at the other end has gone.
-_LOST = (
-  *("Gloo", "NCCL", "Connection closed by peer", "Connection reset", "Socket closed"),
-  *("UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat", "barrier"),
+# Options of JAX that programs and numbers depend on.
+_OPTIONS = (
+  *("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable", "jax_default_matmul_precision"),
+  *("jax_numpy_dtype_promotion", "jax_use_shardy_partitioner", "jax_disable_jit"),
 )
+
+_lifeline: Lifeline | None = None
 
 
 def initialize(
@@ -36,7 +41,8 @@ def initialize(
   num_processes: int | None = None,
   process_id: int | None = None,
   *,
-  timeout: int = 300,
+  timeout: int | None = None,
+  problem: str = "",
 ) -> int:
   """Connects this process to the others of the run. Call it before anything else that uses JAX.
 
@@ -46,69 +52,76 @@ def initialize(
     coordinator: `HOST:PORT`, a free port of the machine of process 0 that all others can reach.
     num_processes: How many processes there are.
     process_id: Which one this is, from 0.
-    timeout: Seconds to wait for the others; then the program ends.
+    timeout: Seconds to wait for the others; by default 50, or 300 where they find each other.
+    problem: Why this process cannot take part, if so; it is raised on all of them.
 
   Returns:
     Which process this is.
 
   Raises:
-    InputError: If the arguments are wrong, or no connection can be made.
+    InputError: If the arguments are wrong, no connection can be made, or the processes differ.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
   if len(missing) not in (0, len(given)):
     raise InputError(f"{missing[0]} is missing; give --coordinator, --num_processes and --process_id, or none of them.")
-  if coordinator is not None and num_processes is not None and process_id is not None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-      raise InputError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}.")
-    if not 0 <= process_id < num_processes:
-      raise InputError(f"--process_id must be at least 0 and below --num_processes={num_processes}, got {process_id}.")
-  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
-  # Where a process does not come, JAX aborts with a stack trace; this ends the wait first, with one line.
-  who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
-  watch = threading.Timer(timeout, _give_up, [f"{who} could not connect to the others within {timeout} s"])
-  watch.daemon = True
-  watch.start()
+  timeout = timeout or (300 if missing else 50)  # a scheduler may start machines one after the other
+  local_devices = None
   try:
-    if coordinator is not None and process_id == 0:
-      # Where the port is taken, JAX raises an error or, now and then, crashes.
-      socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    if missing:
+      coordinator, num_processes, process_id, local_devices = ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
+      )
+    if coordinator is None or num_processes is None or process_id is None:
+      raise ValueError("no environment that JAX knows")
+  except (OSError, RuntimeError, ValueError) as error:
+    raise InputError(
+      f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator, --num_processes"
+      " and --process_id."
+    ) from error
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    raise InputError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {coordinator!r}.")
+  if not problem and not 0 <= process_id < num_processes:
+    problem = f"--process_id must be at least 0 and below --num_processes={num_processes}, got {process_id}."
+  if problem:
+    timeout = min(timeout, PATIENCE_SECONDS)
+  global _lifeline
+  try:
+    _lifeline = Lifeline(coordinator, num_processes, process_id, timeout, problem)
+  except InputError as error:
+    raise InputError(problem or str(error)) from error
+  versions = {"sapr_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+  check_equal(
+    **{f"the version of {name}": version for name, version in versions.items()},
+    **{name: getattr(jax.config, name, None) for name in _OPTIONS},
+  )
+  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+  try:
     jax.distributed.initialize(
       coordinator,
       num_processes,
       process_id,
+      local_devices,
       initialization_timeout=timeout + 60,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as error:
-    if coordinator is None:
-      raise InputError(
-        f"no TPU pod, SLURM job or Open MPI job was found here ({one_line(error)}); give --coordinator,"
-        " --num_processes and --process_id."
-      ) from error
     raise InputError(
       f"process {process_id} cannot connect at --coordinator={coordinator} ({one_line(error)}); give an address of the"
       " machine of process 0 and a port that no other program has."
     ) from error
-  finally:
-    watch.cancel()
-  return jax.process_index()
+  return process_id
 
 
 def gather(text: str) -> list[str]:
   """Returns the texts of all processes, in their order; all must call it."""
+  if _lifeline is not None:
+    return _lifeline.gather(text)
   if jax.process_count() == 1:
     return [text]
-  from jax.experimental import multihost_utils
-
-  data = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32)).ravel()
-  padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few lengths, as each is a program to compile
-  padded[: data.size] = data
-  rows = multihost_utils.process_allgather(padded)
-  return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+  raise InputError("JAX has several processes; connect them by sapr_jax.runtime.processes.initialize() before.")
 
 
 def together(action: Callable[[], T]) -> T:
@@ -159,42 +172,28 @@ def fingerprint(tree: Any) -> int:
   return checksum
 
 
-def lost_process(error: BaseException) -> str | None:
-  """Says in one line that `error` came because another process has gone; None if it did not."""
-  if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | TimeoutError):
-    return None
-  if not any(text in str(error) for text in _LOST):
-    return None
-  return (
-    f"another process of this run has stopped ({one_line(error, 160)}); its own output says why. The checkpoints are"
-    " whole: the same command on all processes resumes the run."
-  )
-
-
-def leave(status: int, *, wait: bool = True) -> int:
+def leave(status: int) -> int:
   """Ends this process's part of a run of several; call it last.
 
-  If the others come here too, it returns the exit status `status`. If they do not, within seconds, JAX stops them, and
-  this one ends; at once if there is no use in waiting (`wait=False`).
+  Once the others come here too, it returns the exit status `status`. If they do not, while this one cannot go on, all
+  processes end.
   """
-  if not jax.distributed.is_initialized():
+  if _lifeline is None:
     return status
   sys.stdout.flush()
   sys.stderr.flush()
-  if wait:
-    try:
-      jax.distributed.shutdown()
-      return status
-    except RuntimeError:
-      pass
-  os._exit(status)  # what is run at exit would wait for them
+  try:
+    _lifeline.gather("", "leave", timeout=None if status in (0, 75) else 3)
+    jax.distributed.shutdown()
+    return status
+  except (queue.Empty, RuntimeError):
+    _lifeline.end(status)
 
 
-def _give_up(problem: str) -> None:
-  print(
-    f"error: {problem}; start every process, each with the same --coordinator and --num_processes and a --process_id of"
-    " its own, and let them through the firewall.",
-    file=sys.stderr,
-    flush=True,
-  )
-  os._exit(2)
+def crash() -> NoReturn:
+  """Ends all processes after an error of this one, whose traceback it shows; call it where the error is handled."""
+  time.sleep(3)  # if the error came because another process has gone, the lifeline says so and ends this one meanwhile
+  traceback.print_exc()
+  if _lifeline is not None:
+    _lifeline.end(1)
+  sys.exit(1)

@@ -139,8 +139,7 @@ def run_stage(
   if fields.keep_every_epochs is not None:
     period = Position(stage.weights.steps_per_epoch, fields.keep_every_epochs).number
   with contextlib.ExitStack() as stack:
-    checkpointer = artifacts.Checkpointer(folder, fields.keep, period)
-    stack.push(lambda kind, error, traceback: _close(checkpointer, error))
+    checkpointer = stack.enter_context(contextlib.closing(artifacts.Checkpointer(folder, fields.keep, period)))
     state, saved = checkpointer.restore(stage.first_state)
     position = Position.of_checkpoint(saved, stage.weights.steps_per_epoch)
     if stage.renew_masks is not None and position.epoch < stage.epochs:
@@ -148,12 +147,6 @@ def run_stage(
       processes.decided_by_main(lambda: shutil.rmtree(folder.parent / "finetune", ignore_errors=True))
     every = {"every_epochs": fields.every_epochs, "every_steps": fields.every_steps}
     return loop.train(stage, state, position, checkpointer, recorder, interruption, **every)
-
-
-def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:
-  """Waits until all checkpoints are written, unless a process that would have to write its part has gone."""
-  if error is None or processes.lost_process(error) is None:
-    checkpointer.close()
 
 
 def _settings(config: Any, path: pathlib.Path) -> dict[str, Any]:
