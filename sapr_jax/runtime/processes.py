@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
 import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
+import jaxlib
 import numpy as np
+from jax._src.distributed import global_state
 
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
+from sapr_jax.version import __version__
+
+# `global_state.client` is a key-value store that works whatever the devices are. It has no public name; Orbax uses it.
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 40
-"""JAX takes a process that it has not heard of for so long for dead, and stops the others."""
-
+_HEARTBEAT_SECONDS = 40
 _SHUTDOWN_SECONDS = 15
+_PATIENCE_SECONDS = 5  # for what the others do at the same time
+_DAY = 24 * 3600
+
+# Options of JAX that programs and numbers depend on.
+_OPTIONS = (
+  *("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable", "jax_default_matmul_precision"),
+  *("jax_numpy_dtype_promotion", "jax_disable_jit"),
+)
 
 # Words in the errors of collectives and barriers when a process at the other end has gone.
 _LOST = (
@@ -37,6 +51,7 @@ def initialize(
   process_id: int | None = None,
   *,
   timeout: int = 300,
+  problem: str = "",
 ) -> int:
   """Connects this process to the others of the run. Call it before anything else that uses JAX.
 
@@ -47,12 +62,13 @@ def initialize(
     num_processes: How many processes there are.
     process_id: Which one this is, from 0.
     timeout: Seconds to wait for the others; then the program ends.
+    problem: Why this process cannot take part, if so; all of them raise it.
 
   Returns:
     Which process this is.
 
   Raises:
-    InputError: If the arguments are wrong, or no connection can be made.
+    InputError: If the arguments are wrong, no connection can be made, or the processes differ.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -67,7 +83,7 @@ def initialize(
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
   # Where a process does not come, JAX aborts with a stack trace; this ends the wait first, with one line.
   who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
-  watch = threading.Timer(timeout, _give_up, [f"{who} could not connect to the others within {timeout} s"])
+  watch = threading.Timer(timeout, _give_up, [problem or f"{who} could not connect to the others within {timeout} s"])
   watch.daemon = True
   watch.start()
   try:
@@ -79,7 +95,7 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=timeout + 60,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as error:
@@ -94,21 +110,105 @@ def initialize(
     ) from error
   finally:
     watch.cancel()
-  return jax.process_index()
+  global _lifeline
+  _lifeline = _Lifeline()
+  together(lambda: _refuse(problem))
+  versions = {"sapr_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+  check_equal(
+    **{f"the version of {name}": version for name, version in versions.items()},
+    **{name: getattr(jax.config, name, None) for name in _OPTIONS},
+  )
+  return int(global_state.process_id)
 
 
-def gather(text: str) -> list[str]:
-  """Returns the texts of all processes, in their order; all must call it."""
-  if jax.process_count() == 1:
+def _refuse(problem: str) -> None:
+  if problem:
+    raise InputError(problem)
+
+
+_lifeline: _Lifeline | None = None  # where `initialize` has connected this process
+
+
+class _Lifeline:
+  """A connection from process 0 to each other process, over which nothing is sent: its end says that one has gone.
+
+  A thread for each then ends this process with one line. JAX would wait for `_HEARTBEAT_SECONDS`, and end with a stack
+  trace; it still does where a firewall lets no connection through.
+  """
+
+  _PORT = "sapr_jax/lifeline"
+
+  def __init__(self) -> None:
+    self._over = threading.Event()
+    self._connections: list[socket.socket] = []
+    store: Any = global_state.client
+    if global_state.process_id == 0:
+      server = socket.create_server(("", 0))
+      store.key_value_set(self._PORT, str(server.getsockname()[1]))
+      threading.Thread(target=self._accept, args=(server,), daemon=True).start()
+      return
+    host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
+    port = int(store.blocking_key_value_get(self._PORT, 1000 * _PATIENCE_SECONDS))
+    with contextlib.suppress(OSError):
+      connection = socket.create_connection((host, port), timeout=_PATIENCE_SECONDS)
+      connection.sendall(bytes([global_state.process_id % 256]))
+      self._keep(connection, 0)
+
+  def _accept(self, server: socket.socket) -> None:
+    while True:
+      connection, _ = server.accept()
+      with contextlib.suppress(OSError):
+        connection.settimeout(_PATIENCE_SECONDS)
+        if number := connection.recv(1):
+          self._keep(connection, number[0])
+
+  def _keep(self, connection: socket.socket, number: int) -> None:
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a machine that has gone
+    self._connections.append(connection)
+    threading.Thread(target=self._wait, args=(connection, number), daemon=True).start()
+
+  def _wait(self, connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):
+      connection.recv(1)
+    if self._over.is_set():
+      return
+    print(
+      f"error: process {number} of this run has stopped; its own output says why. What was saved is whole: the same"
+      " command on all processes resumes the run.",
+      file=sys.stderr,
+      flush=True,
+    )
+    self.end(1)
+
+  def end(self, status: int) -> NoReturn:
+    """Ends this process, and with it the others."""
+    self._over.set()
+    for connection in self._connections:
+      with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    if global_state.process_id == 0:
+      time.sleep(1)  # JAX's coordinator goes with this process, and JAX aborts those that miss it
+    os._exit(status)  # what is run at exit would wait for the others
+
+  def close(self) -> None:
+    """Lets all processes go: they are at their end."""
+    self._over.set()
+
+
+_gathered = itertools.count()
+
+
+def gather(text: str, *, seconds: float = _DAY) -> list[str]:
+  """Returns the texts of all processes, in their order; all must call it.
+
+  Raises `RuntimeError` if they do not within `seconds`; what they do before may take long.
+  """
+  if global_state.client is None or global_state.num_processes == 1:
     return [text]
-  from jax.experimental import multihost_utils
-
-  data = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32)).ravel()
-  padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few lengths, as each is a program to compile
-  padded[: data.size] = data
-  rows = multihost_utils.process_allgather(padded)
-  return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+  store, name = global_state.client, f"sapr_jax/gather/{next(_gathered)}"
+  store.key_value_set(f"{name}/{global_state.process_id}", text)
+  return [store.blocking_key_value_get(f"{name}/{i}", int(1000 * seconds)) for i in range(global_state.num_processes)]
 
 
 def together(action: Callable[[], T]) -> T:
@@ -118,9 +218,10 @@ def together(action: Callable[[], T]) -> T:
   """
   result, problem = None, ""
   try:
-    result = action()
+    with os_errors_in_one_line("a file"):
+      result = action()
   except InputError as error:
-    if jax.process_count() == 1:
+    if global_state.client is None:
       raise
     problem = str(error)
   problems = gather(problem)
@@ -171,23 +272,23 @@ def lost_process(error: BaseException) -> str | None:
   )
 
 
-def leave(status: int, *, wait: bool = True) -> int:
+def leave(status: int) -> int:
   """Ends this process's part of a run of several; call it last.
 
-  If the others come here too, it returns the exit status `status`. If they do not, within seconds, JAX stops them, and
-  this one ends; at once if there is no use in waiting (`wait=False`).
+  If the others come here too, it returns the exit status `status`. If they do not, all end after a failure of this one.
   """
-  if not jax.distributed.is_initialized():
+  if _lifeline is None:
     return status
   sys.stdout.flush()
   sys.stderr.flush()
-  if wait:
-    try:
-      jax.distributed.shutdown()
-      return status
-    except RuntimeError:
-      pass
-  os._exit(status)  # what is run at exit would wait for them
+  try:
+    # After a failure the others come at once, or do not know of it.
+    gather("leaving", seconds=_DAY if status in (0, 75) else _PATIENCE_SECONDS)
+    _lifeline.close()
+    jax.distributed.shutdown()
+    return status
+  except RuntimeError:
+    _lifeline.end(status)
 
 
 def _give_up(problem: str) -> None:
