@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -13,7 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jaxlib
@@ -21,6 +20,7 @@ import numpy as np
 from jax._src.distributed import global_state
 
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
+from sapr_jax.runtime.lifeline import PATIENCE_SECONDS, Lifeline
 from sapr_jax.version import __version__
 
 # `global_state.client` is a key-value store that works whatever the devices are. It has no public name; Orbax uses it.
@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 40
 _SHUTDOWN_SECONDS = 15
-_PATIENCE_SECONDS = 5  # for what the others do at the same time
 _DAY = 24 * 3600
 
 # Options of JAX that programs and numbers depend on.
@@ -111,7 +110,7 @@ def initialize(
   finally:
     watch.cancel()
   global _lifeline
-  _lifeline = _Lifeline()
+  _lifeline = Lifeline()
   together(lambda: _refuse(problem))
   versions = {"sapr_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
   check_equal(
@@ -126,76 +125,7 @@ def _refuse(problem: str) -> None:
     raise InputError(problem)
 
 
-_lifeline: _Lifeline | None = None  # where `initialize` has connected this process
-
-
-class _Lifeline:
-  """A connection from process 0 to each other process, over which nothing is sent: its end says that one has gone.
-
-  A thread for each then ends this process with one line. JAX would wait for `_HEARTBEAT_SECONDS`, and end with a stack
-  trace; it still does where a firewall lets no connection through.
-  """
-
-  _PORT = "sapr_jax/lifeline"
-
-  def __init__(self) -> None:
-    self._over = threading.Event()
-    self._connections: list[socket.socket] = []
-    store: Any = global_state.client
-    if global_state.process_id == 0:
-      server = socket.create_server(("", 0))
-      store.key_value_set(self._PORT, str(server.getsockname()[1]))
-      threading.Thread(target=self._accept, args=(server,), daemon=True).start()
-      return
-    host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
-    port = int(store.blocking_key_value_get(self._PORT, 1000 * _PATIENCE_SECONDS))
-    with contextlib.suppress(OSError):
-      connection = socket.create_connection((host, port), timeout=_PATIENCE_SECONDS)
-      connection.sendall(bytes([global_state.process_id % 256]))
-      self._keep(connection, 0)
-
-  def _accept(self, server: socket.socket) -> None:
-    while True:
-      connection, _ = server.accept()
-      with contextlib.suppress(OSError):
-        connection.settimeout(_PATIENCE_SECONDS)
-        if number := connection.recv(1):
-          self._keep(connection, number[0])
-
-  def _keep(self, connection: socket.socket, number: int) -> None:
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a machine that has gone
-    self._connections.append(connection)
-    threading.Thread(target=self._wait, args=(connection, number), daemon=True).start()
-
-  def _wait(self, connection: socket.socket, number: int) -> None:
-    with contextlib.suppress(OSError):
-      connection.recv(1)
-    if self._over.is_set():
-      return
-    print(
-      f"error: process {number} of this run has stopped; its own output says why. What was saved is whole: the same"
-      " command on all processes resumes the run.",
-      file=sys.stderr,
-      flush=True,
-    )
-    self.end(1)
-
-  def end(self, status: int) -> NoReturn:
-    """Ends this process, and with it the others."""
-    self._over.set()
-    for connection in self._connections:
-      with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-    if global_state.process_id == 0:
-      time.sleep(1)  # JAX's coordinator goes with this process, and JAX aborts those that miss it
-    os._exit(status)  # what is run at exit would wait for the others
-
-  def close(self) -> None:
-    """Lets all processes go: they are at their end."""
-    self._over.set()
-
-
+_lifeline: Lifeline | None = None  # where `initialize` has connected this process
 _gathered = itertools.count()
 
 
@@ -266,6 +196,8 @@ def lost_process(error: BaseException) -> str | None:
     return None
   if not any(text in str(error) for text in _LOST):
     return None
+  if _lifeline is not None:
+    time.sleep(PATIENCE_SECONDS)  # which says so itself, and ends this process meanwhile
   return (
     f"another process of this run has stopped ({one_line(error, 160)}); its own output says why. The checkpoints are"
     " whole: the same command on all processes resumes the run."
@@ -283,7 +215,7 @@ def leave(status: int) -> int:
   sys.stderr.flush()
   try:
     # After a failure the others come at once, or do not know of it.
-    gather("leaving", seconds=_DAY if status in (0, 75) else _PATIENCE_SECONDS)
+    gather("leaving", seconds=_DAY if status in (0, 75) else PATIENCE_SECONDS)
     _lifeline.close()
     jax.distributed.shutdown()
     return status
