@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
   config.prune.cost = "prunable_macs"  # of layers that can be cut; or macs, params: of the whole network
   config.prune.p = 0.48  # share of that cost to keep
   config.prune.limit = placeholder(float)  # the cost to keep at most, such as 30e6; unset: the share p
-  config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
+  config.prune.start_epoch = 40  # E_start: epochs of plain training before masks are in force and regularize
   config.prune.gamma = 5e-4  # strength of the partial regularization
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
@@ -66,6 +66,10 @@ def get_config() -> ConfigDict:
   )
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
+  config.search = ConfigDict()
+  config.search.start_epoch = placeholder(int)  # from when on the channels are ranked; unset: prune.start_epoch
+  config.search.end_epoch = placeholder(int)  # from when on the masks stay as they are; unset: they never do
+
   config.generator = ConfigDict()
   config.generator.data_share = 0.1  # of the training images
   config.generator.batch_size = 128
@@ -74,6 +78,9 @@ def get_config() -> ConfigDict:
   config.generator.budget_weight = 4.0  # lambda of the budget penalty
   config.generator.bias = 3.0  # b of Eq. 1
   config.generator.temperature = 0.4  # tau of Eq. 1
+  config.generator.prior = placeholder(str)  # an importance such as l2_norm, with which it begins; unset: noise
+  config.generator.prior_strength = 4.0  # how firmly it holds to that
+  config.generator.order = placeholder(str)  # an importance that ranks within a group; unset: the generator itself
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1

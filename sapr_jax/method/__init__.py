@@ -33,6 +33,8 @@ from sapr_jax.method.importance import (
   taylor,
 )
 from sapr_jax.method.importance import random as random_scores
+from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
+from sapr_jax.method.progress import learned_share, overlap
 from sapr_jax.method.regularization import (
   Weighting,
   partial_group_lasso,
@@ -65,9 +67,12 @@ __all__ = [
   "keep_probability",
   "l1_norm",
   "l2_norm",
+  "learned_share",
   "macs_budget",
   "make_budget",
   "most_likely_masks",
+  "outputs_of_prior",
+  "overlap",
   "params_budget",
   "partial_group_lasso",
   "project_to_budget",
@@ -78,8 +83,10 @@ __all__ = [
   "regularize_by_prox",
   "relative_to_group_mean",
   "relative_weights",
+  "reorder",
   "sample_masks",
   "share_weights",
   "split_by_group",
+  "start_from",
   "taylor",
 ]

@@ -16,6 +16,9 @@ _NETWORKS = {
 }
 _COSTS = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
 
+_LEARNED = 0.5
+"""Share of a ranking that must be learned for it not to count as noise."""
+
 
 def cost_in_words(name: str) -> str:
   """Returns the name of a cost as a reader expects it: `prunable_macs` -> "the prunable MACs"."""
@@ -23,7 +26,7 @@ def cost_in_words(name: str) -> str:
 
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
-  """Returns one line about the epoch of `record`."""
+  """Returns one line about the epoch of `record`, and a warning if its masks were not learned."""
   accuracy = f"test {record['test_accuracy']:.2%}"
   if "subnetwork_accuracy" in record:
     share = f"{record['cost_share']:.1%} of {cost_in_words(record['cost'])}"
@@ -36,7 +39,14 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   parts.append(f"{record['weight_seconds']:.1f} s")
   if "generator_seconds" in record:
     parts[-1] += f" + generator {record['generator_seconds']:.1f} s"
-  return f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
+  line = f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
+  if "subnetwork_accuracy" in record and record.get("generator_learned", 1.0) < _LEARNED:
+    line += (
+      f"\nwarning: the generator's ranking is still mostly that of its random start ({record['generator_learned']:.0%}"
+      " learned): search longer (search.start_epoch, generator.data_share), learn faster (generator.learning_rate), or"
+      " start from an importance (generator.prior=l2_norm)."
+    )
+  return line
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
-from sapr_jax.method import COSTS
+from sapr_jax.method import COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
 from sapr_jax.training.proposers import PROPOSERS
@@ -73,6 +73,10 @@ class OneOf:
 
   def accepts(self, value: Any) -> bool:
     return isinstance(value, str) and value in self.names
+
+  def or_unset(self) -> Rule:
+    """Returns the rule that accepts None too."""
+    return Rule(self.expected, self.accepts).or_unset()
 
 
 def tuple_of(rule: Rule, expected: str, *, empty: bool = False) -> Rule:
@@ -149,6 +153,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),
+  "search.start_epoch": integer(0).or_unset(),
+  "search.end_epoch": integer(1).or_unset(),
   "generator.data_share": SHARE,
   "generator.batch_size": integer(1),
   "generator.learning_rate": POSITIVE,
@@ -156,6 +162,9 @@ FIELDS: dict[str, Rule | OneOf] = {
   "generator.budget_weight": AT_LEAST_0,
   "generator.bias": number("a number", lambda x: True),
   "generator.temperature": POSITIVE,
+  "generator.prior": OneOf(IMPORTANCES).or_unset(),
+  "generator.prior_strength": POSITIVE,
+  "generator.order": OneOf(IMPORTANCES).or_unset(),
   "checkpoint.every_epochs": integer(1),
   "checkpoint.every_steps": integer(1).or_unset(),
   "checkpoint.keep": integer(1),
@@ -190,6 +199,16 @@ def check_config(config: Any) -> None:
     raise InputError(
       f"prune.start_epoch must be at most train.epochs - 1 = {epochs - 1}, got {start}, which leaves no epoch for"
       " pruning."
+    )
+  if (search := config.search).start_epoch is not None and search.start_epoch > start:
+    raise InputError(
+      f"search.start_epoch must be at most prune.start_epoch = {start}, got {search.start_epoch}; leave it unset to"
+      " begin with that epoch."
+    )
+  if search.end_epoch is not None and search.end_epoch <= start:
+    raise InputError(
+      f"search.end_epoch must be above prune.start_epoch = {start}, got {search.end_epoch}, which leaves no masks to be"
+      " in force."
     )
 
 

@@ -23,7 +23,10 @@ from sapr_jax.training.state import TrainState
 
 
 def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weighting = relative_weights) -> Stage:
-  """Trains the dense network with partial regularization; from E_start on, masks are renewed before every epoch."""
+  """Trains the dense network with partial regularization; from E_start on, masks are in force.
+
+  They are renewed before every epoch. The search that proposes them may begin earlier, and end earlier than training.
+  """
   config, passes, graph = experiment.config, experiment.passes, experiment.graph
   schedule = _schedule(config.train, passes)
   tx = optimizers.regularized_sgd(config.train, schedule, graph, config.prune, weighting)
@@ -33,9 +36,10 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
   masked = jax.jit(lambda params, masks: mask_params(params, graph, masks))
   norms = jax.jit(lambda params: channel_norms(params, graph))
   start = config.prune.start_epoch
+  searched = range(*experiment.search_epochs)
 
   def renew_masks(state: TrainState, epoch: int) -> tuple[TrainState, Record]:
-    if epoch < start:
+    if epoch not in searched:
       return state, {}
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
@@ -49,6 +53,8 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       )
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
+    if epoch < start:  # it is searched for, and not yet in force
+      return dataclasses.replace(state, proposer=proposed), record
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
     return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record

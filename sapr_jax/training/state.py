@@ -59,21 +59,24 @@ class GeneratorState:
     params: Parameters.
     constants: The fixed input z.
     opt_state: State of its optimizer.
+    untrained: Its outputs before it learned anything, `[K, max C]`; () if nobody wants to know.
   """
 
   step: jax.Array
   params: Any
   constants: Any
   opt_state: optax.OptState
+  untrained: Any = ()
 
   @classmethod
-  def create(cls, variables: Any, tx: optax.GradientTransformation) -> GeneratorState:
+  def create(cls, variables: Any, tx: optax.GradientTransformation, untrained: Any = ()) -> GeneratorState:
     """Makes the state of a generator that has learned nothing."""
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=variables["params"],
       constants=variables["constants"],
       opt_state=tx.init(variables["params"]),
+      untrained=untrained,
     )
 
   @property

@@ -144,6 +144,26 @@ def generator_step(
   return step
 
 
+def masked_loss_step(
+  model: nn.Module, graph: ChannelGraph, preprocessing: Preprocessing, *, train: bool = False
+) -> Step:
+  """Builds the step that measures the loss of a sub-network as `generator_step` does that of its samples.
+
+  The state is {"step", "masks"}, and only the number moves.
+  """
+
+  def step(state: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], Metrics]:
+    image_key, dropout_key = jax.random.split(_step_key(shared, state["step"]))
+    images, labels = shared.read(batch)
+    x = preprocessing.normalize(preprocessing.augment(image_key, images))
+    mode = {"train": train, "mutable": ["batch_stats"], "rngs": {"dropout": dropout_key}}
+    logits, _ = masked_apply(model, shared.variables, graph, state["masks"], x, **mode)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return {**state, "step": state["step"] + 1}, mean_over_devices({"loss": loss})
+
+  return step
+
+
 def gradient_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   """Builds the step that sums the gradients of the loss in evaluation mode; the state is a tree of sums."""
 

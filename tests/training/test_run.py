@@ -18,7 +18,7 @@ from small_run import small_config
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
 from sapr_jax.artifacts.files import write_json
-from sapr_jax.method import IMPORTANCES
+from sapr_jax.method import IMPORTANCES, split_by_group
 from sapr_jax.runtime import devices
 from sapr_jax.training import experiment as parts
 from sapr_jax.training import optimizers, passes, workdir
@@ -246,6 +246,39 @@ def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compila
   _, again, _ = proposer.propose((), variables, epoch=0)
   jax.tree.map(np.testing.assert_array_equal, scores, again)
   assert run.budget.cost(run.graph.kept(run.project(scores))) <= run.budget.limit
+
+
+def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(quick_compilation, tmp_path, capsys):
+  config = small_config(
+    search__start_epoch=0, search__end_epoch=3, prune__start_epoch=2, **SHORT | {"train__epochs": 4}
+  )
+  training.run(config, tmp_path / "run")
+  records = artifacts.read_records(tmp_path / "run")
+  assert ["generator_learned" in record for record in records] == [True, True, True, False]
+  assert ["subnetwork_accuracy" in record for record in records] == [False, False, True, True]
+  assert records[2]["widths"] == records[3]["widths"]
+  assert "hamming_distance" not in records[2] | records[3]
+  first = records[0]  # of one pass: the ranking before it is the untrained one
+  assert first["generator_overlap_untrained"] == first["generator_overlap_last"]
+  assert 0 <= first["generator_learned"] < 0.5 and first["generator_cost_share"] > 0.9
+  warned = [line for line in capsys.readouterr().out.splitlines() if "mostly that of its random start" in line]
+  assert len(warned) == sum(record.get("generator_learned", 1) < 0.5 for record in records[2:])
+
+
+def test_a_generator_begins_with_what_it_knows(quick_compilation):
+  run = parts.build(small_config(generator__prior="l2_norm", generator__prior_strength=20.0))
+  known = parts.make_proposer(run)
+  variables = devices.replicate(run.variables, run.passes.mesh)
+  want = run.project(known.knowledge.prior.propose((), variables, 0)[1])
+  state, _, record = known.propose(devices.replicate(known.init(), run.passes.mesh), variables, 0)
+  first = run.project(split_by_group(jax.device_get(state.untrained), run.graph))
+  jax.tree.map(np.testing.assert_array_equal, first, want)
+  assert record["generator_overlap_untrained"] > 0.8 and "generator_learned" not in record
+  assert record["generator_cost_share"] == pytest.approx(run.budget.share, abs=0.15)
+  begun, steps = jax.device_get(state.untrained), int(state.step)
+  again, _, _ = known.propose(state, variables, 1)  # a later pass goes on from there
+  np.testing.assert_array_equal(again.untrained, begun)
+  assert int(again.step) == 2 * steps > 0
 
 
 def test_a_proposer_of_the_callers_own_may_hold_the_masks(quick_compilation, tmp_path):
