@@ -1,5 +1,11 @@
 """Errors that a user can fix, and those that tell a scheduler what to do."""
 
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
   """Input that cannot be used: a config value, a file, an array of the wrong shape.
@@ -11,7 +17,7 @@ class InputError(ValueError):
 
 
 class DivergedError(ArithmeticError):
-  """Training diverged: a loss is not finite. `python -m sapr_jax.main` prints the message and exits with 3."""
+  """Training diverged: a number is not finite. `python -m sapr_jax.main` prints the message and exits with 3."""
 
 
 class InterruptedRunError(Exception):
@@ -23,3 +29,21 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
   # A KeyError would put its message in quotes.
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   return text if limit is None or len(text) <= limit else f"{text[:limit]} ..."
+
+
+@contextlib.contextmanager
+def os_errors_in_one_line(place: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns what the operating system refuses within the block into an `InputError`.
+
+  Its message has the path that the error names, or else `place`. An `OSError` without a number is none of the
+  operating system's: Orbax raises a `TimeoutError` where another process does not come.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None:
+      raise
+    raise InputError(
+      f"{error.filename or os.fspath(place)} cannot be used ({error.strerror}); what is on disk is whole: fix the disk"
+      " or the path, and the same command goes on."
+    ) from error

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from sapr_jax.artifacts.files import write_atomically
+from sapr_jax.artifacts.files import read_bytes, write_atomically, write_through
 
 FILE = "records.jsonl"
 
@@ -25,56 +27,99 @@ class Recorder:
 
   def __init__(self, workdir: pathlib.Path):
     self._workdir, self._file = workdir, workdir / FILE
-    self._writer: Any = None
+    self._events: _TensorBoard | None = None
     self._writes = jax.process_index() == 0
 
   def rewind(self, step: int) -> None:
-    """Drops the records after `step`. No checkpoint holds their epochs, and the run goes on from `step`."""
+    """Drops the records after `step`. No checkpoint holds their epochs, and the run goes on from `step`.
+
+    Records up to `step` that the file lacks are named on standard error.
+    """
     if not self._writes:
       return
-    from tensorboardX import SummaryWriter  # imports slowly
-
     kept = [record for record in read_records(self._workdir) if record["step"] <= step]
-    if self._writer is not None and len(kept) == step:
+    if self._events is not None and len(kept) == step:
       return  # the stage before has just ended
-    write_atomically(self._file, "".join(json.dumps(record) + "\n" for record in kept))
+    if lost := sorted(set(range(1, step + 1)) - {record["step"] for record in kept}):
+      epochs = f"epoch {lost[0]}" if len(lost) == 1 else f"{len(lost)} epochs from {lost[0]} to {lost[-1]}"
+      print(f"warning: {self._file} has lost the records of {epochs}; the run goes on without", file=sys.stderr)
+    write_atomically(self._file, "".join(map(_line, kept)))
     self.close()
-    self._writer = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
+    self._events = _TensorBoard(self._workdir / "tensorboard", first_step=step + 1)
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Appends `record`."""
     if not self._writes:
       return
-    with self._file.open("a") as file:
-      file.write(json.dumps(record) + "\n")
-      file.flush()
-      os.fsync(file.fileno())  # before a checkpoint says that this epoch is done
-    if self._writer is None:
+    with self._file.open("ab") as file:
+      write_through(file, _line(record))  # before a checkpoint says that this epoch is done
+    if self._events is None:
       return
-    for name, value in record.items():
-      if isinstance(value, int | float) and name not in ("epoch", "step"):
-        self._writer.add_scalar(f"{record['stage']}/{name}", value, record["step"])
-    self._writer.flush()
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("epoch", "step")}
+    self._events.add({f"{record['stage']}/{name}": value for name, value in numbers.items()}, record["step"])
 
   def close(self) -> None:
     """Closes the files of TensorBoard."""
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+    if self._events is not None:
+      events, self._events = self._events, None
+      events.close()
+
+
+class _TensorBoard:
+  """An event file of TensorBoard, written without the threads of `tensorboardX.SummaryWriter`, which hide errors."""
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    """Starts a file; TensorBoard then shows nothing from `first_step` on that older files hold."""
+    from tensorboardX.event_file_writer import EventsWriter  # imports slowly
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    folder.mkdir(exist_ok=True)
+    self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+    self._write(first_step, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, scalars: Mapping[str, float], step: int) -> None:
+    from tensorboardX.summary import scalar
+
+    for name, value in scalars.items():
+      self._write(step, summary=scalar(name, value))
+    self._file.flush()
+
+  def _write(self, step: int, **content: Any) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the records of a work directory, in order, up to the first damaged line."""
+  """Reads the records of a work directory, in order.
+
+  Damaged lines are left out, and named on standard error but for the last one, which a kill cut off.
+
+  Raises:
+    OSError: If the file is there and cannot be read.
+  """
   file = workdir / FILE
-  if not file.is_file():
+  try:
+    *lines, last = read_bytes(file).split(b"\n")
+  except FileNotFoundError:
     return []
-  records = []
-  for line in file.read_text(errors="replace").splitlines():
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError):
-      break
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-      break
-    records.append(record)
-  return records
+  records = [_parse(line) for line in lines]
+  if damaged := [str(number) for number, record in enumerate(records, 1) if record is None]:
+    print(f"warning: {file} is damaged in line {', '.join(damaged)}, left out", file=sys.stderr)
+  return [record for record in [*records, _parse(last)] if record is not None]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+  return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  """Returns the record in a line, None if there is none."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -26,7 +26,7 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax import models
-from sapr_jax.artifacts.files import write_json
+from sapr_jax.artifacts.files import temporary_prefix, write_json
 from sapr_jax.channels import NarrowModule
 from sapr_jax.errors import InputError
 
@@ -56,7 +56,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
   if path.exists() and not (path / DEFINITION).is_file():
     raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+  temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
   try:
     flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in named.items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
@@ -210,7 +210,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:
   """Puts `new` in the place of `path`, which may hold an older model."""
-  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+  old = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
   if path.exists():
     os.replace(path, old / path.name)
   os.replace(new, path)

@@ -140,6 +140,7 @@ def export_torch(
   norms = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
   state |= {f"{name}.{COUNTER}": np.zeros((), np.int64) for name in norms}
   widths = {names[layer]: description for layer, description in layers.items()}
+  path.parent.mkdir(parents=True, exist_ok=True)
   write_atomically(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
   write_json(
     path.with_suffix(".json"),

@@ -35,6 +35,7 @@ def write_page(runs: Sequence[RunHistory], directory: pathlib.Path) -> pathlib.P
     loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
   ).get_template(_TEMPLATE)
   try:
+    directory.mkdir(parents=True, exist_ok=True)
     page = template.render(
       networks=sorted({run.config["model.name"] for run in runs}),
       unfinished=[run.label for run in runs if run.summary is None],

@@ -62,8 +62,8 @@ def train(
   Checkpoints are made after every `every_epochs` epochs, at the end, and after every `every_steps` steps of an epoch.
 
   Raises:
-    DivergedError: If a loss is not finite; the last checkpoint before is kept.
-    InputError: If the disk cannot be written.
+    DivergedError: If a loss or a part of the state is not finite; the last checkpoint before is kept.
+    OSError: If the disk cannot be written.
     InterruptedRunError: If the run was asked to stop; its work is saved.
   """
   if position.epoch == stage.epochs:
@@ -129,13 +129,15 @@ def _first_of_record(stage: Stage, position: Position) -> Record:
 
 
 def _check_finite(stage: Stage, state: TrainState, position: Position) -> None:
-  if (diverged := position.diverged()) is None:
-    return
-  parts = ("params", "batch_stats", "opt_state")
+  """Checks the metrics and what the last steps left behind, as a loss does not show what its own step did."""
+  diverged = position.diverged()
+  parts = ("params", "batch_stats", "opt_state", "proposer")
   first = next((f"{part}/{name}" for part in parts if (name := first_not_finite(getattr(state, part)))), None)
+  if diverged is None and first is None:
+    return
   tensor = f"; the first tensor that is not finite is {first}" if first else ""
   raise DivergedError(
-    f"{diverged} in epoch {position.epoch + 1} of {stage.name}, step {position.step} of {position.steps_per_epoch}, at"
-    f" learning rate {position.record['learning_rate']:g}: training diverged{tensor}. The last checkpoint before it is"
-    " kept; start again with a lower learning rate."
+    f"{diverged or 'the state is not finite'} in epoch {position.epoch + 1} of {stage.name}, step {position.step} of"
+    f" {position.steps_per_epoch}, at learning rate {position.record['learning_rate']:g}: training diverged{tensor}."
+    " The last checkpoint before it is kept; start again with a lower learning rate."
   )

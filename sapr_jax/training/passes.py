@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from sapr_jax.errors import DivergedError
 from sapr_jax.runtime import cpu
 from sapr_jax.runtime.devices import MappedStep, Step, loops_are_slow, replicate
 from sapr_jax.training import steps
@@ -69,7 +71,11 @@ class Passes:
     return dataclasses.replace(self.feed.train, key=replicate(self.key(purpose), self.mesh), variables=variables)
 
   def evaluate(self, model: nn.Module, variables: Any) -> dict[str, float]:
-    """Returns accuracy in [0, 1] and mean cross-entropy ("loss") on all test images; compiles once for a model."""
+    """Returns accuracy in [0, 1] and mean cross-entropy ("loss") on all test images; compiles once for a model.
+
+    Raises:
+      DivergedError: If the loss is not finite.
+    """
     if model not in self._evaluations:
       self._evaluations[model] = self.map(steps.evaluation_step(model, self.feed.preprocessing))
     step = self._evaluations[model]
@@ -77,7 +83,13 @@ class Passes:
     shared = dataclasses.replace(self.feed.test, variables=variables)
     sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())
     totals = {name: float(value) for name, value in jax.device_get(sums).items()}
-    return {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
+    metrics = {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
+    if not math.isfinite(metrics["loss"]):
+      raise DivergedError(
+        f"the loss on the test images is {metrics['loss']}: training diverged. The last checkpoint is kept; start again"
+        " with a lower learning rate."
+      )
+    return metrics
 
 
 class WeightPass:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import itertools
+import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ import jax
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
@@ -29,8 +29,6 @@ from sapr_jax.training.position import Position
 from sapr_jax.training.proposers import Proposer
 from sapr_jax.training.state import TrainState
 from sapr_jax.training.summary import describe, summarize
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def run(
@@ -61,56 +59,48 @@ def run(
     InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
   """
   path = pathlib.Path(workdir)
-  processes.together(lambda: check_config(config))
-  processes.check_equal(**_settings(config, path))
-  if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
-    say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
-    return finished
-  started = time.monotonic()
-  # Bad data shows before anything is written.
-  experiment = processes.together(lambda: build(config))
-  processes.check_equal(**experiment.fingerprint())
-  try:
-    with contextlib.ExitStack() as stack:
-      processes.together(lambda: stack.enter_context(layout.locked(path, config)))
-      functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
-      experiment = _as_it_began(experiment, path, functions)
-      interruption = stack.enter_context(Interruption())
-      _write_network(experiment, path, functions)
-      say(describe(experiment))
-      recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
+  with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
+    processes.together(lambda: check_config(config))
+    processes.check_equal(**_settings(config, path))
+    if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
+      say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
+      return finished
+    started = time.monotonic()
+    # Bad data shows before anything is written.
+    experiment = processes.together(lambda: build(config))
+    processes.check_equal(**experiment.fingerprint())
+    processes.together(lambda: stack.enter_context(layout.locked(path, config)))
+    functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
+    experiment = _as_it_began(experiment, path, functions)
+    interruption = stack.enter_context(Interruption())
+    _write_network(experiment, path, functions)
+    say(describe(experiment))
+    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
 
-      dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
-      state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
-      variables, masks = jax.device_get((state.variables, state.masks))
-      check_masks_meet(experiment.budget, experiment.graph, masks)
+    dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
+    state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
+    variables, masks = jax.device_get((state.variables, state.masks))
+    check_masks_meet(experiment.budget, experiment.graph, masks)
 
-      small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
-      small_variables = recalibrate_batch_norm(
-        experiment.passes,
-        small_model,
-        small_variables,
-        batches=config.prune.statistics_batches,
-        batch_size=config.train.batch_size,
-        # Nothing of it is saved: the run goes on at the last checkpoint of training.
-        between_calls=lambda: interruption.stop() if interruption.requested() else None,
-      )
+    small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
+    small_variables = recalibrate_batch_norm(
+      experiment.passes,
+      small_model,
+      small_variables,
+      batches=config.prune.statistics_batches,
+      batch_size=config.train.batch_size,
+      # Nothing of it is saved: the run goes on at the last checkpoint of training.
+      between_calls=lambda: interruption.stop() if interruption.requested() else None,
+    )
 
-      small_stage = stages.finetuning_stage(experiment, small_model, small_variables)
-      state = run_stage(small_stage, config, path / "checkpoints" / "finetune", recorder, interruption)
-      tuned_variables = jax.device_get(state.variables)
+    small_stage = stages.finetuning_stage(experiment, small_model, small_variables)
+    state = run_stage(small_stage, config, path / "checkpoints" / "finetune", recorder, interruption)
+    tuned_variables = jax.device_get(state.variables)
 
-      dense, pruned = (experiment.model, variables), (small_model, tuned_variables)
-      summary = summarize(experiment, masks, dense, (small_model, small_variables), pruned)
-      summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
-      processes.together(lambda: _write_results(path, dense, pruned, summary))
-  except OSError as error:
-    if error.errno not in _DISK_ERRORS:
-      raise
-    raise InputError(
-      f"{error.filename or path} cannot be written ({error.strerror}); the checkpoints are whole: make room or fix the"
-      " directory, and the same command resumes the run."
-    ) from error
+    dense, pruned = (experiment.model, variables), (small_model, tuned_variables)
+    summary = summarize(experiment, masks, dense, (small_model, small_variables), pruned)
+    summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
+    processes.together(lambda: _write_results(path, dense, pruned, summary))
   say(f"\n{report.format_summary(summary)}\n")
   if (warning := report.chance_warning(summary, experiment.passes.feed.num_classes)) is not None:
     say(warning)
@@ -145,9 +135,16 @@ def run_stage(
     position = Position.of_checkpoint(saved, stage.weights.steps_per_epoch)
     if stage.renew_masks is not None and position.epoch < stage.epochs:
       # Fine-tuning of a network that does not exist yet: the checkpoints of its training were lost.
-      processes.decided_by_main(lambda: shutil.rmtree(folder.parent / "finetune", ignore_errors=True))
+      processes.decided_by_main(lambda: _set_aside(folder.parent / "finetune"))
     every = {"every_epochs": fields.every_epochs, "every_steps": fields.every_steps}
     return loop.train(stage, state, position, checkpointer, recorder, interruption, **every)
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+  """Gives the checkpoints of a stage another name, as nothing that a run has computed is deleted."""
+  if folder.is_dir() and any(folder.iterdir()):
+    names = (folder.with_name(f"{folder.name}_before_{number}") for number in itertools.count(1))
+    os.rename(folder, next(name for name in names if not name.exists()))
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -87,7 +88,7 @@ class GeneratorState:
 
 def first_not_finite(tree: Any) -> str | None:
   """Names the first tensor of a tree with an entry that is not finite; None if all are."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(leaf))):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):  # nothing to compile
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
       return jax.tree_util.keystr(path, simple=True, separator="/")
   return None

@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import pathlib
-import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 from flax import traverse_util
 
 from sapr_jax import report
-from sapr_jax.artifacts.files import read_json, write_json
+from sapr_jax.artifacts.files import read_json, remove_temporaries, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
@@ -48,7 +48,7 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
     if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
       raise InputError(f"{path} holds other files and no run; name a new or empty --workdir.")
     return
-  for name in (CONFIG, RECORDS, SUMMARY, REPORT):
+  for name in (CONFIG, NETWORK, RECORDS, SUMMARY, REPORT, LOCK):
     if (path / name).is_dir():
       raise InputError(f"{path / name} is a directory, but must be a file; remove it, or name a new --workdir.")
   earlier = read_json(file)
@@ -115,28 +115,22 @@ def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def make_workdir(path: pathlib.Path, config: Any) -> None:
-  """Makes the work directory and notes the configuration in it, unless an earlier run did.
-
-  Raises:
-    InputError: If it cannot be written.
-  """
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / CONFIG).exists():
-      write_json(path / CONFIG, flat_fields(config))
-  except OSError as error:
-    why = error.strerror or error
-    raise InputError(f"The work directory {path} cannot be written ({why}); name another --workdir.") from error
+  """Makes the work directory and notes the configuration in it, unless an earlier run did."""
+  path.mkdir(parents=True, exist_ok=True)
+  if not (path / CONFIG).exists():
+    write_json(path / CONFIG, flat_fields(config))
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
   """Makes the work directory and keeps other runs out of it until the end of the block.
 
-  The lock is the operating system's: it goes with the process, however that ends.
+  The lock is the operating system's: it goes with the process, however that ends. Where the file system has no locks,
+  a line on standard error says so.
 
   Raises:
-    InputError: If the directory cannot be written, or another run is in it.
+    InputError: If another run is in it.
+    OSError: If the directory cannot be written.
   """
   if jax.process_index() != 0:
     yield
@@ -146,28 +140,20 @@ def locked(path: pathlib.Path, config: Any) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-      if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-        raise
-      file.seek(0)
-      raise InputError(
-        f"Another run is in {path} ({file.read().strip() or 'it does not say which'}); wait for it or stop it, or name"
-        " another --workdir."
-      ) from None
+      if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        file.seek(0)
+        raise InputError(
+          f"Another run is in {path} ({file.read().strip() or 'it does not say which'}); wait for it or stop it, or"
+          " name another --workdir."
+        ) from None
+      if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(error.errno, error.strerror, file.name) from None
+      print(f"warning: {path} is on a file system without locks; keep other runs out of it", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _remove_leftovers(path)
+    remove_temporaries(path)
     yield
-
-
-def _remove_leftovers(path: pathlib.Path) -> None:
-  """Removes what a killed run had begun to write and had not yet put in its place."""
-  for name in (CONFIG, NETWORK, RECORDS, SUMMARY, REPORT, DENSE, PRUNED):
-    for leftover in path.glob(f".{name}.*"):
-      if leftover.is_dir():
-        shutil.rmtree(leftover)
-      else:
-        leftover.unlink()
 
 
 def flat_fields(config: Any) -> dict[str, Any]:

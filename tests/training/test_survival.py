@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from small_run import check_same_run, small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, training
 from sapr_jax.errors import DivergedError
-from sapr_jax.training import loop, passes, workdir
+from sapr_jax.training import experiment, loop, passes, workdir
 
 run_module = sys.modules["sapr_jax.training.run"]  # `training.run` is the function
 
@@ -155,41 +157,6 @@ def test_two_runs_in_one_work_directory_are_refused(tmp_path):
     pass
 
 
-@pytest.mark.slow
-def test_damaged_checkpoints_cost_no_more_than_what_came_after_the_one_before(whole, tmp_path, capfd):
-  shutil.copytree(whole[0], tmp_path / "run")
-  for name in ("summary.json", "report.txt"):
-    (tmp_path / "run" / name).unlink()
-  for stage in ("train", "finetune"):
-    newest = max((tmp_path / "run" / "checkpoints" / stage).iterdir(), key=lambda d: int(d.name))
-    for file in newest.rglob("*"):
-      if file.is_file():
-        file.write_bytes(file.read_bytes()[:-1])
-  training.run(small_config(), tmp_path / "run")
-  captured = capfd.readouterr()
-  assert "checkpoints/train/24 is damaged" in captured.err
-  assert "train: going on after epoch 3/4" in captured.out
-  check_same_run(tmp_path / "run", whole[0])
-
-
-@pytest.mark.slow
-def test_a_full_disk_stops_the_run_with_the_reason(whole, tmp_path, monkeypatch):
-  shutil.copytree(whole[0], tmp_path / "run")
-  (tmp_path / "run" / "summary.json").unlink()
-  shutil.rmtree(tmp_path / "run" / "checkpoints" / "finetune")
-
-  def full(*args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records.jsonl")
-
-  write = artifacts.Recorder.write
-  monkeypatch.setattr(artifacts.Recorder, "write", full)
-  with pytest.raises(sapr.InputError, match=r"records\.jsonl cannot be written \(No space left on device\); the check"):
-    training.run(small_config(), tmp_path / "run")
-  monkeypatch.setattr(artifacts.Recorder, "write", write)
-  training.run(small_config(), tmp_path / "run")
-  check_same_run(tmp_path / "run", whole[0])
-
-
 def test_divergence_names_the_first_bad_tensor_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   with pytest.raises(
     DivergedError,
@@ -198,6 +165,46 @@ def test_divergence_names_the_first_bad_tensor_and_keeps_the_last_good_checkpoin
   ):
     training.run(small_config(train__learning_rate=1e30), tmp_path / "run")
   assert not any(d.name.isdigit() for d in (tmp_path / "run" / "checkpoints" / "train").iterdir())
+
+
+@pytest.mark.parametrize("leaf", ["params", "batch_stats", "opt_state"])
+def test_what_the_last_step_of_a_stage_left_behind_is_looked_at(tmp_path, monkeypatch, leaf):
+  step = passes.WeightPass.step
+
+  def last_step_overflows(weights, state, batches):
+    state, metrics = step(weights, state, batches)
+    if int(state.step) == 20 and state.masks:
+      infinite = jax.tree.map(lambda x: x + np.inf if x.dtype == np.float32 else x, getattr(state, leaf))
+      state = dataclasses.replace(state, **{leaf: infinite})
+    return state, metrics
+
+  monkeypatch.setattr(passes.WeightPass, "step", last_step_overflows)
+  with pytest.raises(DivergedError, match=rf"not finite in epoch 4 of train, step 5 of 5, .* not finite is {leaf}/"):
+    training.run(small_config(), tmp_path / "run")
+  assert [record["step"] for record in artifacts.read_records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_loss_on_the_test_images_that_is_not_finite_is_divergence():
+  parts = experiment.build(small_config())
+  variables = jax.tree.map(lambda leaf: leaf * np.nan, parts.variables)
+  with pytest.raises(DivergedError, match="the loss on the test images is nan: training diverged"):
+    parts.passes.evaluate(parts.model, variables)
+
+
+def test_fine_tuning_of_a_training_that_was_lost_is_set_aside(whole, tmp_path, monkeypatch):
+  def stop(*args, **options):
+    raise StoppedError
+
+  shutil.copytree(whole[0], tmp_path / "run")
+  (tmp_path / "run" / "summary.json").unlink()
+  checkpoints = tmp_path / "run" / "checkpoints"
+  shutil.rmtree(checkpoints / "train" / "24")
+  monkeypatch.setattr(loop, "train", stop)
+  for name in ("finetune_before_1", "finetune_before_2"):
+    with pytest.raises(StoppedError):
+      training.run(small_config(), tmp_path / "run")
+    assert {path.name for path in (checkpoints / name).iterdir()} == {"6", "12"}
+    shutil.copytree(checkpoints / name, checkpoints / "finetune")
 
 
 def test_accuracy_at_chance_is_warned_about(whole, tmp_path, monkeypatch, capsys):
