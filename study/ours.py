@@ -63,6 +63,7 @@ def run_uniform_width(job: Job) -> None:
   experiment = _build(job)
   narrow = job.config.copy_and_resolve_references()
   narrow.model.width_multiplier = nearest_width(experiment)
+  narrow.init.weights = None  # which fit the wide network only
   model, variables = first_network(narrow, experiment.passes.feed.num_classes, experiment.input_shape)
   trained = train_plainly(job, experiment, model, variables, scratch_phase(job.config))
   _write_summary(job, experiment, pruned=(model, trained))

@@ -27,11 +27,12 @@ def cost_in_words(name: str) -> str:
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   """Returns one line about the epoch of `record`, and a warning if its masks were not learned."""
-  accuracy = f"test {record['test_accuracy']:.2%}"
+  parts = [f"loss {record['train_loss']:.4f}"]
+  if "test_accuracy" in record:
+    parts.append(f"test {record['test_accuracy']:.2%}")
   if "subnetwork_accuracy" in record:
     share = f"{record['cost_share']:.1%} of {cost_in_words(record['cost'])}"
-    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
-  parts = [f"loss {record['train_loss']:.4f}", accuracy]
+    parts[-1] += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
   if "dropped_norm_mean" in record:
     parts.append(f"norms {record['kept_norm_mean']:.3f} kept, {record['dropped_norm_mean']:.3f} dropped")
   if "hamming_distance" in record:
@@ -40,7 +41,7 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   if "generator_seconds" in record:
     parts[-1] += f" + generator {record['generator_seconds']:.1f} s"
   line = f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
-  if "subnetwork_accuracy" in record and record.get("generator_learned", 1.0) < _LEARNED:
+  if "widths" in record and record.get("generator_learned", 1.0) < _LEARNED:
     line += (
       f"\nwarning: the generator's ranking is still mostly that of its random start ({record['generator_learned']:.0%}"
       " learned): search longer (search.start_epoch, generator.data_share), learn faster (generator.learning_rate), or"

@@ -63,7 +63,8 @@ class Experiment:
     """The first epoch before which masks are proposed, and the first from which on they no longer are."""
     search, epochs = self.config.search, self.config.train.epochs
     start = self.config.prune.start_epoch if search.start_epoch is None else search.start_epoch
-    return start, epochs if search.end_epoch is None else search.end_epoch
+    # With no epoch of training the masks are still proposed once.
+    return start, max(1, epochs) if search.end_epoch is None else search.end_epoch
 
   def project(self, scores: Scores) -> Masks:
     """Returns the masks of the highest scores that the budget allows."""

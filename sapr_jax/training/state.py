@@ -22,6 +22,7 @@ class TrainState:
     opt_state: State of the optimizer.
     masks: Group name -> 0/1 array: the masks in force; {} in fine-tuning.
     proposer: State of what proposes masks, such as the architecture generator; () if there is none.
+    teacher: Variables of the network that is distilled from; () if none is.
   """
 
   step: jax.Array
@@ -30,10 +31,11 @@ class TrainState:
   opt_state: optax.OptState
   masks: Any
   proposer: Any
+  teacher: Any = ()
 
   @classmethod
   def create(
-    cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = ()
+    cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = (), teacher: Any = ()
   ) -> TrainState:
     """Makes the state of a network that has taken no step."""
     return cls(
@@ -43,6 +45,7 @@ class TrainState:
       opt_state=tx.init(variables["params"]),
       masks=masks or {},
       proposer=proposer,
+      teacher=teacher,
     )
 
   @property

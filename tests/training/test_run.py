@@ -167,6 +167,23 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
+def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, quick_compilation, tmp_path):
+  config = small_config(
+    init__weights=str(whole[0] / "dense"), train__epochs=0, train__decay_epochs=(), prune__start_epoch=0,
+    prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
+    evaluate__every_epochs=2, data__test_images=None, data__validation_images=50,
+  )  # fmt: skip
+  summary = training.run(config, tmp_path / "run")
+  records = artifacts.read_records(tmp_path / "run")
+  assert [record["stage"] for record in records] == ["finetune"] * 3
+  assert ["test_accuracy" in record for record in records] == [False, True, True]  # every second, and the last
+  assert summary["pruned"]["macs"] < 0.5 * summary["dense"]["macs"]
+  # Nothing but the teacher is learned from: the loss is the divergence, and falls.
+  assert records[-1]["train_loss"] < records[0]["train_loss"]
+  (_, dense), (_, first) = (sapr.load(path / "dense") for path in (tmp_path / "run", whole[0]))
+  jax.tree.map(np.testing.assert_array_equal, dense, first)
+
+
 def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
   config = small_config(model__name="resnet8", model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)
@@ -184,7 +201,9 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
 def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tiny, form):
   config = small_config(prune__form=form, train__weight_decay=0.0)
   params, graph, phase, gamma = tiny.params, tiny.graph, config.train, config.prune.gamma
-  tx = optimizers.regularized_sgd(phase, lambda step: phase.learning_rate, graph, config.prune)
+  tx = optimizers.regularized_sgd(
+    phase, lambda step: phase.learning_rate, graph, optimizers.Regularization(form, gamma)
+  )
   masks = {name: np.arange(len(mask)) % 2 for name, mask in graph.full_masks().items()}
   still = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(still, tx.init(params), params, masks=masks)
@@ -197,6 +216,13 @@ def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tin
   got = optax.apply_updates(params, updates)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True))
+
+
+def test_a_shrinkage_is_what_a_dropped_channel_loses_in_all():
+  config = small_config(prune__shrinkage=2.0)  # regularized: two epochs at a rate of 0.1, and one at 0.01
+  gamma = optimizers.regularization(config, 5).gamma
+  assert gamma * 5 * (0.1 + 0.1 + 0.01) / (1 - 0.9) == pytest.approx(2.0)
+  assert optimizers.regularization(small_config(), 5).gamma == 0.1
 
 
 SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "finetune__decay_epochs": ()}
