@@ -105,11 +105,12 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
 
 
 def finetuning_stage(
-  experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None, teacher: Any = ()
+  experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None, teacher: Any = None
 ) -> Stage:
   """Trains a network as an ordinary one, such as the pruned one; unless `phase` is given, as `config.finetune` says.
 
-  `teacher` has the variables of the dense network that it is distilled from, where the phase asks for that.
+  `teacher` has the variables of the dense network that it is distilled from, where the phase asks for that; None for
+  the first ones.
   """
   config, passes = experiment.config, experiment.passes
   phase = config.finetune if phase is None else phase
@@ -117,12 +118,14 @@ def finetuning_stage(
   tx = optimizers.sgd(phase, schedule)
 
   def evaluate(state: TrainState, epoch: int) -> Record:
-    return (
-      _prefixed("test", passes.evaluate(model, state.variables)) if _is_evaluated(epoch, phase.epochs, config) else {}
-    )
+    if not _is_evaluated(epoch, phase.epochs, config):
+      return {}
+    return _prefixed("test", passes.evaluate(model, state.variables))
 
   distillation = _distillation(phase, experiment.model)
-  state = TrainState.create(variables, tx, teacher=() if distillation is None else teacher)
+  known = experiment.variables if teacher is None else teacher
+  # From the host, as the state is donated.
+  state = TrainState.create(variables, tx, teacher=() if distillation is None else jax.device_get(known))
   return Stage(
     name="finetune",
     epochs=phase.epochs,
