@@ -69,6 +69,16 @@ def run_uniform_width(job: Job) -> None:
   _write_summary(job, experiment, pruned=(model, trained))
 
 
+def run_adapted(job: Job) -> None:
+  """Trains the whole network for one epoch on all images, from which other rows start."""
+  experiment = _build(job)
+  phase = ConfigDict(job.config.train.to_dict())
+  phase.epochs, phase.schedule = 1, "cosine"
+  trained = train_plainly(job, experiment, experiment.model, experiment.variables, phase)
+  artifacts.save(job.workdir / layout.DENSE, experiment.model, trained)
+  _write_summary(job, experiment, dense=(experiment.model, trained), pruned=(experiment.model, trained))
+
+
 def run_recalibration(job: Job) -> None:
   """Measures the sub-network of a finished run again, with running statistics of its own; trains nothing."""
   assert job.source is not None
@@ -99,6 +109,7 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
   "method": run_method,
   "one_shot": run_one_shot,
   "width": run_uniform_width,
+  "adapted": run_adapted,
   "recalibrated": run_recalibration,
   "selection": run_selection,
 }
