@@ -42,10 +42,10 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
     parts[-1] += f" + generator {record['generator_seconds']:.1f} s"
   line = f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
   if "widths" in record and record.get("generator_learned", 1.0) < _LEARNED:
-    line += (
-      f"\nwarning: the generator's ranking is still mostly that of its random start ({record['generator_learned']:.0%}"
+    line = (
+      f"warning: the generator's ranking is still mostly that of its random start ({record['generator_learned']:.0%}"
       " learned): search longer (search.start_epoch, generator.data_share), learn faster (generator.learning_rate), or"
-      " start from an importance (generator.prior=l2_norm)."
+      f" start from an importance (generator.prior=l2_norm).\n{line}"
     )
   return line
 

@@ -143,24 +143,26 @@ class GeneratorProposer:
       state = self._start_from(self.knowledge.prior.propose((), variables, epoch)[1])
     order = None if self.knowledge.order is None else self.knowledge.order.propose((), variables, epoch)[1]
 
-    def scores(outputs: Any) -> Scores:
-      learned = split_by_group(jax.device_get(outputs), self.graph)
-      return learned if order is None else reorder(learned, order)
+    def own(outputs: Any) -> Scores:
+      return split_by_group(jax.device_get(outputs), self.graph)
 
-    untrained, before = scores(state.untrained), scores(self._outputs(state.variables))
+    def scores(own: Scores) -> Scores:
+      return own if order is None else reorder(own, order)
+
+    untrained, before = own(state.untrained), own(self._outputs(state.variables))
     purpose = Purpose.GENERATOR
     calls = self.passes.feed.training(self.batch_size, purpose=purpose, epoch=epoch, images=self.images)
     state, metrics = self._step.run(state, self.passes.shared(purpose, variables), calls)
-    after = scores(self._outputs(state.variables))
+    after = own(self._outputs(state.variables))
     record = {name: float(np.mean(values)) for name, values in metrics.items()}
     if not any(np.isnan(values).any() for values in after.values()):  # which the run says of scores in general
-      masks = self.project(after)
-      record |= {"overlap_last": overlap(masks, self.project(before))}
-      record |= {"overlap_untrained": overlap(masks, first := self.project(untrained))}
-      if self.knowledge.prior is None:
-        record |= {"learned": learned_share(masks, first)}
+      masks = self.project(scores(after))
+      record |= {"overlap_last": overlap(masks, self.project(scores(before)))}
+      record |= {"overlap_untrained": overlap(masks, self.project(scores(untrained)))}
+      if self.knowledge.prior is None:  # an order would make all rankings alike
+        record |= {"learned": learned_share(self.project(after), self.project(untrained))}
       record |= {"projected_loss": self._loss_of(masks, variables, epoch)}
-    return state, after, {f"generator_{name}": value for name, value in record.items()}
+    return state, scores(after), {f"generator_{name}": value for name, value in record.items()}
 
   def _start_from(self, scores: Scores | None) -> GeneratorState:
     """Returns the state of a generator that has learned nothing but knows these importances."""

@@ -292,11 +292,15 @@ def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(
 
 
 def test_a_generator_begins_with_what_it_knows(quick_compilation):
-  run = parts.build(small_config(generator__prior="l2_norm", generator__prior_strength=20.0))
+  config = small_config(generator__prior="l2_norm", generator__prior_strength=20.0, generator__order="l1_norm")
+  run = parts.build(config)
   known = parts.make_proposer(run)
   variables = devices.replicate(run.variables, run.passes.mesh)
   want = run.project(known.knowledge.prior.propose((), variables, 0)[1])
-  state, _, record = known.propose(devices.replicate(known.init(), run.passes.mesh), variables, 0)
+  state, scores, record = known.propose(devices.replicate(known.init(), run.passes.mesh), variables, 0)
+  norms = sapr.l1_norm(run.variables["params"], run.graph)
+  for name, mask in run.project(scores).items():  # whatever the widths, the largest norms fill them
+    assert norms[name][mask > 0].min() >= norms[name][mask == 0].max(initial=0.0)
   first = run.project(split_by_group(jax.device_get(state.untrained), run.graph))
   jax.tree.map(np.testing.assert_array_equal, first, want)
   assert record["generator_overlap_untrained"] > 0.8 and "generator_learned" not in record
