@@ -163,7 +163,7 @@ def scaled_reg(strength: float, sum_of_rates: float) -> float:
 
   It takes off a weight a part that is proportional to the coefficient times the sum of the learning rates.
   """
-  return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates
+  return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates if strength else 0.0
 
 
 def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float) -> Any:
