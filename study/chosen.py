@@ -18,7 +18,7 @@ SCHEDULE: Mapping[str, Any] = {
   "prune.start_epoch": 0,
   "prune.shrinkage": 4.0,
   "search.end_epoch": 1,
-  "generator.data_share": 0.4,  # 125 steps, with which its widths are alike whatever the seed
+  "generator.data_share": 0.4,  # 125 steps
   "finetune.epochs": EPOCHS - 2,
   "finetune.learning_rate": 0.05,
 }
