@@ -15,6 +15,10 @@ class InputError(ValueError):
   exits with a non-zero status.
   """
 
+  def __init__(self, message: str) -> None:
+    # A path or a name in it may have line breaks, or what a terminal cannot show.
+    super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 class DivergedError(ArithmeticError):
   """Training diverged: a number is not finite. `python -m sapr_jax.main` prints the message and exits with 3."""

@@ -9,6 +9,9 @@ again resumes an unfinished run. Exit status:
     3    training diverged; one line says where
     130  stopped at once by a second Ctrl-C: the same command goes on at the last checkpoint
 
+A signal is heard from the first instant on. Output that cannot be written, as its reader has gone or the disk is full,
+does not end a run.
+
 Several machines work as one if the same command runs on each of them with `--distributed`: on TPU pods, under SLURM and
 Open MPI they find each other; elsewhere give `--coordinator=HOST:PORT --num_processes=N --process_id=I`, where HOST is
 the machine of process 0. The work directory must be one that all of them see. Where one of the processes ends early,
@@ -17,8 +20,17 @@ the others end too, with a status that is not zero.
 
 from __future__ import annotations
 
+from sapr_jax.runtime.interruption import STOPPED_AT_ONCE, ProgramInterruption
+from sapr_jax.runtime.output import survive_lost_output
+
+_interruption: ProgramInterruption | None = None  # where this file is the program
+if __name__ == "__main__":  # before the other imports, which take a while
+  survive_lost_output()
+  _interruption = ProgramInterruption()
+
 import functools
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -56,16 +68,19 @@ def main(argv: Sequence[str]) -> int:
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
     return _fail(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
-  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
+  for name in ("absl", "jax"):  # Orbax reports every file it writes, JAX every device that it does not find
+    logging.getLogger(name).setLevel(logging.WARNING)
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and by_hand == (None, None, None):
-    return _run(config, workdir)
+    return _run(config, workdir, interruption=_interruption)
   from sapr_jax.runtime import processes
 
   try:
     process = processes.initialize(*by_hand, timeout=_CONNECT_SECONDS.value)
   except InputError as error:
     return _fail(str(error))
+  if _interruption is not None:
+    _interruption.close()  # from now on all processes must stop at one step
   try:
     return processes.leave(_run(config, workdir, process))
   except Exception as error:
@@ -75,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     return processes.leave(1, wait=False)
 
 
-def _run(config: Any, workdir: str, process: int = 0) -> int:
+def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInterruption | None = None) -> int:
   """Runs the experiment; returns the exit status."""
   try:
     from sapr_jax import runtime, training  # start slowly; bad flags fail before
@@ -83,9 +98,11 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
     if config.get("fast_cpu"):
       runtime.keep_memory()  # the process is ours; JAX has not started yet
     _start_jax()
+    if interruption is not None:
+      interruption.listen()  # the runtime of a TPU takes SIGTERM
     if _COMPILATION_CACHE.value:
       runtime.use_compilation_cache()
-    training.run(config, workdir)
+    training.run(config, workdir, interruption=interruption)
   except DivergedError as error:
     return _fail(str(error), 3)
   except InputError as error:
@@ -95,7 +112,7 @@ def _run(config: Any, workdir: str, process: int = 0) -> int:
       print(error, file=sys.stderr)
     return 75
   except KeyboardInterrupt:
-    print("stopped at once; the same command resumes the run at its last checkpoint", file=sys.stderr)
+    print(STOPPED_AT_ONCE, file=sys.stderr)
     return 130
   return 0
 
@@ -127,6 +144,9 @@ class _ConfigFileError(Exception):
 
 
 def _load_config_file(load: Callable[[str], Any], path: str) -> Any:
+  file = path.split(":", 1)[0]  # what follows is for get_config()
+  if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+    raise InputError(f"{file} must be a file, and is a pipe or a device")  # reading it might never end
   try:
     return load(path)
   except Exception as error:

@@ -20,8 +20,7 @@ from sapr_jax.channels import ChannelGraph, Masks, count_macs, prune
 from sapr_jax.errors import InputError
 from sapr_jax.method import Scores, l1_norm, rank_within_groups, relative_to_group_mean
 from sapr_jax.runtime import Interruption, replicate
-from sapr_jax.training import Experiment, stages
-from sapr_jax.training import workdir as layout
+from sapr_jax.training import Experiment, stages, workdir as layout
 from sapr_jax.training.experiment import first_network
 from sapr_jax.training.passes import recalibrate_batch_norm
 from sapr_jax.training.position import Position

@@ -37,8 +37,7 @@ from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.channels import trace_channels
 from sapr_jax.errors import DivergedError, InputError
 from sapr_jax.runtime import Interruption, say
-from sapr_jax.training import check_config
-from sapr_jax.training import workdir as layout
+from sapr_jax.training import check_config, workdir as layout
 from sapr_jax.training.experiment import first_network
 from sapr_jax.training.feed import data_spec
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, learning_rate_schedule

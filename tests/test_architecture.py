@@ -12,11 +12,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARROWS = {
   "errors": set(),
   "version": set(),
-  "channels": {"errors"},
-  "models": {"errors"},
-  "method": {"channels", "errors"},
+  "checks": {"errors"},
+  "channels": {"checks", "errors"},
+  "models": {"checks", "errors"},
+  "method": {"channels", "checks", "errors"},
   "data": {"errors"},
-  "artifacts": {"channels", "models", "errors"},
+  "artifacts": {"channels", "checks", "models", "errors"},
   "report": {"artifacts", "errors", "version"},
   "runtime": {"models", "errors"},
   "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
@@ -38,13 +39,15 @@ MODULES = {
 
 def imports(file: pathlib.Path, *, late: bool = True) -> set[str]:
   """Returns the modules of this repository that a file imports; unless `late`, only those imported with it."""
-  tree, found = ast.parse(file.read_text()), set()
+  stub = file.with_suffix(".pyi")  # of a package that imports what it offers when it is used
+  tree, found = ast.parse((stub if stub.exists() else file).read_text()), set()
   for node in ast.walk(tree) if late else tree.body:
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom) and node.module:
-      names = {f"{node.module}.{alias.name}" for alias in node.names}
-      found |= (names & MODULES.keys()) | ({node.module} if names - MODULES.keys() else set())
+    elif isinstance(node, ast.ImportFrom):
+      module = ".".join(filter(None, [module_name(file) if node.level else "", node.module]))
+      names = {f"{module}.{alias.name}" for alias in node.names}
+      found |= (names & MODULES.keys()) | ({module} if names - MODULES.keys() else set())
   return found & MODULES.keys()
 
 

@@ -29,21 +29,24 @@ class Recorder:
     self._workdir, self._file = workdir, workdir / FILE
     self._events: _TensorBoard | None = None
     self._writes = jax.process_index() == 0
+    self._records = read_records(workdir) if self._writes else []
 
-  def rewind(self, step: int) -> None:
-    """Drops the records after `step`. No checkpoint holds their epochs, and the run goes on from `step`.
-
-    Records up to `step` that the file lacks are named on standard error.
-    """
-    if not self._writes:
-      return
-    kept = [record for record in read_records(self._workdir) if record["step"] <= step]
-    if self._events is not None and len(kept) == step:
-      return  # the stage before has just ended
-    if lost := sorted(set(range(1, step + 1)) - {record["step"] for record in kept}):
+  def name_lost(self, first: int, last: int) -> None:
+    """Names on standard error the records from `first` to `last`, which a checkpoint implies, that the file lacks."""
+    lost = sorted(set(range(first, last + 1)) - {record["step"] for record in self._records})
+    if lost and self._writes:
       epochs = f"epoch {lost[0]}" if len(lost) == 1 else f"{len(lost)} epochs from {lost[0]} to {lost[-1]}"
       print(f"warning: {self._file} has lost the records of {epochs}; the run goes on without", file=sys.stderr)
+
+  def rewind(self, step: int) -> None:
+    """Drops the records after `step`. No checkpoint holds their epochs, and the run goes on from `step`."""
+    if not self._writes:
+      return
+    kept = [record for record in self._records if record["step"] <= step]
+    if self._events is not None and kept == self._records:
+      return  # the stage before has just ended
     write_atomically(self._file, "".join(map(_line, kept)))
+    self._records = kept
     self.close()
     self._events = _TensorBoard(self._workdir / "tensorboard", first_step=step + 1)
 
@@ -53,6 +56,7 @@ class Recorder:
       return
     with self._file.open("ab") as file:
       write_through(file, _line(record))  # before a checkpoint says that this epoch is done
+    self._records.append(dict(record))
     if self._events is None:
       return
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("epoch", "step")}

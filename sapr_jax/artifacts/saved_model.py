@@ -26,9 +26,10 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax import models
-from sapr_jax.artifacts.files import temporary_prefix, write_json
-from sapr_jax.channels import NarrowModule
-from sapr_jax.errors import InputError
+from sapr_jax.artifacts.files import read_bytes, temporary_prefix, write_json
+from sapr_jax.channels import NarrowModule, check_module, check_variables
+from sapr_jax.checks import check_concrete, check_path, is_integer, shown
+from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 
 FORMAT = 1
 DEFINITION = "model.json"
@@ -48,17 +49,19 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
     variables: Its variables, all collections. Names of modules must not contain a slash (Flax's never do).
 
   Raises:
-    InputError: If `path` exists and is not a saved model.
+    InputError: If `path` exists and is not a saved model or cannot be written, or `variables` hold something else than
+      arrays of numbers.
   """
-  path, named = pathlib.Path(path), traverse_util.flatten_dict(dict(variables))
-  if slashed := [key for key in named if any("/" in name for name in key)]:
-    raise InputError(f"The variable {slashed[0]} has a slash in a name, which separates names in the file; rename it.")
-  if path.exists() and not (path / DEFINITION).is_file():
-    raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
+  path = pathlib.Path(os.path.abspath(check_path(path)))
+  check_module(model)
+  named = named_arrays(variables)
+  with os_errors_in_one_line(path):
+    if os.path.lexists(path) and not (path / DEFINITION).is_file():
+      raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
   try:
-    flat = {"/".join(key): jnp.asarray(leaf) for key, leaf in named.items()}
+    flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
     safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
     os.chmod(temporary / WEIGHTS, 0o644)
     base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
@@ -67,8 +70,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
       "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
       "widths": {layer: dict(fields) for layer, fields in widths},
       "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
-      "sha256": {WEIGHTS: _sha256(temporary / WEIGHTS)},
     }
+    definition["sha256"] = {WEIGHTS: _sha256(temporary / WEIGHTS), DEFINITION: _sha256_of_entries(definition)}
     write_json(temporary / DEFINITION, definition)
     os.chmod(temporary, 0o755)
     _replace_directory(temporary, path)
@@ -92,25 +95,32 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
     InputError: If a file is missing, damaged or of another format, the variables are not those that the definition
       lists, or the class is unknown; the message names the file or the variable.
   """
-  path = pathlib.Path(path)
+  path = check_path(path)
   definition = _read_definition(path)
   if base is not None:
+    check_module(base)
     _check_base(base, definition["base"], path)
   weights = path / WEIGHTS
-  if not weights.is_file():
-    raise InputError(f"{weights} is missing; the directory is incomplete, save the model again.")
-  if _sha256(weights) != definition["sha256"][WEIGHTS]:
-    raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
   try:
-    flat = safetensors.flax.load_file(str(weights))
-  except safetensors.SafetensorError as error:
-    raise InputError(f"{weights} is not a safetensors file ({error}); save the model again.") from error
+    if not weights.is_file():
+      raise InputError(f"{weights} is missing; the directory is incomplete, save the model again.")
+    checksum = _sha256(weights)
+  except OSError as error:
+    raise InputError(f"{weights} cannot be read ({error.strerror}).") from error
+  if checksum != definition["sha256"][WEIGHTS]:
+    raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
+  flat = read_tensors(weights)
   described = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in definition["variables"].items()}
   found = {name: (leaf.shape, leaf.dtype.name) for name, leaf in flat.items()}
   for name in sorted(described.keys() | found.keys()):
     if described.get(name) != found.get(name):
-      raise InputError(f"{path}: {name} is {found.get(name)}; {DEFINITION} says {described.get(name)}.")
-  variables = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in flat.items()})
+      raise InputError(f"{path}: {name} is {found.get(name)}; {DEFINITION} says {shown(described.get(name))}.")
+  try:
+    variables = traverse_util.unflatten_dict({tuple(name.split("/")): leaf for name, leaf in flat.items()})
+  except (AttributeError, TypeError) as error:
+    raise InputError(
+      f"{weights} is damaged: a name is that of an array and of a module; save the model again."
+    ) from error
   if base is None:
     base = _base_from_json(definition["base"], path)
   if not definition["widths"]:
@@ -119,18 +129,57 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   return NarrowModule(base, widths), variables
 
 
+def named_arrays(variables: Any) -> dict[str, Any]:
+  """Returns path with slashes -> array, for the variables that are to be written.
+
+  Raises:
+    InputError: If they hold something else than arrays of numbers, or a name that cannot be written; the message names
+      the variable.
+  """
+  check_variables(variables)
+  check_concrete("variables", dict(variables), "it")
+  named = {}
+  for key, leaf in traverse_util.flatten_dict(dict(variables)).items():
+    name = "/".join(map(str, key))
+    if any(not isinstance(part, str) or "/" in part for part in key):
+      raise InputError(f"The variable {key} has a slash in a name, which separates names in a file, or is no text.")
+    if not _is_name(name):
+      raise InputError(f"The variable {key} has an empty name, or one of dots; rename it.")
+    if not isinstance(leaf, jax.Array | np.ndarray) or not _is_numeric(leaf.dtype):
+      raise InputError(
+        f"variables must hold arrays of numbers to be written, got {shown(leaf)} at {name}; leave it out, or give its"
+        " numbers (jax.random.key_data of a random key)."
+      )
+    named[name] = leaf
+  return named
+
+
+def _is_numeric(dtype: Any) -> bool:
+  return bool(jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_))
+
+
+def read_tensors(file: pathlib.Path) -> dict[str, jax.Array]:
+  """Reads a safetensors file; raises `InputError` if it is damaged."""
+  try:
+    return safetensors.flax.load_file(str(file))
+  except (safetensors.SafetensorError, AttributeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
+    raise InputError(
+      f"{file} is not a whole safetensors file of ordinary numbers ({one_line(error, 120)}); copy or save it again."
+    ) from None
+
+
 def _read_definition(path: pathlib.Path) -> dict[str, Any]:
   file = path / DEFINITION
   try:
-    definition = json.loads(file.read_text())
+    definition = json.loads(read_bytes(file))
   except OSError as error:
     why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     raise InputError(f"{file} {why}; {path} is not the directory of a saved model.") from None
   except (ValueError, RecursionError) as error:
-    raise InputError(f"{file} is damaged ({error}); copy or save the model again.") from None
+    raise InputError(f"{file} is damaged ({one_line(error, 120)}); copy or save the model again.") from None
   found = definition.get("format") if isinstance(definition, dict) else None
   if found != FORMAT:
-    raise InputError(f"{file} has format {found}; this version reads format {FORMAT}.")
+    raise InputError(f"{file} has format {shown(found)}; this version reads format {FORMAT}.")
   try:
     whole = (
       isinstance(definition["base"]["class"], str)
@@ -143,30 +192,42 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
     whole = False
   if not whole:
     raise InputError(f"{file} is damaged: entries are missing or of the wrong kind; copy or save the model again.")
+  # Models that older versions saved have no such checksum.
+  if definition["sha256"].get(DEFINITION, _sha256_of_entries(definition)) != _sha256_of_entries(definition):
+    raise InputError(f"{file} is damaged or was edited: its SHA-256 is another; copy or save the model again.")
   return definition
 
 
+def _sha256_of_entries(definition: Mapping[str, Any]) -> str:
+  """Returns the checksum of the definition but for its checksums."""
+  entries = {name: entry for name, entry in definition.items() if name != "sha256"}
+  return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
 def _are_widths(fields: Mapping[str, Any]) -> bool:
-  return fields.keys() <= _WIDTH_FIELDS and all(type(width) is int and width > 0 for width in fields.values())
+  return fields.keys() <= _WIDTH_FIELDS and all(is_integer(width) and 0 < width < 2**31 for width in fields.values())
 
 
 def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
   """Returns whether a name could be a variable of Flax, and its entry has a list as shape and a dtype."""
-  named = not {"", ".", ".."} & set(name.split("/"))
-  return named and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
+  return _is_name(name) and isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
+
+
+def _is_name(name: str) -> bool:
+  return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
   """Checks that `base` is the module that was saved, as far as its definition tells."""
   kind, fields = type(base).__name__, json.loads(json.dumps(fields_to_json(base)))  # as they come from a file
   if kind != description["class"]:
-    raise InputError(f"{path} holds a {description['class']}; base is a {kind}.")
+    raise InputError(f"{path} holds a {description['class'][:100]}; base is a {kind}.")
   for name, value in description["fields"].items():
     found = fields.get(name)
     # Text stands for values that JSON cannot hold; it may differ from one process to the next. `remat` and dtypes may
     # differ, as they change the computation and not the variables.
     if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
-      raise InputError(f"{path} holds a {kind} with {name}={value}; base has {name}={found}.")
+      raise InputError(f"{path} holds a {kind} with {name[:100]}={shown(value)}; base has {name[:100]}={shown(found)}.")
 
 
 def fields_to_json(module: nn.Module) -> dict[str, Any]:
@@ -176,7 +237,7 @@ def fields_to_json(module: nn.Module) -> dict[str, Any]:
 
 
 def _to_json(value: Any) -> Any:
-  if value is None or isinstance(value, _SCALARS):
+  if value is None or (isinstance(value, _SCALARS) and repr(value) not in ("nan", "inf", "-inf")):
     return value
   if isinstance(value, tuple | list):
     return {"tuple": [v if isinstance(v, _SCALARS) else repr(v) for v in value]}
@@ -190,7 +251,8 @@ def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Mo
   name = description["class"]
   if name not in models.CLASSES:
     raise InputError(
-      f"{path} holds a {name}, which is not a model of this package; give the module: load(path, base={name}(...))."
+      f"{path} holds a {name[:100]}, which is not a model of this package; give the module:"
+      f" load(path, base={name[:100]}(...))."
     )
   fields = {}
   try:
@@ -199,8 +261,10 @@ def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Mo
         value = tuple(value["tuple"]) if "tuple" in value else jnp.dtype(value["dtype"]) if "dtype" in value else None
       fields[field] = value
     return models.CLASSES[name](**fields)
-  except TypeError as error:
-    raise InputError(f"{path / DEFINITION}: {name} does not take the fields {sorted(fields)} ({error}).") from None
+  except Exception as error:  # a field of Flax's own may make it fail in any way
+    raise InputError(
+      f"{path / DEFINITION}: {name} does not take the fields {shown(sorted(fields))} ({one_line(error, 200)})."
+    ) from None
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import pathlib
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -12,11 +14,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.flax
 
+from sapr_jax.artifacts.saved_model import read_tensors
 from sapr_jax.artifacts.torch_names import listed
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.errors import InputError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
@@ -33,6 +34,8 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
       PyTorch is needed and not installed.
   """
   try:
+    if stat.S_ISFIFO(path.stat().st_mode):  # opening it would wait for a writer
+      raise OSError(errno.EINVAL, "it is a pipe")
     path.open("rb").close()
   except OSError as error:
     why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
@@ -44,12 +47,7 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
       f"{path} has an unknown ending; expected .safetensors or {', '.join(TORCH_SUFFIXES)}, or the directory of a saved"
       " model."
     )
-  try:
-    return {name: np.asarray(array) for name, array in safetensors.flax.load_file(path).items()}
-  except (safetensors.SafetensorError, AttributeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
-    raise InputError(
-      f"{path} is not a whole safetensors file of ordinary numbers ({one_line(error, 120)}); copy or save it again."
-    ) from None
+  return {name: np.asarray(array) for name, array in read_tensors(path).items()}
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import flax.linen as nn
 
+from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 from sapr_jax.models import TORCH_NAMES
 
@@ -43,9 +44,11 @@ def name_layers(base: nn.Module, paths: Collection[str], layer_names: LayerNames
     names = TORCH_NAMES[type(base)](paths)
   elif callable(layer_names):
     names = {path: layer_names(path) for path in paths}
+  elif not isinstance(layer_names, Mapping):
+    raise InputError(f"layer_names must be a mapping or a function of paths, got {shown(layer_names)}.")
   else:
     names = {path: layer_names[path] for path in paths if path in layer_names}
-    if unknown := sorted(set(layer_names) - set(paths)):
+    if unknown := sorted(map(str, set(layer_names) - set(paths))):
       raise InputError(f"layer_names names {listed(unknown)}; the layers are {listed(sorted(paths))}.")
   if unnamed := [path for path in paths if not isinstance(names.get(path), str)]:
     raise InputError(f"layer_names gives no name for {listed(unnamed)}; expected the name of a torch layer for each.")

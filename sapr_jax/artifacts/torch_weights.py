@@ -15,11 +15,12 @@ import safetensors.numpy
 from flax import traverse_util
 
 from sapr_jax.artifacts.files import write_atomically, write_json
-from sapr_jax.artifacts.saved_model import fields_to_json
+from sapr_jax.artifacts.saved_model import fields_to_json, named_arrays
 from sapr_jax.artifacts.torch_file import read_state_dict
 from sapr_jax.artifacts.torch_names import COUNTER, TENSORS, LayerNames, listed, name_layers, rename_tensors
-from sapr_jax.channels import NarrowModule
-from sapr_jax.errors import InputError
+from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model
+from sapr_jax.checks import check_path
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.models import CifarResNet
 
 FORMAT = 1
@@ -70,7 +71,7 @@ def import_torch(
     >>> jax.tree.map(jnp.shape, imported["params"]["fc"])
     {'bias': (10,), 'kernel': (16, 10)}
   """
-  path, base = pathlib.Path(path), _base(model)
+  path, base = check_path(path), _base(model)
   variables, layers = _describe(model, input_shape)
   tensors = _name_tensors(variables, name_layers(base, list(layers), layer_names))
   state = read_state_dict(path)
@@ -120,10 +121,10 @@ def export_torch(
     ...   json.loads(path.with_suffix(".json").read_text())["layers"]
     {'classifier': {'type': 'Linear', 'in_features': 2, 'out_features': 3}}
   """
-  path, base = pathlib.Path(path), _base(model)
+  path, base = check_path(path), _base(model)
   if path.suffix != ".safetensors":
     raise InputError(f"{path} must end in .safetensors; export_torch writes no other format.")
-  flat = traverse_util.flatten_dict(dict(variables))
+  flat = {tuple(name.split("/")): array for name, array in named_arrays(variables).items()}
   if input_shape is None:
     if layer_names is not None:
       raise InputError("export_torch with layer_names needs the input_shape too, to find the model's layers.")
@@ -140,15 +141,17 @@ def export_torch(
   norms = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
   state |= {f"{name}.{COUNTER}": np.zeros((), np.int64) for name in norms}
   widths = {names[layer]: description for layer, description in layers.items()}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
-  write_json(
-    path.with_suffix(".json"),
-    {"format": FORMAT, "class": type(base).__name__, "fields": fields_to_json(base), "layers": widths},
-  )
+  description = {"format": FORMAT, "class": type(base).__name__, "fields": fields_to_json(base), "layers": widths}
+  with os_errors_in_one_line(path):
+    if os.path.lexists(path) and not path.is_file():
+      raise InputError(f"{path} exists and is not a file; name another one.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
+    write_json(path.with_suffix(".json"), description)
 
 
 def _base(model: nn.Module) -> nn.Module:
+  check_module(model)
   return _base(model.base) if isinstance(model, NarrowModule) else model
 
 
@@ -163,8 +166,9 @@ def _describe(
       inputs[context.module.path] = type(context.module), jnp.shape([*args, *kwargs.values()][0])
     return next_fun(*args, **kwargs)
 
-  with nn.intercept_methods(note):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32))
+  image = abstract_image(input_shape, jnp.float32)
+  with errors_of_model(f"The model and an input of shape {image.shape}"), nn.intercept_methods(note):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
   variables = traverse_util.flatten_dict(shapes)
   if others := {"/".join(key) for key in variables if key[1:-1] not in inputs or (key[0], key[-1]) not in TENSORS}:
     raise InputError(

@@ -1,9 +1,18 @@
 """Channels that must be cut together in a network, and the cutting. Knows nothing of training, data or the paper."""
 
-from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_masks
-from sapr_jax.channels.linen import NarrowModule, count_macs, masked_apply, prune, trace_channels
+from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
+from sapr_jax.channels.linen import (
+  NarrowModule,
+  check_module,
+  count_macs,
+  errors_of_model,
+  masked_apply,
+  prune,
+  trace_channels,
+)
+from sapr_jax.channels.pruning import abstract_image
 from sapr_jax.channels.rules import register_rule
-from sapr_jax.channels.trees import map_members, mask_params, prune_tree
+from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
 __all__ = [
   "ChannelGraph",
@@ -11,8 +20,14 @@ __all__ = [
   "Masks",
   "Member",
   "NarrowModule",
+  "abstract_image",
+  "check_graph",
   "check_masks",
+  "check_module",
+  "check_params",
+  "check_variables",
   "count_macs",
+  "errors_of_model",
   "map_members",
   "mask_params",
   "masked_apply",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.rules import ParamKey
+from sapr_jax.checks import check_array, check_type
 from sapr_jax.errors import InputError
 
 Masks = Mapping[str, Any]
@@ -219,8 +220,8 @@ class ChannelGraph:
         inputs=jax.ShapeDtypeStruct(tuple(document["inputs"]["shape"]), jnp.dtype(document["inputs"]["dtype"])),
         apply_kwargs=dict(document["apply_kwargs"]),
       )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-      reason = f"{type(error).__name__}: {error}"
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+      reason = f"{type(error).__name__}: {str(error)[:200]}"
       raise InputError(f"document must be what ChannelGraph.to_json returned; reading it gave {reason}.") from error
 
   def full_masks(self) -> dict[str, np.ndarray]:
@@ -234,6 +235,7 @@ class ChannelGraph:
     check_masks(self, masks)
     arrays = [masks[group.name] for group in self.groups]
     if any(isinstance(mask, jax.core.Tracer) for mask in arrays):
+      arrays = list(map(jnp.asarray, arrays))
       return jnp.stack([jnp.sum(m, dtype=jnp.float64 if m.dtype == jnp.float64 else jnp.float32) for m in arrays])
     concrete = [np.asarray(mask) for mask in arrays]
     sums = np.array([mask.sum(dtype=np.float64) for mask in concrete])
@@ -278,6 +280,11 @@ class ChannelGraph:
     return "\n".join([head, *map(str, self.groups)])
 
 
+def check_graph(graph: Any) -> None:
+  """Raises `InputError` unless `graph` is one."""
+  check_type("graph", graph, ChannelGraph, "trace_channels(model, variables, input_shape) returns it")
+
+
 def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) -> None:
   """Checks that `masks` fits `graph`.
 
@@ -287,43 +294,35 @@ def check_masks(graph: ChannelGraph, masks: Masks, *, allow_empty: bool = True) 
     allow_empty: Whether a group may drop all its channels. Only then may masks be traced arrays.
 
   Raises:
-    InputError: If a group is missing or unknown, a mask is not `[group.size]`, or (unless `allow_empty`) a mask holds
-      other values than 0 and 1 or drops its whole group.
+    InputError: If a group is missing or unknown, a mask is not `[group.size]` or holds a NaN, or (unless `allow_empty`)
+      a mask holds other values than 0 and 1 or drops its whole group.
   """
+  check_graph(graph)
   if not isinstance(masks, Mapping):
     raise InputError(f"masks must map the names in graph.groups to arrays, got a {type(masks).__name__}.")
   names = {group.name for group in graph.groups}
   if missing := sorted(names - set(masks)):
     raise InputError(f"masks misses the group {missing[0]!r}; it must name all {len(names)} of graph.groups.")
-  if extra := sorted(set(masks) - names):
+  if extra := sorted(map(str, set(masks) - names)):
     raise InputError(f"masks names an unknown group {extra[0]!r}; it must name those of graph.groups.")
   for group in graph.groups:
-    shape, kind = _shape_and_kind(masks[group.name])
-    if shape != (group.size,):
-      raise InputError(f"The mask of group {group.name!r} must have shape ({group.size},), got {shape}.")
-    if kind not in "biufV":  # V: bfloat16
-      raise InputError(f"The mask of group {group.name!r} must hold real numbers: 0 drops a channel, 1 keeps it.")
-    if allow_empty:
-      continue
-    if isinstance(masks[group.name], jax.core.Tracer):
+    mask = masks[group.name]
+    check_array(f"The mask of group {group.name!r}", mask, (group.size,))
+    if isinstance(mask, jax.core.Tracer):
+      if allow_empty:
+        continue
       raise InputError(
         f"The mask of group {group.name!r} must be concrete to be cut, got a traced array; cut outside of jax.jit."
       )
-    mask = np.asarray(masks[group.name])
+    mask = np.asarray(mask)
+    if allow_empty:
+      if not np.isfinite(mask).all():
+        raise InputError(f"The mask of group {group.name!r} must be finite: 0 drops a channel, 1 keeps it.")
+      continue
     if not np.isin(mask, (0, 1)).all():
       raise InputError(f"The mask of group {group.name!r} must hold only 0 (drop) and 1 (keep).")
     if not mask.any():
       raise InputError(f"The mask of group {group.name!r} drops all {group.size} channels; keep at least one.")
-
-
-def _shape_and_kind(mask: Any) -> tuple[tuple[int, ...] | str, str]:
-  """Returns the shape of an array-like, and the kind of its entries as NumPy abbreviates it."""
-  if not hasattr(mask, "dtype"):
-    try:
-      mask = np.asarray(mask)
-    except ValueError:
-      return "a ragged list", "O"
-  return jnp.shape(mask), np.dtype(mask.dtype).kind
 
 
 def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) -> ChannelPolynomial:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from sapr_jax.channels.analysis import interpret
 from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.pruning import Dense, abstract_image, cut, find_graph
-from sapr_jax.channels.trees import abstract, kept_entries, mask_params
-from sapr_jax.errors import InputError
+from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
+from sapr_jax.checks import is_integer, shown
+from sapr_jax.errors import InputError, one_line
 
 Widths = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 
@@ -62,7 +63,7 @@ def trace_channels(
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
   inputs = abstract_image(input_shape, input_dtype)
-  return find_graph(Dense(LINEN, model, variables, inputs, dict(apply_kwargs or {})), select)
+  return find_graph(Dense(LINEN, model, variables, inputs, _checked_kwargs(apply_kwargs)), select)
 
 
 def count_macs(
@@ -78,7 +79,7 @@ def count_macs(
   Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
   """
   inputs = abstract_image(input_shape, input_dtype)
-  _, interpreter = interpret(_trace(model, variables, inputs, apply_kwargs or {}), variables, inputs)
+  _, interpreter = interpret(_trace(model, variables, inputs, _checked_kwargs(apply_kwargs)), variables, inputs)
   return sum(contraction.macs for contraction in interpreter.contractions)
 
 
@@ -129,7 +130,9 @@ def masked_apply(
   Raises:
     InputError: If `masks` or the parameters do not fit `graph`.
   """
-  full: Any = variables.get("params") if isinstance(variables, Mapping) else None
+  check_module(model)
+  check_variables(variables)
+  full = variables.get("params")
   masked: Any = mask_params(full, graph, masks)
   members = graph.members_by_variable("params")
 
@@ -173,6 +176,15 @@ class NarrowModule(nn.Module):
   base: nn.Module
   widths: Widths
 
+  def __post_init__(self) -> None:
+    check_module(self.base)
+    if not _are_widths(self.widths):
+      raise InputError(
+        f"widths must be (path of a layer, ((field, size), ...)) for each layer, got {shown(self.widths)}; prune"
+        " returns such a module."
+      )
+    super().__post_init__()
+
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     changes = {path: dict(fields) for path, fields in self.widths}
     root = len(self.path)
@@ -186,6 +198,16 @@ class NarrowModule(nn.Module):
 
     with nn.intercept_methods(narrow):
       return self.base.copy(parent=self.scope)(*args, **kwargs)
+
+
+def _are_widths(widths: Any) -> bool:
+  try:
+    return all(
+      isinstance(path, str) and all(isinstance(name, str) and is_integer(size) and size > 0 for name, size in fields)
+      for path, fields in widths
+    )
+  except (TypeError, ValueError):
+    return False
 
 
 def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
@@ -220,13 +242,37 @@ def _trace(
     with nn.intercept_methods(note_features):
       return model.apply(variables, x, **apply_kwargs)
 
-  try:
+  check_module(model)
+  check_variables(variables)
+  with errors_of_model(f"The model, its variables and an input of shape {inputs.shape}"):
     return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), inputs), features)
-  except flax.errors.FlaxError as error:
-    reason = " ".join(str(error).partition(" (https://")[0].split())
+
+
+def _checked_kwargs(apply_kwargs: Any) -> dict[str, Any]:
+  if apply_kwargs is None:
+    return {}
+  if not isinstance(apply_kwargs, Mapping) or not all(isinstance(name, str) for name in apply_kwargs):
+    raise InputError(f"apply_kwargs must map names to values, such as {{'train': False}}, got {shown(apply_kwargs)}.")
+  return dict(apply_kwargs)
+
+
+def check_module(model: Any) -> None:
+  """Raises `InputError` unless `model` is a module of Flax linen."""
+  if isinstance(model, nn.Module):
+    return
+  kind = "an NNX module" if any(cls.__module__.startswith("flax.nnx") for cls in type(model).__mro__) else shown(model)
+  raise InputError(f"model must be a Flax linen module, such as nn.Dense(3), got {kind}; wrap other code in a module.")
+
+
+@contextlib.contextmanager
+def errors_of_model(parts: str) -> Iterator[None]:
+  """Turns what a model raises on abstract inputs into an `InputError`: anything, as the model's code is the user's."""
+  try:
+    yield
+  except Exception as error:
+    reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
     raise InputError(
-      f"The model, its variables and an input of shape {inputs.shape} do not fit together: {reason} Pass the variables"
-      " of this model, all collections, made for such inputs."
+      f"{parts} do not fit together: {reason}. Pass the variables of this model, all collections, made for such inputs."
     ) from error
 
 

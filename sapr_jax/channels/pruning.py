@@ -13,9 +13,10 @@ import numpy as np
 
 from sapr_jax.channels.analysis import Analysis, analyze, costs, reasons_left_out, shapes_after_cut
 from sapr_jax.channels.atoms import Axis, fix
-from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection
+from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection, check_graph
 from sapr_jax.channels.program import FrontEnd, Program, ProgramError, difference
-from sapr_jax.channels.trees import abstract, mask_params, path_of, prune_tree
+from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of, prune_tree
+from sapr_jax.checks import check_concrete, is_integer, shown
 from sapr_jax.errors import InputError
 
 
@@ -45,10 +46,13 @@ class Dense:
 
 def abstract_image(input_shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
   """Returns the abstract input of batch size 1."""
-  shape = tuple(input_shape)
-  if len(shape) < 2 or not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
-    raise InputError(f"input_shape must be positive sizes, such as (1, 32, 32, 3), got {input_shape!r}.")
-  return jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
+  shape = tuple(input_shape) if isinstance(input_shape, Sequence | np.ndarray) else ()
+  if len(shape) < 2 or not all(is_integer(size) and 0 < size < 2**31 for size in shape):
+    raise InputError(f"input_shape must be positive sizes, such as (1, 32, 32, 3), got {shown(input_shape)}.")
+  try:
+    return jax.ShapeDtypeStruct((1, *map(int, shape[1:])), jnp.dtype(dtype))
+  except (TypeError, ValueError):
+    raise InputError(f"input_dtype must be a dtype, such as jnp.float32, got {shown(dtype)}.") from None
 
 
 def find_graph(dense: Dense, select: Selection) -> ChannelGraph:
@@ -64,7 +68,7 @@ def _offer(dense: Dense, select: Selection) -> ChannelGraph:
   """Returns the graph of the groups that `select` chooses and that are not fixed by now."""
   chosen = SELECTIONS.get(select) if isinstance(select, str) else select
   if not callable(chosen):
-    raise InputError(f"select must be one of {', '.join(SELECTIONS)}, or a predicate, got {select!r}.")
+    raise InputError(f"select must be one of {', '.join(SELECTIONS)}, or a predicate, got {shown(select)}.")
   possible = [(atom, group) for atom, group in dense.analysis.groups if not atom.fixed]
   offered = [(atom, group) for atom, group in possible if chosen(group)]
   if not offered:
@@ -123,7 +127,10 @@ def cut(
   Raises:
     InputError: If something does not fit `graph`, a mask drops a whole group, or the proof fails.
   """
-  _check_variables(variables, graph)
+  check_graph(graph)
+  check_variables(variables)
+  check_concrete("variables", dict(variables), "prune")
+  _check_fit(variables, graph)
   small_variables = prune_tree(dict(variables), graph, masks)
   dense = Dense(front_end, model, variables, graph.inputs, graph.apply_kwargs)
   _check_same_groups(dense, graph)
@@ -136,8 +143,8 @@ def cut(
   return front_end.narrow(model, graph, masks), small_variables
 
 
-def _check_variables(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
-  found = {path_of(place): jnp.shape(leaf) for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
+def _check_fit(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
+  found = {path_of(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
   for key, shape in graph.shapes.items():
     if key not in found:
       raise InputError(f"variables lacks {'/'.join(key)}; it must hold all collections of the traced network.")
@@ -194,6 +201,8 @@ def _draw_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
   rng = np.random.default_rng(0)
 
   def draw(leaf: Any) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
     fan_in = leaf.size // leaf.shape[-1] if leaf.ndim > 1 else 1
     return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) / fan_in, leaf.dtype)
 

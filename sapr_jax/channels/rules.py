@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.atoms import Axis, fix
+from sapr_jax.checks import check_function, shown
+from sapr_jax.errors import InputError
 
 ParamKey = tuple[str, ...]
 """Path of a variable: its collection, the names of its modules, its own name: ("params", "conv1", "kernel")."""
@@ -122,7 +124,13 @@ def register_rule(*primitives: str) -> Callable[[Rule], Rule]:
     ...   return [dataclasses.replace(x, zeroed_by=frozenset())]  # the same axes, but f(0) need not be 0
   """
 
+  if not primitives or not all(isinstance(name, str) for name in primitives):
+    raise InputError(
+      f"register_rule must be given names of primitives, got {shown(primitives)}; @register_rule('sort')."
+    )
+
   def register(rule: Rule) -> Rule:
+    check_function("a rule", rule, "its arguments are interpreter, eqn and operands")
     for primitive in primitives:
       RULES[primitive] = rule
     return rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_masks
-from sapr_jax.errors import InputError
+from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_graph, check_masks
+from sapr_jax.checks import check_concrete, is_real, shown
+from sapr_jax.errors import InputError, one_line
 
 Tree = TypeVar("Tree")
 
@@ -29,6 +31,8 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
   Raises:
     InputError: If `params` lacks a parameter of the graph, or one has another shape than when it was traced.
   """
+  check_graph(graph)
+  check_tree("params", params)
   members = graph.members_by_variable("params")
   missing = set(members)
 
@@ -37,15 +41,21 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
     if path not in members:
       return leaf
     missing.discard(path)
-    if jnp.shape(leaf) != graph.shapes[("params", *path)]:
-      traced = graph.shapes[("params", *path)]
-      raise InputError(f"params: {'/'.join(path)} must have shape {traced} as it was traced, got {jnp.shape(leaf)}.")
+    traced, is_array = graph.shapes[("params", *path)], is_real(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    if np.shape(leaf) != traced or not is_array:
+      found = np.shape(leaf) if is_array else shown(leaf)
+      raise InputError(f"params: {'/'.join(path)} must have shape {traced} as it was traced, got {found}.")
     return change(leaf, members[path])
 
   changed = jax.tree_util.tree_map_with_path(visit, params)
   if missing:
     raise InputError(f"params lacks {'/'.join(min(missing))}; it must be variables['params'] of the traced network.")
   return changed
+
+
+def check_params(params: Any, graph: ChannelGraph) -> None:
+  """Raises `InputError` unless `params` has each parameter of the graph, in the shape that was traced."""
+  map_members(lambda leaf, members: leaf, params, graph)
 
 
 def mask_params(params: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
@@ -89,11 +99,16 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
     A new tree; arrays that are not cut are the same objects.
 
   Raises:
-    InputError: If `masks` does not fit `graph` or drops a whole group.
+    InputError: If `masks` does not fit `graph` or drops a whole group; or if an array can belong to a variable that is
+      cut, but has another shape (the factored state of adafactor or sm3, all parameters in one array by
+      `optax.flatten`), so that it cannot be cut; the message names it.
   """
   check_masks(graph, masks, allow_empty=False)
-  keep = kept_entries(graph, masks)
+  check_tree("tree", tree)
+  check_concrete("tree", tree, "prune")
+  keep = {key: kept for key, kept in kept_entries(graph, masks).items() if _is_cut(kept, graph.shapes[key])}
   collections = sorted({key[0] for key in graph.shapes}, key=lambda name: name != "params")
+  total = sum(math.prod(shape) for key, shape in graph.shapes.items() if key[0] == "params")
 
   def cut(place: Any, leaf: Any) -> Any:
     names = path_of(place)
@@ -101,10 +116,33 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
     for start in range(len(names)):
       for key in (names[start:], *((collection, *names[start:]) for collection in collections)):
         if key in graph.shapes:
-          return _take(leaf, keep[key]) if key in keep and jnp.shape(leaf) == graph.shapes[key] else leaf
+          if key not in keep or np.size(leaf) == 1:  # one number for the whole variable, or nothing in its place
+            return leaf
+          if np.shape(leaf) != graph.shapes[key]:
+            return suspect(place, leaf, f"belong to {'/'.join(key)} {graph.shapes[key]}")
+          return _take(leaf, keep[key])
+    if keep and np.shape(leaf) == (total,):
+      return suspect(place, leaf, "hold all parameters in one array")
     return leaf
 
-  return jax.tree_util.tree_map_with_path(cut, tree)
+  suspects: list[str] = []
+
+  def suspect(place: Any, leaf: Any, reason: str) -> Any:
+    suspects.append(f"tree{jax.tree_util.keystr(place)} of shape {np.shape(leaf)} seems to {reason}")
+    return leaf
+
+  small = jax.tree_util.tree_map_with_path(cut, tree)
+  if suspects:
+    more = f" (and {len(suspects) - 1} more)" if suspects[1:] else ""
+    raise InputError(
+      f"{suspects[0]}{more}, and cannot be cut; make the optimizer's state again by tx.init(small_params), or leave"
+      " this part out."
+    )
+  return small
+
+
+def _is_cut(kept: Mapping[int, np.ndarray], shape: Sequence[int]) -> bool:
+  return any(entries.size < shape[axis] for axis, entries in kept.items())
 
 
 def _take(array: Any, kept: Mapping[int, np.ndarray]) -> Any:
@@ -128,6 +166,24 @@ def kept_entries(graph: ChannelGraph, masks: Masks) -> dict[tuple[str, ...], dic
       entries = np.append(mask, True)[member.channels]
       axes[member.axis] = axes.get(member.axis, np.ones_like(entries)) & entries
   return {key: {axis: np.flatnonzero(kept) for axis, kept in axes.items()} for key, axes in keep.items()}
+
+
+def check_tree(name: str, tree: Any) -> None:
+  """Raises `InputError` if JAX cannot go through `tree`, as its names do not compare."""
+  try:
+    jax.tree.structure(tree)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{name} must be a tree of arrays whose names are text, got {one_line(error, 100)}.") from error
+
+
+def check_variables(variables: Any) -> None:
+  """Raises `InputError` unless `variables` maps names of collections to trees of arrays, abstract ones included."""
+  if not isinstance(variables, Mapping):
+    raise InputError(f"variables must map collections to arrays, as model.init returns them, got {shown(variables)}.")
+  check_tree("variables", dict(variables))
+  for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+      raise InputError(f"variables must hold arrays alone, got {shown(leaf)} at {'/'.join(path_of(place))}.")
 
 
 def abstract(tree: Tree) -> Tree:

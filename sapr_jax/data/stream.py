@@ -7,6 +7,7 @@ work on it, nor of whether the run was interrupted.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator
-from multiprocessing import parent_process, util  # noqa: F401  (util: see _close_at_exit)
+from multiprocessing import parent_process, resource_tracker, util  # noqa: F401  (util: see _close_at_exit)
 from typing import Any
 
 import numpy as np
@@ -155,13 +156,28 @@ def _read(pieces: _Pieces, workers: int) -> Any:
       flags.FLAGS[name].present |= name.startswith("grain_")
   # Grain buffers twice: in each worker, and in a thread that takes from it.
   options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=-(-ahead // (2 * workers)))
-  return iter(in_turn.mp_prefetch(options, worker_init_fn=_prepare_worker))
+  return _start_workers(in_turn.mp_prefetch(options, worker_init_fn=_prepare_worker))
+
+
+def _start_workers(pieces: Any) -> Generator[dict[str, np.ndarray]]:
+  """Yields the elements of a Grain dataset, whose workers start before the first.
+
+  Ctrl-C in a terminal and SIGTERM from a scheduler reach the whole process group. They are for the parent, which then
+  closes the iterator, so the workers inherit from this thread that they are blocked, from their first instant on.
+  """
+  resource_tracker.ensure_running()  # otherwise it starts among them, and unblocks the signals
+  with contextlib.closing(iter(pieces)) as iterator:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+      first = next(iterator)
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    yield first
+    yield from iterator
 
 
 def _prepare_worker(worker: int, num_workers: int) -> None:
   """Makes a new worker process end at the right time, and fast."""
-  # Ctrl-C reaches the whole process group. It is for the parent, which then closes the iterator.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
   # Leaves out the clean-up of the interpreter: 0.4 s in a worker, and Grain ends one worker after the other. The status
   # is that of a failure, so that Grain waits for no worker that ended unasked.
   atexit.register(os._exit, 1)

@@ -28,11 +28,11 @@ from sapr_jax.method.importance import (
   batch_norm_scale,
   l1_norm,
   l2_norm,
+  random as random_scores,
   rank_within_groups,
   relative_to_group_mean,
   taylor,
 )
-from sapr_jax.method.importance import random as random_scores
 from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
 from sapr_jax.method.progress import learned_share, overlap
 from sapr_jax.method.regularization import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import ChannelGraph, Masks
+from sapr_jax.channels import ChannelGraph, Masks, check_graph
+from sapr_jax.checks import check_array, check_concrete, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.cost import COSTS, Cost
 
@@ -31,6 +31,11 @@ class Budget:
   cost: Cost
   limit: float
   full: float
+
+  def __post_init__(self) -> None:
+    _check_cost(self.cost)
+    for name, value in (("limit", self.limit), ("full", self.full)):
+      check_number(name, value, "a number above 0", lambda x: x > 0, may_be_traced=True)
 
   @property
   def share(self) -> float:
@@ -69,8 +74,8 @@ def macs_budget(
     >>> sapr.macs_budget(graph, amount=9_000, of="network").share
     0.25
   """
-  if of not in _MACS_OF:
-    raise InputError(f"of must be one of {', '.join(map(repr, _MACS_OF))}, got {of!r}.")
+  if not isinstance(of, str) or of not in _MACS_OF:
+    raise InputError(f"of must be one of {', '.join(map(repr, _MACS_OF))}, got {shown(of)}.")
   return make_budget(graph, _MACS_OF[of], share=p, amount=amount)
 
 
@@ -98,24 +103,24 @@ def make_budget(
     InputError: If `cost` is unknown, both or neither of `share` and `amount` are given, `share` is not in (0, 1],
       `amount` exceeds the dense network's cost, or the limit is below the cost of one channel a group.
   """
-  if isinstance(cost, str):
-    if cost not in COSTS:
-      raise InputError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}.")
+  check_graph(graph)
+  if isinstance(cost, str) and cost in COSTS:
     cost = COSTS[cost](graph)
-  if not callable(cost) or not isinstance(getattr(cost, "name", None), str):
-    raise InputError(f"cost must be one of {', '.join(COSTS)}, or a function with a `name`, got {cost!r}; see Cost.")
+  cost = _check_cost(cost)
   if (share is None) == (amount is None):
     raise InputError(
       f"A budget must be given as a share or as an amount, got {'neither' if share is None else 'both'}; write"
       " macs_budget(graph, 0.5) or macs_budget(graph, amount=30e6)."
     )
-  full = float(cost(graph.kept()))
+  full = cost(graph.kept())
+  check_number(f"The cost {cost.name} of the dense network", full, "a number above 0", lambda x: x > 0)
+  full = float(full)
   if share is not None:
     check_share(share)
     limit = float(share) * full
   else:
-    if not _is_number(amount) or not 0.0 < float(amount) <= full:  # type: ignore[arg-type]
-      raise InputError(f"amount must be above 0 and at most {_text(full)} {cost.name}, all there are, got {amount}.")
+    must = f"above 0 and at most {_text(full)} {cost.name}, all there are"
+    check_number("amount", amount, must, lambda x: 0 < x <= full)
     limit = float(amount)  # type: ignore[arg-type]
   budget = Budget(cost, limit, full)
   check_budget(graph, budget)
@@ -124,8 +129,7 @@ def make_budget(
 
 def check_share(p: Any) -> None:
   """Raises InputError unless p is a number in (0, 1]."""
-  if not _is_number(p) or not 0.0 < float(p) <= 1.0:
-    raise InputError(f"p must be a number in (0, 1], got {p}; it is the share of the cost to keep.")
+  check_number("p", p, "a number in (0, 1]", lambda x: 0 < x <= 1, cure="it is the share of the cost to keep")
 
 
 def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, round_to: int = 1) -> None:
@@ -134,11 +138,11 @@ def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, rou
   Raises:
     InputError: If `min_width` or `round_to` is not an integer of at least 1, or the smallest widths exceed the budget.
   """
-  if not isinstance(budget, Budget):
-    raise InputError(f"budget must be a Budget, got {budget!r}; macs_budget(graph, 0.5) makes one of half the MACs.")
-  for name, value in (("min_width", min_width), ("round_to", round_to)):
-    if not isinstance(value, int | np.integer) or value < 1:
-      raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+  check_graph(graph)
+  check_is_budget(budget)
+  check_concrete("budget", budget.limit, "it")
+  check_integer("min_width", min_width, 1)
+  check_integer("round_to", round_to, 1)
   least = budget.cost(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups], np.int64))
   if least > budget.limit:
     raise InputError(
@@ -146,6 +150,18 @@ def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, rou
       f" the smallest widths (min_width={min_width}, round_to={round_to}), got {_text(budget.limit)}"
       f" ({budget.share:.4f}); raise it, or lower min_width or round_to."
     )
+
+
+def check_is_budget(budget: Any) -> None:
+  check_type("budget", budget, Budget, "macs_budget(graph, 0.5) makes one of half the MACs")
+
+
+def _check_cost(cost: Any) -> Cost:
+  if not callable(cost) or not isinstance(getattr(cost, "name", None), str):
+    raise InputError(
+      f"cost must be one of {', '.join(COSTS)}, or a function with a `name`, got {shown(cost)}; see Cost."
+    )
+  return cost
 
 
 def budget_penalty(graph: ChannelGraph, masks: Masks, budget: Budget) -> jax.Array:
@@ -167,6 +183,8 @@ def budget_penalty(graph: ChannelGraph, masks: Masks, budget: Budget) -> jax.Arr
   Raises:
     InputError: If `masks` does not fit `graph`.
   """
+  check_graph(graph)
+  check_is_budget(budget)
   cost = budget.cost(graph.kept(masks))
   cost = float(cost) if isinstance(cost, int) else cost  # of concrete masks; it may exceed int32
   return jnp.log(jnp.maximum(cost, budget.limit) / budget.limit)
@@ -267,21 +285,25 @@ def _next_step(steps: np.ndarray, prices: Sequence[np.ndarray], fits: Callable[[
   return None
 
 
+def check_scores(scores: Any) -> None:
+  """Raises `InputError` unless `scores` maps names of groups to arrays; they may be traced."""
+  if not isinstance(scores, Mapping):
+    raise InputError(f"scores must map the names in graph.groups to arrays, got {shown(scores)}.")
+  for name, values in scores.items():
+    check_array(f"The scores of group {shown(name)}", values, (None,))
+
+
 def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
+  check_scores(scores)
+  check_concrete("scores", list(scores.values()), "project_to_budget")
   if extra := sorted(map(str, set(scores) - {group.name for group in graph.groups})):
     raise InputError(f"scores must name the groups in graph.groups, got an unknown group {extra[0]!r}.")
   for group in graph.groups:
     if group.name not in scores:
       raise InputError(f"scores must have one array for each of graph.groups, got none for {group.name!r}.")
-    shape = np.shape(scores[group.name])
-    if shape != (group.size,):
-      raise InputError(f"The scores of group {group.name!r} must have shape ({group.size},), got {shape}.")
-    if np.isnan(scores[group.name]).any():
+    check_array(f"The scores of group {group.name!r}", scores[group.name], (group.size,))
+    if np.isnan(np.asarray(scores[group.name], np.float64)).any():
       raise InputError(f"The scores of group {group.name!r} must be numbers, got a NaN; what they come from diverged.")
-
-
-def _is_number(value: Any) -> bool:
-  return jnp.ndim(value) == 0 and isinstance(value, numbers.Real | np.ndarray | jax.Array)
 
 
 def _text(amount: float) -> str:

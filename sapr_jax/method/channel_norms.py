@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph, Member, map_members
+from sapr_jax.channels import ChannelGraph, Member, check_graph, map_members
 
 
 def is_producer(member: Member) -> bool:
@@ -51,6 +51,7 @@ def channel_sums(
   Raises:
     InputError: If `params` does not fit `graph`.
   """
+  check_graph(graph)
   sums: dict[str, list[jax.Array]] = {group.name: [] for group in graph.groups}
 
   def note(leaf: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:

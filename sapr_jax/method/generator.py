@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph
+from sapr_jax.channels import ChannelGraph, check_graph
+from sapr_jax.checks import check_array, check_integer, check_key, check_number, shown
+from sapr_jax.errors import InputError
 
 Logits = dict[str, jax.Array]
 """Group name -> outputs o_k of the generator, `[group.size]`."""
@@ -35,6 +37,20 @@ class ArchitectureGenerator(nn.Module):
   input_size: int = 32
   hidden_size: int = 64
 
+  def __post_init__(self) -> None:
+    if not isinstance(self.sizes, tuple | list) or not self.sizes:
+      raise InputError(
+        f"sizes must be the number of channels of each group, got {shown(self.sizes)}; use"
+        " ArchitectureGenerator.for_graph(graph)."
+      )
+    for name, size in (
+      *(("sizes", s) for s in self.sizes),
+      ("input_size", self.input_size),
+      ("hidden_size", self.hidden_size),
+    ):
+      check_integer(name, size, 1)
+    super().__post_init__()
+
   @nn.compact
   def __call__(self) -> jax.Array:
     """Returns the outputs, `[K, max C]`; in row k the entries from C_k on mean nothing."""
@@ -53,11 +69,14 @@ class ArchitectureGenerator(nn.Module):
   @classmethod
   def for_graph(cls, graph: ChannelGraph) -> ArchitectureGenerator:
     """Creates the generator for the groups of `graph`."""
+    check_graph(graph)
     return cls(tuple(group.size for group in graph.groups))
 
 
 def split_by_group(padded: jax.Array, graph: ChannelGraph) -> dict[str, jax.Array]:
   """Splits `[K, max C]` into group name -> `[group.size]`."""
+  check_graph(graph)
+  check_array("padded", padded, (len(graph.groups), max(group.size for group in graph.groups)))
   return {group.name: padded[k, : group.size] for k, group in enumerate(graph.groups)}
 
 
@@ -80,6 +99,12 @@ def sample_masks(key: jax.Array, outputs: jax.Array, *, bias: float = 3.0, tempe
   References:
     Gao et al., ICCV 2023, supplement A, Eq. 1.
   """
+  check_key(key)
+  check_array("outputs", outputs)
+  outputs = jnp.asarray(outputs)
+  outputs = outputs if jnp.issubdtype(outputs.dtype, jnp.floating) else outputs.astype(jnp.float32)
+  check_number("bias", bias, "a number", lambda x: True, may_be_traced=True)
+  check_number("temperature", temperature, "a number above 0", lambda x: x > 0, may_be_traced=True)
   soft = jax.nn.sigmoid((outputs + jax.random.gumbel(key, outputs.shape, outputs.dtype) + bias) / temperature)
   # Written so that the value is exactly 0 or 1 whatever the rounding of the difference.
   return jax.lax.stop_gradient(jnp.round(soft)) + (soft - jax.lax.stop_gradient(soft))

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import ChannelGraph, Member, map_members
+from sapr_jax.channels import ChannelGraph, Member, check_graph, check_params, map_members
+from sapr_jax.checks import check_key
 from sapr_jax.errors import InputError
+from sapr_jax.method.budget import check_scores
 from sapr_jax.method.channel_norms import channel_sums, is_kernel, is_producer, is_reader
 
 Scores = Mapping[str, Any]
@@ -182,7 +184,7 @@ def taylor(params: Any, graph: ChannelGraph, grads: Any) -> dict[str, jax.Array]
     estimation for neural network pruning, 2019.
   """
   try:
-    map_members(lambda leaf, members: leaf, grads, graph)
+    check_params(grads, graph)
   except InputError as error:
     raise InputError(f"grads must be the gradient with respect to params, got a tree that does not fit: {error}") from (
       error
@@ -214,6 +216,8 @@ def random(params: Any, graph: ChannelGraph, key: jax.Array) -> dict[str, jax.Ar
     {'layers_0': (4,)}
   """
   del params
+  check_graph(graph)
+  check_key(key)
   keys = jax.random.split(key, len(graph.groups))
   return {group.name: jax.random.uniform(keys[k], (group.size,)) for k, group in enumerate(graph.groups)}
 
@@ -250,6 +254,7 @@ def rank_within_groups(scores: Scores) -> dict[str, jax.Array]:
     shares = jnp.asarray(np.arange(1, values.size + 1) / values.size, jnp.float32)
     return jnp.where(jnp.isnan(values), jnp.nan, shares[jnp.argsort(jnp.argsort(values))])
 
+  check_scores(scores)
   return {name: rank(jnp.asarray(values)) for name, values in scores.items()}
 
 
@@ -264,6 +269,7 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
     >>> sapr.relative_to_group_mean({"wide": jnp.array([1.0, 3.0]), "narrow": jnp.array([20.0])})
     {'wide': Array([0.5, 1.5], dtype=float32), 'narrow': Array([1.], dtype=float32)}
   """
+  check_scores(scores)
   means = {name: jnp.mean(jnp.asarray(values)) for name, values in scores.items()}
   return {name: jnp.asarray(scores[name]) / jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()}
 

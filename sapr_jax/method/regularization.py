@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph, Masks, Member, map_members
-from sapr_jax.errors import InputError
+from sapr_jax.channels import ChannelGraph, Masks, Member, check_masks, map_members
+from sapr_jax.checks import check_array, check_function, check_number
 from sapr_jax.method.channel_norms import channel_norms, is_kernel, output_first, safe_sqrt, sum_by_channel
 
 Params = TypeVar("Params")
@@ -35,7 +35,8 @@ def relative_weights(dropped: jax.Array) -> jax.Array:
     >>> sapr.relative_weights(jnp.array([2.0, 0.0, 4.0]))
     Array([1., 0., 2.], dtype=float32)
   """
-  return dropped.size * dropped / _sum_of_all(dropped)
+  total = _sum_of_all(dropped)
+  return total.size * jnp.asarray(dropped) / total
 
 
 def share_weights(dropped: jax.Array) -> jax.Array:
@@ -43,14 +44,16 @@ def share_weights(dropped: jax.Array) -> jax.Array:
 
   If nothing is dropped, all weights are 0.
   """
-  return dropped / _sum_of_all(dropped)
+  total = _sum_of_all(dropped)
+  return jnp.asarray(dropped) / total
 
 
 def _sum_of_all(dropped: jax.Array) -> jax.Array:
   """Returns the divisor of each weight, `[K]`: the sum of `dropped`, at least 1."""
-  total = jnp.maximum(jnp.sum(dropped), 1.0)
+  check_array("dropped", dropped, (None,))
+  total = jnp.maximum(jnp.sum(jnp.asarray(dropped)), 1.0)
   # Without the barrier XLA would multiply by 1 / total, which rounds twice.
-  return jax.lax.optimization_barrier(jnp.broadcast_to(total, dropped.shape))
+  return jax.lax.optimization_barrier(jnp.broadcast_to(total, jnp.shape(dropped)))
 
 
 def partial_group_lasso(
@@ -136,6 +139,7 @@ def prox_partial_group_lasso(
   References:
     Gao et al., ICCV 2023, supplement B, Eq. 2; Yuan and Lin, 2006, for the operator.
   """
+  check_number("step_size", step_size, "a number of at least 0", lambda x: x >= 0, may_be_traced=True)
   weights = _group_weights(graph, masks, weighting)
 
   def shrink(kernel: jax.Array, members: Sequence[tuple[str, Member]]) -> jax.Array:
@@ -148,17 +152,18 @@ def prox_partial_group_lasso(
   return map_members(shrink, params, graph)
 
 
+def check_weighting(weighting: Any) -> None:
+  check_function("weighting", weighting, "pass sapr_jax.relative_weights or sapr_jax.share_weights")
+
+
 def _group_weights(graph: ChannelGraph, masks: Masks, weighting: Weighting) -> dict[str, jax.Array]:
   """Returns group name -> its weight, scalar."""
-  if not callable(weighting):
-    raise InputError(
-      f"weighting must be a function of the numbers of dropped channels, got {weighting!r}; pass"
-      " sapr_jax.relative_weights or sapr_jax.share_weights."
-    )
+  check_weighting(weighting)
+  check_masks(graph, masks)
   dropped = jnp.asarray(graph.kept(), jnp.float32) - jnp.asarray(graph.kept(masks), jnp.float32)
-  weights = jnp.asarray(weighting(dropped))
-  if weights.shape != dropped.shape:
-    raise InputError(f"weighting must return one weight for each group, {dropped.shape}, got shape {weights.shape}.")
+  weights = weighting(dropped)
+  check_array("What weighting returns, one weight for each group,", weights, dropped.shape)
+  weights = jnp.asarray(weights)
   return {group.name: weights[k] for k, group in enumerate(graph.groups)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sapr_jax.channels import ChannelGraph
+from sapr_jax.channels import ChannelGraph, check_graph
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import Budget, check_budget
 
@@ -30,6 +30,7 @@ def default_round_to(graph: ChannelGraph, budget: Budget, platform: str, *, min_
     1 where the narrowest group would have less than eight widths to choose from, or rounded widths cannot meet the
     budget.
   """
+  check_graph(graph)
   value = DEFAULT_ROUND_TO.get(platform, 1)
   if min(group.size for group in graph.groups) < _LEAST_CHOICE * value:
     return 1

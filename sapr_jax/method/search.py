@@ -10,9 +10,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.channels import ChannelGraph, Masks
-from sapr_jax.errors import InputError
-from sapr_jax.method.budget import Budget, budget_penalty
+from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_module, check_variables, errors_of_model
+from sapr_jax.checks import check_function, check_number, check_type
+from sapr_jax.method.budget import Budget, budget_penalty, check_is_budget
 from sapr_jax.method.generator import ArchitectureGenerator, sample_masks, split_by_group
 
 
@@ -33,8 +33,13 @@ class SearchOptions:
   temperature: float = 0.4
 
   def __post_init__(self) -> None:
-    if not isinstance(self.budget, Budget):
-      raise InputError(f"budget must be a Budget, got {self.budget!r}; macs_budget(graph, 0.5) makes one.")
+    check_is_budget(self.budget)
+    for name, must, is_good in (
+      ("budget_weight", "a number of at least 0", lambda x: x >= 0),
+      ("bias", "a number", lambda x: True),
+      ("temperature", "a number above 0", lambda x: x > 0),
+    ):
+      check_number(name, getattr(self, name), must, is_good, may_be_traced=True)
 
 
 @flax.struct.dataclass
@@ -94,7 +99,13 @@ def architecture_loss(
   References:
     Gao et al., ICCV 2023, supplement A, Eq. 1; `budget_penalty` for the second term.
   """
-  outputs: Any = generator.apply(variables)
+  check_module(generator)
+  check_variables(variables)
+  check_graph(graph)
+  check_function("loss_fn", loss_fn, "it takes masks and returns the loss")
+  check_type("options", options, SearchOptions, "SearchOptions(macs_budget(graph, 0.5)) makes them")
+  with errors_of_model("generator and variables"):
+    outputs: Any = generator.apply(variables)
   masks = split_by_group(sample_masks(key, outputs, bias=options.bias, temperature=options.temperature), graph)
   loss = loss_fn(masks)
   budget = options.budget

@@ -9,18 +9,20 @@ References:
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sapr_jax.channels import ChannelGraph, Masks
-from sapr_jax.errors import InputError
+from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_params
+from sapr_jax.checks import check_number, check_type
+from sapr_jax.errors import InputError, one_line
 from sapr_jax.method.regularization import (
   Weighting,
+  check_weighting,
   partial_group_lasso,
   prox_partial_group_lasso,
   relative_weights,
@@ -64,7 +66,7 @@ def regularize_by_penalty(
     >>> optax.apply_updates(params, updates)["layers_0"]["kernel"]
     Array([[1.  , 0.75]], dtype=float32)
   """
-  _check_gamma(gamma)
+  _check_arguments(graph, gamma, weighting)
 
   def init(params: Any) -> optax.EmptyState:
     del params
@@ -86,8 +88,10 @@ def regularize_by_penalty(
       # As in optax: a parameter may have no gradient, and one of integers has none of its own.
       return update if update is None or slope.dtype == jax.dtypes.float0 else update + slope
 
+    check_params(params, graph)
     gradient = jax.grad(penalty, allow_int=True)(params)
-    return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
+    with _one_tree():
+      return jax.tree.map(add, updates, gradient, is_leaf=lambda update: update is None), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -144,9 +148,12 @@ def regularize_by_prox(
     >>> optax.apply_updates(params, updates)["layers_0"]["kernel"]
     Array([[1.  , 0.75]], dtype=float32)
   """
-  _check_gamma(gamma)
-  if not 0 <= momentum < 1:
-    raise InputError(f"momentum must be in [0, 1), got {momentum}; give the momentum of the optimizer before it.")
+  _check_arguments(graph, gamma, weighting)
+  must, cure = "in [0, 1)", "give the momentum of the optimizer before it"
+  check_number("momentum", momentum, must, lambda x: 0 <= x < 1, cure=cure, may_be_traced=True)
+  if not callable(learning_rate):
+    must = "a number of at least 0, or a schedule"
+    check_number("learning_rate", learning_rate, must, lambda x: x >= 0, may_be_traced=True)
 
   def init(params: Any) -> RegularizeByProxState:
     del params
@@ -156,14 +163,18 @@ def regularize_by_prox(
     updates: Any, state: RegularizeByProxState, params: Any = None, *, masks: Masks | None = None, **extra: Any
   ) -> tuple[Any, RegularizeByProxState]:
     del extra
+    check_type("state", state, RegularizeByProxState, "tx.init(params) makes it")
     new_state = RegularizeByProxState(optax.safe_increment(state.step))
     if masks is None:
       return updates, new_state
     if params is None:
       raise InputError("regularize_by_prox needs the parameters: tx.update(updates, state, params, masks=masks).")
     rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-    given = jax.tree.map(lambda u, p: jnp.zeros_like(p) if _is_missing(u) else u, updates, params, is_leaf=_is_missing)
-    moved = optax.apply_updates(params, given)
+    with _one_tree():
+      given = jax.tree.map(
+        lambda u, p: jnp.zeros_like(p) if _is_missing(u) else u, updates, params, is_leaf=_is_missing
+      )
+      moved = optax.apply_updates(params, given)
     step_size = rate / (1.0 - momentum) * gamma
     shrunk = prox_partial_group_lasso(moved, graph, masks, step_size, weighting=weighting)
 
@@ -181,6 +192,16 @@ def _is_missing(update: Any) -> bool:
   return update is None or getattr(update, "dtype", None) == jax.dtypes.float0
 
 
-def _check_gamma(gamma: float | jax.Array) -> None:
-  if isinstance(gamma, numbers.Real) and not float(gamma) >= 0:  # a traced one cannot be checked
-    raise InputError(f"gamma must be at least 0, got {gamma}.")
+@contextlib.contextmanager
+def _one_tree() -> Iterator[None]:
+  """Turns what two trees that do not fit raise within the block into an `InputError`."""
+  try:
+    yield
+  except (AttributeError, TypeError, ValueError) as error:
+    raise InputError(f"updates must be a tree like params, got another ({one_line(error, 200)}).") from error
+
+
+def _check_arguments(graph: ChannelGraph, gamma: float | jax.Array, weighting: Weighting) -> None:
+  check_graph(graph)
+  check_number("gamma", gamma, "at least 0", lambda x: x >= 0, may_be_traced=True)
+  check_weighting(weighting)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 from sapr_jax.models import mobilenet_v2, resnet
 from sapr_jax.models.fast_layers import with_fast_layers
@@ -44,14 +45,14 @@ def create(name: str, **fields: Any) -> nn.Module:
   """Creates the network called `name`; `fields` overrides fields of its module.
 
   Raises:
-    InputError: If the name or a field is unknown.
+    InputError: If the name or a field is unknown, or a field cannot have that value.
 
   Example:
     >>> create("resnet56", num_classes=100).depth
     56
   """
-  if name not in MODELS:
-    raise InputError(f"The model {name!r} is unknown; expected one of {', '.join(MODELS)}.")
+  if not isinstance(name, str) or name not in MODELS:
+    raise InputError(f"The model {shown(name)} is unknown; expected one of {', '.join(MODELS)}.")
   try:
     return MODELS[name](**fields)
   except TypeError as error:

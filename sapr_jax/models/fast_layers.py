@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sapr_jax.checks import check_function
+
 
 def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
   """Returns a function that runs Flax layers in faster forms: the same values and gradients up to rounding.
@@ -22,6 +24,8 @@ def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
   function to give to `jax.jit`. Gradients are taken backward only: `jax.jvp` cannot go through such a batch
   normalization. A depthwise convolution is one call of a layer within another, and `capture_intermediates` sees both.
   """
+
+  check_function("function", function, "such as a training step; the result is to be given to jax.jit")
 
   @functools.wraps(function)
   def fast(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
+from sapr_jax.models.network import Network
 
 _dense_init = nn.initializers.normal(0.01)  # as in torchvision
 
@@ -51,7 +52,7 @@ class InvertedResidual(nn.Module):
     return x + y if self.stride == 1 and self.inputs == self.features else y
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
   """MobileNet-V2.
 
   Attributes:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
+from sapr_jax.models.network import Network
 
 _EXPANSION = 4
 
@@ -85,7 +86,7 @@ class Bottleneck(nn.Module):
     return nn.relu(x + y)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
   """ResNet for small images: three stages of basic blocks at full, half and quarter resolution, option A shortcuts.
 
   Attributes:
@@ -105,9 +106,7 @@ class CifarResNet(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps images `[batch, height, width, channels]` to float32 logits `[batch, num_classes]`."""
-    blocks, remainder = divmod(self.depth - 2, 6)
-    if remainder or blocks < 1:
-      raise ValueError(f"A CIFAR ResNet has depth 6 n + 2 (20, 32, 44, 56, 110); got {self.depth}.")
+    blocks = (self.depth - 2) // 6
     widths = [_scaled(16 * 2**stage, self.width_multiplier) for stage in range(3)]
     block_type: Any = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
     x = convolution(widths[0], 3, dtype=self.dtype, name="conv")(x.astype(self.dtype))
@@ -122,7 +121,7 @@ class CifarResNet(nn.Module):
     return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x).astype(jnp.float32)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
   """ResNet for ImageNet in torchvision's form: 7x7 stem, max-pooling, four stages, projection shortcuts.
 
   Attributes:

@@ -249,9 +249,10 @@ def _check_schedule(name: str, phase: Any) -> None:
     raise InputError(f"{name}.warmup_epochs must be at most {name}.epochs = {epochs}, got {phase.warmup_epochs}.")
   rising = decay == sorted(set(decay)) and all(0 < epoch < epochs for epoch in decay)
   if phase.schedule == "step" and epochs and not rising:
+    examples = f"'({epochs // 2},)', or '()' for none" if epochs > 1 else "'()'"
     raise InputError(
       f"{name}.decay_epochs must be rising epochs between 0 and {name}.epochs = {epochs}, got {tuple(decay)}; such as"
-      f" --config.{name}.decay_epochs='({epochs // 2},)', or '()' for none."
+      f" --config.{name}.decay_epochs={examples}."
     )
 
 

@@ -66,6 +66,7 @@ def train(
     OSError: If the disk cannot be written.
     InterruptedRunError: If the run was asked to stop; its work is saved.
   """
+  recorder.name_lost(stage.epochs_before + 1, stage.epochs_before + position.epoch)
   if position.epoch == stage.epochs:
     return state
 
@@ -90,6 +91,7 @@ def train(
     queue, clock, seconds_before = stage.weights.metrics_queue(), time.monotonic(), position.record["weight_seconds"]
     for batches in stage.weights.batches(position.epoch, position.step):
       state, metrics = stage.weights.step(state, batches)
+      interruption.note_unsaved()
       position.add(queue.add(metrics))
       steps = len(jax.tree.leaves(metrics)[0])
       position.step += steps

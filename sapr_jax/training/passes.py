@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -132,12 +132,11 @@ def recalibrate_batch_norm(
   *,
   batches: int,
   batch_size: int,
-  between_calls: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
   """Measures the running statistics of a network again, on batches of training images.
 
   The activations of a network that was cut differ from those of the one whose statistics it inherits. The batches are
-  those of several epochs if one has too few. `between_calls` is called before each call.
+  those of several epochs if one has too few.
 
   Returns:
     The variables with the new statistics, on the host; the variables as they are if they have none.
@@ -150,7 +149,6 @@ def recalibrate_batch_norm(
     left = batches
     for epoch in range(-(-batches // per_epoch)):
       for call in passes.feed.training(batch_size, purpose=purpose, epoch=epoch):
-        between_calls()
         yield jax.tree.map(lambda x: x[:left], call)  # noqa: B023  (run at once)
         left -= len(jax.tree.leaves(call)[0])
         if left <= 0:

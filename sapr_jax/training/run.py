@@ -20,8 +20,7 @@ from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
-from sapr_jax.training import loop, stages
-from sapr_jax.training import workdir as layout
+from sapr_jax.training import loop, stages, workdir as layout
 from sapr_jax.training.config import check_config
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.passes import recalibrate_batch_norm
@@ -37,6 +36,7 @@ def run(
   *,
   proposer: Callable[[Experiment], Proposer] = make_proposer,
   weighting: Weighting = relative_weights,
+  interruption: Interruption | None = None,
 ) -> dict[str, Any]:
   """Runs the experiment of `config` in `workdir`, from its beginning or from where an earlier call was stopped.
 
@@ -48,6 +48,7 @@ def run(
     workdir: Work directory, made if it does not exist.
     proposer: Makes the proposer that ranks the channels; by default the one that `config.prune.proposer` names.
     weighting: Weights of the groups in the regularization.
+    interruption: Asks the run to stop; by default, SIGTERM and SIGINT do for as long as it lasts.
 
   Returns:
     The summary: accuracy, MACs, parameters and latency of the dense network, the sub-network before fine-tuning and the
@@ -56,7 +57,7 @@ def run(
   Raises:
     InputError: If the configuration, the data or the work directory cannot be used.
     DivergedError: If training diverges.
-    InterruptedRunError: If SIGTERM or SIGINT asked it to stop; its work is saved.
+    InterruptedRunError: If it was asked to stop; its work is saved.
   """
   path = pathlib.Path(workdir)
   with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
@@ -72,7 +73,7 @@ def run(
     processes.together(lambda: stack.enter_context(layout.locked(path, config)))
     functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
     experiment = _as_it_began(experiment, path, functions)
-    interruption = stack.enter_context(Interruption())
+    interruption = interruption or stack.enter_context(Interruption())
     _write_network(experiment, path, functions)
     say(describe(experiment))
     recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
@@ -92,8 +93,6 @@ def run(
       small_variables,
       batches=config.prune.statistics_batches,
       batch_size=config.train.batch_size,
-      # Nothing of it is saved: the run goes on at the last checkpoint of training.
-      between_calls=lambda: interruption.stop() if interruption.requested() else None,
     )
 
     small_stage = stages.finetuning_stage(experiment, small_model, small_variables, teacher=teacher)
@@ -140,7 +139,9 @@ def run_stage(
       # Fine-tuning of a network that does not exist yet: the checkpoints of its training were lost.
       processes.decided_by_main(lambda: _set_aside(folder.parent / "finetune"))
     every = {"every_epochs": fields.every_epochs, "every_steps": fields.every_steps}
-    return loop.train(stage, state, position, checkpointer, recorder, interruption, **every)
+    state = loop.train(stage, state, position, checkpointer, recorder, interruption, **every)
+  interruption.note_saved()
+  return state
 
 
 def _set_aside(folder: pathlib.Path) -> None:

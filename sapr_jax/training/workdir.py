@@ -87,6 +87,8 @@ def _check_place(path: pathlib.Path) -> None:
   except FileNotFoundError:
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     problem = "" if os.access(nearest, os.W_OK | os.X_OK) else f"cannot be made in {nearest}, which cannot be written"
+    if len(path.parts) > 1 and path.parts[0].endswith(":"):  # gs://bucket, of which pathlib drops a slash
+      problem = f"must be on a mounted file system, and {path.parts[0]}// is not supported"
   except NotADirectoryError:
     problem = "lies below a file"
   except (OSError, ValueError) as error:  # a name that is too long, or has a null byte

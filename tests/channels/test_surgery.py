@@ -193,7 +193,8 @@ def test_trees_of_other_arrays_are_left_alone(resnet):
     "ema": [variables],
     "statistics": variables["batch_stats"],
     "rng": jnp.arange(8),
-    "stage2_block1": {"conv1": {"kernel": jnp.zeros((2, 2))}},
+    "stage2_block1": {"conv1": {"kernel": jnp.zeros((1,))}},
+    "conv": {"kernel": jnp.zeros((2, 2))},
     "none": None,
   }
   cut = prune_tree(tree, graph, masks)
@@ -201,7 +202,34 @@ def test_trees_of_other_arrays_are_left_alone(resnet):
   jax.tree.map(np.testing.assert_array_equal, cut["statistics"], small_variables["batch_stats"])
   assert cut["rng"] is tree["rng"]
   assert cut["stage2_block1"]["conv1"]["kernel"] is tree["stage2_block1"]["conv1"]["kernel"]
+  assert cut["conv"]["kernel"] is tree["conv"]["kernel"]  # that layer is not cut
   assert cut["ema"][0]["params"]["conv"]["kernel"] is variables["params"]["conv"]["kernel"]
+
+
+@pytest.mark.parametrize(
+  ("make", "names"),
+  [
+    (
+      lambda: optax.adafactor(1e-3, min_dim_size_to_factor=2),
+      r"\.v_row.*'conv1'.* \(3, 3, 4\) seems to belong to params/.*\(and 7 more\)",
+    ),
+    (lambda: optax.sm3(1e-3), r"\.mu\['\w+'\]\['conv1'\]\['kernel'\]\[0\] of shape \(3,\) seems to belong"),
+    (lambda: optax.flatten(optax.adam(1e-3)), r"\.mu of shape \(\d+,\) seems to hold all parameters in one array"),
+  ],
+)
+def test_optimizer_states_of_another_form_than_the_parameters_are_refused(resnet, make, names):
+  _, variables, graph, masks, *_ = resnet
+  state = make().init(variables["params"])
+  with pytest.raises(InputError, match=f"^tree{'.*'}{names}"):
+    prune_tree(state, graph, masks)
+  jax.tree.map(np.testing.assert_array_equal, prune_tree(state, graph, graph.full_masks()), state)
+
+
+def test_optimizer_states_with_one_number_for_a_parameter_are_cut(resnet):
+  _, variables, graph, masks, _, small_variables = resnet
+  for tx in (optax.novograd(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=10**6)):
+    cut = prune_tree(tx.init(variables["params"]), graph, masks)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, tx.init(small_variables["params"]))
 
 
 class Names(nn.Module):

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sapr_jax.data import EvaluationRecipe, TrainingRecipe
-from sapr_jax.data import recipe as recipes
+from sapr_jax.data import EvaluationRecipe, TrainingRecipe, recipe as recipes
 from sapr_jax.data.recipe import Crop, random_resized_crop, resized_size
 
 pytest.importorskip("cv2", reason="needs OpenCV: pip install 'sapr_jax[imagenet]'")

@@ -180,8 +180,8 @@ def test_masks_that_do_not_fit_are_refused(tiny, two):
 @pytest.mark.parametrize(
   ("weighting", "message"),
   [
-    ("share", r"weighting must be a function .*, got 'share'; pass sapr_jax\.relative_weights"),
-    (jnp.sum, r"weighting must return one weight for each group, \(3,\), got shape \(\)"),
+    ("share", r"weighting must be a function, got 'share'; pass sapr_jax\.relative_weights"),
+    (jnp.sum, r"weighting returns, one weight for each group, must have shape \(3,\), got \(\)"),
   ],
 )
 def test_weightings_that_do_not_fit_are_refused(tiny, two, weighting, message):

@@ -96,5 +96,5 @@ def test_unknown_names_fields_and_depths():
     models.create("resnet57")
   with pytest.raises(InputError, match="'resnet56' does not take these fields"):
     models.create("resnet56", layers=3)
-  with pytest.raises(ValueError, match="depth 6 n"):
-    abstract_variables(models.CifarResNet(depth=21))
+  with pytest.raises(InputError, match=r"depth of a CifarResNet must be 6 n \+ 2 .*, got 21\."):
+    models.CifarResNet(depth=21)

@@ -12,8 +12,7 @@ from entries import entry
 import sapr_jax as sapr
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.errors import DivergedError
-from study import __main__ as command
-from study import work
+from study import __main__ as command, work
 from study.records import is_finished
 from study.rows import chosen, grid, job_of
 from study.sizes import SIZES

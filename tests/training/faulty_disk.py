@@ -1,10 +1,12 @@
 """Runs on a disk that fails: each file operation of a short run fails once, or is the last one before a kill.
 
-    PYTHONPATH=. python tests/training/faulty_disk.py [--cases N] [--seed N]
+    PYTHONPATH=. python tests/training/faulty_disk.py [--cases N] [--damage N] [--seed N]
 
 After each failure the run must have finished or ended with one line, have called no good checkpoint damaged, and the
 same call must end as if nothing had happened, bit for bit, with nothing left over. Without `--cases` every operation
-is tried, with an errno drawn at random: some hours. Exits with 1, and says which operation it was, if one case fails.
+is tried, with an errno drawn at random, which takes an hour. `--damage` tries bytes of files that are wrong: the run
+must notice, or end the same; where it refuses the file, that file put back is all it takes. Exits with 1 if a case
+fails, and says which.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import pathlib
 import random
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 ERRNOS = [
   *(errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EINTR, errno.EINVAL, errno.EIO, errno.EISDIR),
@@ -142,6 +145,36 @@ class Cases:
       raise AssertionError(f"{failed}: {type(error).__name__}: {error}") from error
     return failed
 
+  def damage(self, begin: str, rng: random.Random) -> str:
+    """Damages a file of a work directory; returns which, and raises `AssertionError` if a run then goes wrong."""
+    from damage import damage_a_file
+    from small_run import check_same_run
+
+    from sapr_jax.errors import InputError
+
+    self._begin(begin)
+    before = {file: file.read_bytes() for file in self._workdir.rglob("*") if file.is_file()}
+    what = damage_a_file(self._workdir, rng)
+    try:
+      with output_to(self._output):
+        try:
+          self._run(self._config, self._workdir)
+        except InputError as error:
+          assert "\n" not in str(error), f"more than a line: {error}"
+          for file, content in before.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+          self._run(self._config, self._workdir)
+      self._check_output()
+      if "records.jsonl" in what:
+        assert begin == "finished" or "records.jsonl" in self._output.read_text(), "not noticed"
+        shutil.copy(self._whole / "records.jsonl", self._workdir)
+      if begin != "finished":  # of which nothing is read but the summary
+        check_same_run(self._workdir, self._whole)
+    except Exception as error:
+      raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    return what
+
   def _begin(self, begin: str) -> None:
     shutil.rmtree(self._workdir, ignore_errors=True)
     if (template := self.begins[begin]) is not None:
@@ -167,29 +200,41 @@ def draw(counts: dict[str, int], cases: int | None, seed: int) -> list[tuple[str
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--cases", type=int, help="how many operations to try; unset: all")
-  parser.add_argument("--seed", type=int, default=0, help="of the operations and their errnos")
+  parser.add_argument("--damage", type=int, default=0, help="how many damaged files to try")
+  parser.add_argument("--seed", type=int, default=0, help="of the operations, their errnos and the damage")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     if not hasattr(ctypes.CDLL(None), "disk_watch"):
       environment = {**os.environ, "LD_PRELOAD": str(build_library(pathlib.Path(folder)))}
       environment |= {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")}
+      environment |= {"PYTHONPATH": os.pathsep.join([*sys.path, str(pathlib.Path(__file__).parent.parent)])}
       environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
       return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
-    cases, problems, started = Cases(pathlib.Path(folder)), 0, time.monotonic()
+    cases, started = Cases(pathlib.Path(folder)), time.monotonic()
     counts = {begin: cases.count(begin) for begin in cases.begins}
     todo = draw(counts, args.cases, args.seed)
-    print(f"file operations: {counts}; {len(todo)} cases", flush=True)
-    for number, case in enumerate(todo, 1):
-      begin, first, last, code = case
+    print(f"file operations: {counts}; {len(todo)} cases, {args.damage} damaged files", flush=True)
+    results = []
+    for begin, first, last, code in todo:
       kind = f"{errno.errorcode[code]}{' from there on' if last == FOREVER else ''}"
-      try:
-        failed = cases.fail(*case)
-        print(f"{number}: {begin} {first} {kind}: {failed}: ok", flush=True)
-      except AssertionError as error:
-        problems += 1
-        print(f"{number}: {begin} {first} {kind}: FAILED: {error}", flush=True)
-    print(f"{len(todo) - problems} passed, {problems} failed, {time.monotonic() - started:.0f} s")
-  return 1 if problems else 0
+      results.append(attempt(f"{begin} {first} {kind}", functools.partial(cases.fail, begin, first, last, code)))
+    rng = random.Random(args.seed)
+    for _ in range(args.damage):
+      begin = rng.choice(["resumed", "fine-tuned", "finished"])
+      results.append(attempt(f"{begin} damage", functools.partial(cases.damage, begin, rng)))
+    passed, seconds = sum(results), time.monotonic() - started
+    print(f"{passed} passed, {len(results) - passed} failed, in {seconds:.0f} s")
+  return 0 if all(results) else 1
+
+
+def attempt(name: str, case: Callable[[], str]) -> bool:
+  """Prints a case, and returns whether it passed."""
+  try:
+    print(f"{name}: {case()}: ok", flush=True)
+  except AssertionError as error:
+    print(f"{name}: FAILED: {error}", flush=True)
+    return False
+  return True
 
 
 if __name__ == "__main__":

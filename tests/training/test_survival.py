@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -217,19 +219,44 @@ def test_accuracy_at_chance_is_warned_about(whole, tmp_path, monkeypatch, capsys
   )
 
 
-@pytest.mark.slow
-def test_the_exit_status_of_a_run_that_was_told_to_stop(tmp_path):
-  """The whole way: a process, a signal from outside, the status that a scheduler sees."""
+@contextlib.contextmanager
+def program(workdir):
+  """Starts the command as users do, in a process group of its own."""
   overrides = ["--config.train.epochs=1000", "--config.data.train_images=320", "--config.eval_batch_size=100"]
-  command = [sys.executable, "-m", "sapr_jax.main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"]
+  command = [sys.executable, "-m", "sapr_jax.main", "--config=configs/digits.py", f"--workdir={workdir}"]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  with subprocess.Popen([*command, *overrides], env=environment, **pipes) as process:
-    for line in process.stdout:
-      if line.startswith("train 1/1000"):
-        process.send_signal(signal.SIGTERM)
+  with subprocess.Popen([*command, *overrides], env=environment, start_new_session=True, **pipes) as process:
+    try:
+      yield process
+    finally:
+      process.kill()
+
+
+STOPPED = "stopped by SIGTERM, all work saved; the same command resumes the run\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 1, 2, 4, 6])
+def test_a_program_hears_a_signal_at_any_instant(tmp_path, seconds):
+  with program(tmp_path / "run") as process:
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate()
+  assert (process.returncode, err) == (75, STOPPED)
+
+
+@pytest.mark.slow
+def test_a_program_whose_output_nobody_reads_goes_on_and_saves_when_told_to_stop(tmp_path):
+  with program(tmp_path / "run") as process:
+    while not process.stdout.readline().startswith("train 1/1000"):
+      assert process.poll() is None
+    process.stdout.close()
+    while len(artifacts.read_records(tmp_path / "run")) < 3:  # each epoch has its line of output
+      assert process.poll() is None
+      time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
     err = process.stderr.read()
-  assert process.returncode == 75, err
-  assert "stopped by SIGTERM, all work saved; the same command resumes the run" in err
-  assert "Traceback" not in err
+    process.wait()
+  assert (process.returncode, err) == (75, STOPPED)
   assert any(d.name.isdigit() for d in (tmp_path / "run" / "checkpoints" / "train").iterdir())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import re
 
 import pytest
 
 import sapr_jax as sapr
 from configs import digits
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.training import workdir
 
 
@@ -69,3 +74,29 @@ def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path):
   with workdir.locked(tmp_path, config):
     left = {path.name for path in tmp_path.iterdir()}
   assert left == {"config.json", ".lock", ".hidden", "summary.json"}
+
+
+def test_a_file_system_without_locks_is_said_and_other_errors_end_the_run(tmp_path, monkeypatch, capsys):
+  def fail_with(number):
+    def fail(file, operation):
+      raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+
+  for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    fail_with(number)
+    with workdir.locked(tmp_path, digits.get_config()):
+      assert f"warning: {tmp_path} is on a file system without locks; keep other runs" in capsys.readouterr().err
+  fail_with(errno.EIO)
+  with pytest.raises(OSError, match=r"Input/output error: .*\.lock"), workdir.locked(tmp_path, digits.get_config()):
+    pass
+
+
+def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path):
+  for number, reason in ((errno.ESTALE, "Stale file handle"), (errno.ETIMEDOUT, "Connection timed out")):
+    for name, shown in (("a/file", "a/file"), (None, tmp_path)):
+      text = f"{shown} cannot be used ({reason}); what is on disk is whole: fix the disk or the path, and the same"
+      with pytest.raises(InputError, match=re.escape(text)), os_errors_in_one_line(tmp_path):
+        raise OSError(number, os.strerror(number), *([name] if name else []))
+  with pytest.raises(TimeoutError), os_errors_in_one_line(tmp_path):  # of Orbax: a process has gone
+    raise TimeoutError("barrier")
