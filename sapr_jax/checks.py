@@ -60,14 +60,23 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, at_least: int) -> None:
-  if not is_integer(value) or value < at_least:
-    raise InputError(f"{name} must be an integer of at least {at_least}, got {shown(value)}.")
+  if not is_integer(value) or not at_least <= value < 2**31:
+    limit = " and below 2**31" if is_integer(value) and value > at_least else ""
+    raise InputError(f"{name} must be an integer of at least {at_least}{limit}, got {shown(value)}.")
+
+
+def check_dtype(name: str, value: Any) -> Any:
+  """Returns the dtype; raises `InputError` if `value` is none."""
+  if isinstance(value, type | str | np.dtype):
+    with contextlib.suppress(TypeError, ValueError):
+      return jnp.dtype(value)
+  raise InputError(f"{name} must be a dtype, such as jnp.float32, got {shown(value)}.")
 
 
 def check_array(name: str, value: Any, shape: tuple[int | None, ...] | None = None) -> None:
   """Raises `InputError` unless `value` holds real numbers, and has `shape` (None: any, for a size or all)."""
   try:
-    array = value if hasattr(value, "dtype") else np.asarray(value)
+    array: Any = value if hasattr(value, "dtype") else np.asarray(value)
   except (OverflowError, TypeError, ValueError):
     raise InputError(f"{name} must have shape {_written(shape)}, got a ragged list.") from None
   if isinstance(value, jax.ShapeDtypeStruct) or not is_real(array):

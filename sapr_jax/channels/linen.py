@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def masked_apply(
         x = x * member.along_axis(jnp.asarray(masks[name]), 1).reshape(-1).astype(x.dtype)
     return layer.clone(parent=None, name=None).apply({"params": own | {"kernel": member.get(full)}}, x)
 
-  with nn.intercept_methods(gate):
+  with errors_of_model("model, variables and inputs", flax.errors.FlaxError), nn.intercept_methods(gate):
     return model.apply({**variables, "params": masked}, *args, **kwargs)
 
 
@@ -265,11 +266,11 @@ def check_module(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def errors_of_model(parts: str) -> Iterator[None]:
-  """Turns what a model raises on abstract inputs into an `InputError`: anything, as the model's code is the user's."""
+def errors_of_model(parts: str, kinds: type[Exception] = Exception) -> Iterator[None]:
+  """Turns what a model raises into an `InputError`. It may be anything, as the model's code is the user's."""
   try:
     yield
-  except Exception as error:
+  except kinds as error:
     reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
     raise InputError(
       f"{parts} do not fit together: {reason}. Pass the variables of this model, all collections, made for such inputs."

@@ -16,7 +16,7 @@ from sapr_jax.channels.atoms import Axis, fix
 from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection, check_graph
 from sapr_jax.channels.program import FrontEnd, Program, ProgramError, difference
 from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of, prune_tree
-from sapr_jax.checks import check_concrete, is_integer, shown
+from sapr_jax.checks import check_concrete, check_dtype, is_integer, shown
 from sapr_jax.errors import InputError
 
 
@@ -49,10 +49,7 @@ def abstract_image(input_shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStru
   shape = tuple(input_shape) if isinstance(input_shape, Sequence | np.ndarray) else ()
   if len(shape) < 2 or not all(is_integer(size) and 0 < size < 2**31 for size in shape):
     raise InputError(f"input_shape must be positive sizes, such as (1, 32, 32, 3), got {shown(input_shape)}.")
-  try:
-    return jax.ShapeDtypeStruct((1, *map(int, shape[1:])), jnp.dtype(dtype))
-  except (TypeError, ValueError):
-    raise InputError(f"input_dtype must be a dtype, such as jnp.float32, got {shown(dtype)}.") from None
+  return jax.ShapeDtypeStruct((1, *map(int, shape[1:])), check_dtype("input_dtype", dtype))
 
 
 def find_graph(dense: Dense, select: Selection) -> ChannelGraph:

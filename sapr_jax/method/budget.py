@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import ChannelGraph, Masks, check_graph
+from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_masks
 from sapr_jax.checks import check_array, check_concrete, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.cost import COSTS, Cost
@@ -183,7 +183,7 @@ def budget_penalty(graph: ChannelGraph, masks: Masks, budget: Budget) -> jax.Arr
   Raises:
     InputError: If `masks` does not fit `graph`.
   """
-  check_graph(graph)
+  check_masks(graph, masks)
   check_is_budget(budget)
   cost = budget.cost(graph.kept(masks))
   cost = float(cost) if isinstance(cost, int) else cost  # of concrete masks; it may exceed int32

@@ -35,8 +35,8 @@ def relative_weights(dropped: jax.Array) -> jax.Array:
     >>> sapr.relative_weights(jnp.array([2.0, 0.0, 4.0]))
     Array([1., 0., 2.], dtype=float32)
   """
-  total = _sum_of_all(dropped)
-  return total.size * jnp.asarray(dropped) / total
+  dropped = _as_counts(dropped)
+  return dropped.size * dropped / _sum_of_all(dropped)
 
 
 def share_weights(dropped: jax.Array) -> jax.Array:
@@ -44,16 +44,20 @@ def share_weights(dropped: jax.Array) -> jax.Array:
 
   If nothing is dropped, all weights are 0.
   """
-  total = _sum_of_all(dropped)
-  return jnp.asarray(dropped) / total
+  dropped = _as_counts(dropped)
+  return dropped / _sum_of_all(dropped)
+
+
+def _as_counts(dropped: Any) -> jax.Array:
+  check_array("dropped", dropped, (None,))
+  return jnp.asarray(dropped, None if hasattr(dropped, "dtype") else jnp.float32)
 
 
 def _sum_of_all(dropped: jax.Array) -> jax.Array:
   """Returns the divisor of each weight, `[K]`: the sum of `dropped`, at least 1."""
-  check_array("dropped", dropped, (None,))
-  total = jnp.maximum(jnp.sum(jnp.asarray(dropped)), 1.0)
+  total = jnp.maximum(jnp.sum(dropped), 1.0)
   # Without the barrier XLA would multiply by 1 / total, which rounds twice.
-  return jax.lax.optimization_barrier(jnp.broadcast_to(total, jnp.shape(dropped)))
+  return jax.lax.optimization_barrier(jnp.broadcast_to(total, dropped.shape))
 
 
 def partial_group_lasso(

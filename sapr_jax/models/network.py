@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sapr_jax.checks import is_integer, is_number, shown
+from sapr_jax.checks import check_dtype, is_integer, is_number, shown
 from sapr_jax.errors import InputError
 
 
@@ -25,10 +25,7 @@ def _is_count(high: int) -> Callable[[Any], bool]:
 
 
 def _is_floating(value: Any) -> bool:
-  try:
-    return bool(jnp.issubdtype(jnp.dtype(value), jnp.floating))
-  except (TypeError, ValueError):
-    return False
+  return bool(jnp.issubdtype(check_dtype("dtype", value), jnp.floating))
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {

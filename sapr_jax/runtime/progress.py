@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -13,9 +14,10 @@ HEARTBEAT_SECONDS = 60.0
 
 
 def say(text: str) -> None:
-  """Prints `text`, on one process only."""
+  """Prints `text`, on one process only, if it can be printed."""
   if is_main_process():
-    print(text, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a reader that has gone, a full disk, a file that was closed
+      print(text, flush=True)
 
 
 class Progress:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from sapr_jax.runtime import say
+
 PROGRAM = """
 import os, sys
 from sapr_jax.runtime.output import survive_lost_output
@@ -46,3 +48,15 @@ def test_output_that_is_read_is_as_ever(tmp_path):
   done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / "file"], capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (0, "a line \\udcff\n" * 3)
   assert done.stderr == "a line\na line of C++" * 3
+
+
+def test_a_library_goes_on_too_and_leaves_the_output_as_it_is(monkeypatch):
+  with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", full)
+    say("a line")
+    assert sys.stdout is full
+    with pytest.raises(OSError, match="No space left"):
+      full.close()
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", full)
+    say("a line after it was closed")
