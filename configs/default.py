@@ -68,6 +68,10 @@ def get_config() -> ConfigDict:
   )
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
+  config.importance = ConfigDict()  # where prune.proposer, generator.prior or generator.order name one
+  config.importance.compare = "group_mean"  # channels compete by score / mean of their group; or equal_shares
+  config.importance.cost_exponent = 0.0  # scores are divided by this power of what a channel costs
+
   config.search = ConfigDict()
   config.search.start_epoch = placeholder(int)  # from when on the channels are ranked; unset: prune.start_epoch
   config.search.end_epoch = placeholder(int)  # from when on the masks stay as they are; unset: they never do

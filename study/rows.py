@@ -27,11 +27,13 @@ ADAPTED = "adapted"
 """Row of the size "pretrained" from whose network the others start."""
 OURS = "ours"
 """Last part of the name of its main row, at each budget."""
-FIXED = (
-  *((name, "") for name in ("l2_norm", "l1_norm", "taylor", "random")),
-  *((name, ",shares=equal") for name in ("l2_norm", "l1_norm")),
+EQUAL = {"importance.compare": "equal_shares"}
+FIXED: tuple[tuple[str, str, Overrides], ...] = (
+  *((name, "", {}) for name in ("l2_norm", "l1_norm", "taylor", "random")),
+  *((name, ",shares=equal", EQUAL) for name in ("l2_norm", "l1_norm")),
+  ("l2_norm", ",shares=tilted", {**EQUAL, "importance.cost_exponent": 0.2}),
 )
-"""Importances whose masks are fixed from the start on, and how their scores are compared."""
+"""Importances whose masks are fixed from the start on, last factor of the row's name, how their scores are compared."""
 
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The row that the other selections are compared with."""
@@ -159,13 +161,13 @@ def _pretrained(e: Experiment) -> list[Row]:
       adapted(f"{at}ours=prior", "method", {**with_p, "generator.order": None, **PRIOR}),
       adapted(f"{at}ours=paper", "method", {**with_p, **PAPERS}),
     ]
-    for proposer, variant in FIXED:
-      fields = {**with_p, "prune.proposer": proposer}
+    for proposer, shares, compared in FIXED:
+      fields = {**with_p, "prune.proposer": proposer, **compared}
       rows += [
-        adapted(f"{at}{proposer},penalty{variant}", "method", fields),
-        adapted(f"{at}{proposer},cut{variant}", "method", {**fields, **cut}),
+        adapted(f"{at}{proposer},penalty{shares}", "method", fields),
+        adapted(f"{at}{proposer},cut{shares}", "method", {**fields, **cut}),
       ]
-    norms = {**with_p, "prune.proposer": "l2_norm"}
+    norms = {**with_p, "prune.proposer": "l2_norm", **EQUAL}
     for name, changed in e.more.items():
       rows += [
         adapted(f"{at}{OURS},{name}", "method", {**with_p, **changed}),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import Scores, Weighting, rank_within_groups, relative_weights, share_weights, split_by_group
+from sapr_jax.method import Scores, Weighting, relative_weights, share_weights, split_by_group
 from sapr_jax.training import Experiment, Proposer, make_proposer
 from sapr_jax.training.passes import Purpose
 
@@ -78,33 +78,10 @@ def _batch_statistics(experiment: Experiment) -> Proposer:
   return dataclasses.replace(generator, train=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class EqualShares:
-  """Ranks channels within their group only, so that all groups keep the same share.
-
-  Attributes:
-    inner: Ranks the channels.
-  """
-
-  inner: Proposer
-
-  def init(self) -> Any:
-    return self.inner.init()
-
-  def propose(self, state: Any, variables: Any, epoch: int) -> tuple[Any, Scores | None, dict[str, float]]:
-    state, scores, record = self.inner.propose(state, variables, epoch)
-    return state, None if scores is None else jax.device_get(rank_within_groups(scores)), record
-
-
-def _equal_shares(experiment: Experiment) -> Proposer:
-  return EqualShares(make_proposer(experiment))
-
-
 VARIANTS: Mapping[str, Variant] = {
   "weighting=share": Variant(weighting=share_weights),
   "weighting=uniform": Variant(weighting=uniform_weights),
   "masks=sampled": Variant(_sampled),
-  "shares=equal": Variant(_equal_shares),
   "generator_statistics=batch": Variant(_batch_statistics),
   "statistics=batch": Variant(_batch_statistics),
 }

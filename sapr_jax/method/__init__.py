@@ -30,6 +30,7 @@ from sapr_jax.method.importance import (
   l2_norm,
   random as random_scores,
   rank_within_groups,
+  relative_to_cost,
   relative_to_group_mean,
   taylor,
 )
@@ -81,6 +82,7 @@ __all__ = [
   "rank_within_groups",
   "regularize_by_penalty",
   "regularize_by_prox",
+  "relative_to_cost",
   "relative_to_group_mean",
   "relative_weights",
   "reorder",

@@ -18,7 +18,7 @@ from sapr_jax.errors import InputError
 from sapr_jax.method import COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
-from sapr_jax.training.proposers import PROPOSERS
+from sapr_jax.training.proposers import COMPARISONS, PROPOSERS
 
 _INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
 
@@ -157,6 +157,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),
+  "importance.compare": OneOf(COMPARISONS),
+  "importance.cost_exponent": AT_LEAST_0,
   "search.start_epoch": integer(0).or_unset(),
   "search.end_epoch": integer(1).or_unset(),
   "generator.data_share": SHARE,

@@ -23,11 +23,12 @@ from sapr_jax.method import (
   default_round_to,
   make_budget,
   project_to_budget,
+  relative_to_cost,
 )
 from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose
-from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
+from sapr_jax.training.proposers import COMPARISONS, GeneratorProposer, ImportanceProposer, Knowledge, Proposer
 from sapr_jax.training.state import first_not_finite
 
 
@@ -142,8 +143,12 @@ def make_proposer(experiment: Experiment) -> Proposer:
   images = _generator_images(config, passes.feed.num_train)
   model, graph = experiment.model, experiment.graph
 
+  def compare(scores: Scores) -> Scores:
+    scores, exponent = COMPARISONS[config.importance.compare](scores), config.importance.cost_exponent
+    return relative_to_cost(scores, graph, experiment.budget.cost, exponent) if exponent else scores
+
   def importance(name: str) -> Proposer:
-    return ImportanceProposer(name, passes, model, graph, images, fields.batch_size)
+    return ImportanceProposer(name, passes, model, graph, images, fields.batch_size, compare)
 
   if config.prune.proposer != "generator":
     return importance(config.prune.proposer)

@@ -22,6 +22,7 @@ from sapr_jax.method import (
   outputs_of_prior,
   overlap,
   random_scores,
+  rank_within_groups,
   relative_to_group_mean,
   reorder,
   split_by_group,
@@ -35,6 +36,12 @@ from sapr_jax.training.state import GeneratorState
 
 PROPOSERS = ("generator", *IMPORTANCES)
 """Values of `prune.proposer`."""
+
+COMPARISONS: dict[str, Callable[[Scores], Scores]] = {
+  "group_mean": relative_to_group_mean,
+  "equal_shares": rank_within_groups,
+}
+"""Value of `importance.compare` -> what makes the scores of different groups comparable."""
 
 _IMAGES_OF_PROGRESS = 1024
 """Training images on which the loss of the projected masks is measured: few, as the search shall stay cheap."""
@@ -186,7 +193,7 @@ class GeneratorProposer:
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceProposer:
-  """A criterion of `method.importance` on the weights as they are, each score relative to the mean of its group.
+  """A criterion of `method.importance` on the weights as they are.
 
   Attributes:
     name: Key of `IMPORTANCES`.
@@ -195,6 +202,7 @@ class ImportanceProposer:
     graph: Its channel graph.
     images: Indices of the training images whose gradients "taylor" reads, int32 `[M]`.
     batch_size: Images in a batch.
+    compare: Makes the scores of different groups comparable.
   """
 
   name: str
@@ -203,6 +211,7 @@ class ImportanceProposer:
   graph: ChannelGraph
   images: np.ndarray
   batch_size: int
+  compare: Callable[[Scores], Scores] = relative_to_group_mean
 
   @functools.cached_property
   def _step(self) -> MappedStep:
@@ -219,7 +228,7 @@ class ImportanceProposer:
       scores = taylor(params, self.graph, self._gradients(variables, epoch))
     else:
       scores = IMPORTANCES[self.name](params, self.graph)
-    return state, relative_to_group_mean(jax.device_get(scores)), {}
+    return state, self.compare(jax.device_get(scores)), {}
 
   def _gradients(self, variables: Any, epoch: int) -> Any:
     """Sums the gradients of the loss over one pass."""

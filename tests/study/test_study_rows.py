@@ -11,7 +11,7 @@ from sapr_jax.training import check_config
 from study.__main__ import parse_settings
 from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
-from study.variants import VARIANTS, EqualShares, Sampled, Variant, uniform_weights, variant_of
+from study.variants import VARIANTS, Sampled, Variant, uniform_weights, variant_of
 
 FULL, REDUCED, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "fifth"))
 
@@ -89,12 +89,6 @@ def test_sampled_masks_are_reproducible_and_likely_at_the_end(tiny):
   np.testing.assert_array_equal(scores(0, 5), scores(0, 5))
   assert (scores(0, 5) != scores(0, 6)).all() and (scores(0, 5) != scores(1, 5)).all()
   assert not scores(0, 11).any()
-
-
-def test_equal_shares_rank_within_groups_only(tiny):
-  _, scores, _ = EqualShares(Zeros(tiny.graph)).propose((), None, 0)
-  for group in tiny.graph.groups:
-    np.testing.assert_allclose(scores[group.name], np.arange(1, group.size + 1) / group.size)
 
 
 def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_epochs(tmp_path):

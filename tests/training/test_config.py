@@ -77,6 +77,8 @@ REFUSED = {
   "prune.select": ("all",),
   "prune.min_width": (0,),
   "prune.round_to": (0,),
+  "importance.compare": ("mean",),
+  "importance.cost_exponent": (-0.1,),
   "search.start_epoch": (-1,),
   "search.end_epoch": (0,),
   "generator.data_share": (0.0,),

@@ -269,6 +269,19 @@ def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compila
   assert run.budget.cost(run.graph.kept(run.project(scores))) <= run.budget.limit
 
 
+def test_channels_compete_in_shares_and_by_their_cost(quick_compilation):
+  def widths(**fields):
+    run = parts.build(
+      small_config(prune__proposer="l2_norm", importance__compare="equal_shares", prune__p=0.4, **fields)
+    )
+    scores = parts.make_proposer(run).propose((), devices.replicate(run.variables, run.passes.mesh), 0)[1]
+    return [mask.mean() for mask in run.project(scores).values()]
+
+  shares, tilted = widths(), widths(importance__cost_exponent=5.0)
+  assert abs(shares[0] - shares[1]) < 0.2  # of 8 and 6 channels
+  assert tilted != shares
+
+
 def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(quick_compilation, tmp_path, capsys):
   config = small_config(
     search__start_epoch=0, search__end_epoch=3, prune__start_epoch=2, **SHORT | {"train__epochs": 4}
