@@ -26,7 +26,7 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax import models
-from sapr_jax.artifacts.files import read_bytes, temporary_prefix, write_json
+from sapr_jax.artifacts.files import read_bytes, temporary_prefix, write_atomically, write_json
 from sapr_jax.channels import NarrowModule, check_module, check_variables
 from sapr_jax.checks import check_concrete, check_path, is_integer, shown
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
@@ -60,24 +60,24 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
       raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
-  try:
-    flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
-    safetensors.flax.save_file(flat, str(temporary / WEIGHTS))
-    os.chmod(temporary / WEIGHTS, 0o644)
-    base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
-    definition = {
-      "format": FORMAT,
-      "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
-      "widths": {layer: dict(fields) for layer, fields in widths},
-      "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
-    }
-    definition["sha256"] = {WEIGHTS: _sha256(temporary / WEIGHTS), DEFINITION: _sha256_of_entries(definition)}
-    write_json(temporary / DEFINITION, definition)
-    os.chmod(temporary, 0o755)
-    _replace_directory(temporary, path)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
+    try:
+      flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
+      weights = safetensors.flax.save(flat)
+      write_atomically(temporary / WEIGHTS, weights)
+      base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
+      definition = {
+        "format": FORMAT,
+        "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
+        "widths": {layer: dict(fields) for layer, fields in widths},
+        "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
+      }
+      definition["sha256"] = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
+      write_json(temporary / DEFINITION, definition)
+      os.chmod(temporary, 0o755)
+      _replace_directory(temporary, path)
+    except BaseException:
+      shutil.rmtree(temporary, ignore_errors=True)
+      raise
 
 
 def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -102,11 +102,10 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
     _check_base(base, definition["base"], path)
   weights = path / WEIGHTS
   try:
-    if not weights.is_file():
-      raise InputError(f"{weights} is missing; the directory is incomplete, save the model again.")
-    checksum = _sha256(weights)
+    checksum = _sha256(read_bytes(weights))
   except OSError as error:
-    raise InputError(f"{weights} cannot be read ({error.strerror}).") from error
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    raise InputError(f"{weights} {why}; the directory is incomplete, save the model again.") from error
   if checksum != definition["sha256"][WEIGHTS]:
     raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
   flat = read_tensors(weights)
@@ -159,10 +158,11 @@ def _is_numeric(dtype: Any) -> bool:
 
 
 def read_tensors(file: pathlib.Path) -> dict[str, jax.Array]:
-  """Reads a safetensors file; raises `InputError` if it is damaged."""
+  """Reads a safetensors file; raises `InputError` if it is damaged or cannot be read."""
   try:
     return safetensors.flax.load_file(str(file))
-  except (safetensors.SafetensorError, AttributeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
+  # The last two: a dtype that NumPy lacks.
+  except (OSError, safetensors.SafetensorError, AttributeError, KeyError) as error:
     raise InputError(
       f"{file} is not a whole safetensors file of ordinary numbers ({one_line(error, 120)}); copy or save it again."
     ) from None
@@ -201,7 +201,7 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
 def _sha256_of_entries(definition: Mapping[str, Any]) -> str:
   """Returns the checksum of the definition but for its checksums."""
   entries = {name: entry for name, entry in definition.items() if name != "sha256"}
-  return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+  return _sha256(json.dumps(entries, sort_keys=True).encode())
 
 
 def _are_widths(fields: Mapping[str, Any]) -> bool:
@@ -267,9 +267,8 @@ def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Mo
     ) from None
 
 
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
 
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import flax.linen as nn
 import jax
@@ -89,11 +91,13 @@ def test_another_directory_is_not_overwritten(tmp_path, pruned):
 def test_a_failed_save_leaves_the_old_model_whole(tmp_path, tiny, pruned, monkeypatch):
   sapr.save(tmp_path / "model", *pruned)
 
-  def full_disk(*args):
-    raise OSError("No space left on device")
+  def full_disk(file):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr("safetensors.flax.save_file", full_disk)
-  with pytest.raises(OSError, match="No space"):
+  monkeypatch.setattr(os, "fsync", full_disk)
+  with pytest.raises(
+    sapr.InputError, match=r"model cannot be used \(No space left on device\); what is on disk is whole"
+  ):
     sapr.save(tmp_path / "model", tiny.model, tiny.variables)
   assert isinstance(sapr.load(tmp_path / "model")[0], sapr.NarrowModule)
   assert [file.name for file in tmp_path.iterdir()] == ["model"]

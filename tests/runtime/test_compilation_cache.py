@@ -99,9 +99,10 @@ def test_without_xdg_cache_home_it_is_in_the_home_directory(monkeypatch):
 DRIVER = """
 import sys, jax
 from absl import app
-from sapr_jax import main, runtime, training
-training.run = lambda config, workdir: print(jax.config.jax_compilation_cache_dir)
-runtime.compilation_cache._QUIET_ON_CPU = (0, 0, 0)
+from sapr_jax import main, training
+from sapr_jax.runtime import compilation_cache
+training.run = lambda config, workdir, interruption: print(jax.config.jax_compilation_cache_dir)
+compilation_cache._QUIET_ON_CPU = (0, 0, 0)
 assert jax.config.jax_compilation_cache_dir is None  # importing the package changes nothing
 app.run(main.main, flags_parser=main._parse_flags)
 """

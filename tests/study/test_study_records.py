@@ -23,7 +23,9 @@ def test_a_folder_of_runs_belongs_to_one_study(tmp_path):
   other = HEAD | {"set": {"train.epochs": 2}}
   check_folder(tmp_path / "reduced", other)  # no run has begun
   check_folder(tmp_path / "reduced", HEAD)
-  write_json(tmp_path / "reduced" / "resnet20" / "gamma=0" / "seed_0" / "config.json", {})
+  workdir = tmp_path / "reduced" / "resnet20" / "gamma=0" / "seed_0"
+  workdir.mkdir(parents=True)
+  write_json(workdir / "config.json", {})
   with pytest.raises(sapr.InputError, match=r"holds runs with another 'set': {}, now {\"train.epochs\": 2}; name"):
     check_folder(tmp_path / "reduced", other)
   check_folder(tmp_path / "reduced", HEAD)
@@ -39,7 +41,9 @@ def test_a_damaged_entry_is_no_finished_run(tmp_path):
 def test_results_files_keep_what_other_machines_ran(tmp_path):
   file, folder = tmp_path / "study.json", tmp_path / "reduced"
   for seed in (0, 1):
-    write_json(folder / "resnet20" / "gamma=0" / f"seed_{seed}" / "study.json", entry("gamma=0", seed, dense=50.0))
+    workdir = folder / "resnet20" / "gamma=0" / f"seed_{seed}"
+    workdir.mkdir(parents=True)
+    write_json(workdir / "study.json", entry("gamma=0", seed, dense=50.0))
     update(file, HEAD, folder)
     (folder / "resnet20" / "gamma=0" / f"seed_{seed}" / "study.json").unlink()
   assert [row["seed"] for row in recorded(file, HEAD)] == [0, 1]

@@ -23,6 +23,7 @@ def jobs_of(names, folder):
 
 
 def finish(job):
+  job.workdir.mkdir(parents=True)
   write_json(job.workdir / "study.json", entry(job.row.name, job.seed))
 
 
