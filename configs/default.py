@@ -118,6 +118,6 @@ def phase() -> ConfigDict:
   config.weight_decay = 1e-4
   config.distillation = ConfigDict()
   config.distillation.weight = 0.0  # share of the loss that compares with the dense network as it was at E_start
-  config.distillation.temperature = 4.0
+  config.distillation.temperature = 2.0
   config.weight_decay_of = "all"  # all: every parameter; kernels: of two axes or more; convolutions: three or more
   return config

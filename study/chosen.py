@@ -34,6 +34,9 @@ PRIOR: Mapping[str, Any] = {
 }
 """Of the generator that begins with the norms of the channels."""
 
+UNTRAINED: Mapping[str, Any] = {"generator.learning_rate": 1e-9}
+"""Of a generator that learns nothing, whose widths are random: what its learning is worth."""
+
 PAPERS: Mapping[str, Any] = {
   "generator.order": None,
   "generator.learning_rate": 1e-3,

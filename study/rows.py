@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import default
 from sapr_jax.errors import InputError
 from sapr_jax.training.workdir import DENSE
-from study.chosen import DISTILLED, EPOCHS, PAPERS, PRIOR
+from study.chosen import DISTILLED, EPOCHS, PAPERS, PRIOR, UNTRAINED
 from study.sizes import Experiment, Overrides
 
 MAIN, COMPARED, OTHER_GAMMAS, ABLATIONS = range(4)
@@ -159,6 +159,7 @@ def _pretrained(e: Experiment) -> list[Row]:
       adapted(f"{at}{OURS}", "method", with_p, MAIN),
       adapted(f"{at}{OURS},distilled", "method", {**with_p, **DISTILLED}),
       adapted(f"{at}ours=prior", "method", {**with_p, "generator.order": None, **PRIOR}),
+      adapted(f"{at}ours=untrained", "method", {**with_p, **UNTRAINED}),
       adapted(f"{at}ours=paper", "method", {**with_p, **PAPERS}),
     ]
     for proposer, shares, compared in FIXED:
