@@ -5,6 +5,8 @@
     python -m study --size quarter --data DIR --runs DIR --page   as reduced, down to a quarter of the MACs
     python -m study --size decayed --data DIR --runs DIR --page   as quarter, with more weight decay
     python -m study --size fifth --data DIR --runs DIR --page     a quarter of the MACs, a fifth of all epochs
+    python -m study --size pretrained --weights FILE --data DIR --runs DIR --page   others' ResNet-20, pruned
+    python -m study --size pretrained_choice ...                  what of `study/chosen.py` was chosen by
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes
 from tensorflow-datasets. Every row of the grid (`--list`) and every seed is a run with a work directory of its own
@@ -39,7 +41,7 @@ from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_e
 from sapr_jax.runtime import keep_memory, say, use_compilation_cache
 from sapr_jax.training import check_config
 from study import page, records, work
-from study.rows import chosen, grid, job_of
+from study.rows import ADAPTED, chosen, grid, job_of
 from study.sizes import SIZES
 
 
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--size", choices=SIZES, required=True, help="which networks and schedules")
   parser.add_argument("--data", help="folder of images; unset: CIFAR-10 from tensorflow-datasets")
+  parser.add_argument("--weights", help="weights of a ResNet-20 in PyTorch, for the sizes pretrained*")
   parser.add_argument("--runs", type=pathlib.Path, help="folder for the work directories")
   parser.add_argument("--results", type=pathlib.Path, help="folder for the results file; unset: results/")
   parser.add_argument("--rows", nargs="+", default=[], metavar="GLOB", help="only rows of such names; see --list")
@@ -85,7 +88,9 @@ def _study(args: argparse.Namespace) -> int:
   rows = grid(experiments)
   wanted = chosen(rows, args.rows, args.seeds)
   if args.list:
-    for job in (job_of(*run, (args.runs or pathlib.Path()) / args.size, args.data, settings) for run in wanted):
+    for job in (
+      job_of(*run, (args.runs or pathlib.Path()) / args.size, args.data, settings, args.weights) for run in wanted
+    ):
       print(f"{'finished' if args.runs and records.is_finished(job.workdir) else 'to do':9} {job}")
     return 0
   if args.runs is None:
@@ -99,7 +104,9 @@ def _study(args: argparse.Namespace) -> int:
   known = {records.key_of(entry) for entry in records.recorded(file, head)}
   if args.skip_recorded:
     wanted = chosen(rows, args.rows, args.seeds, known)
-  jobs = [job_of(row, seed, folder, args.data, settings) for row, seed in wanted]
+  if args.weights is None and any(row.name == ADAPTED for row, _ in wanted):
+    raise InputError("--weights is missing; name the weights from which the networks start, such as resnet20.th.")
+  jobs = [job_of(row, seed, folder, args.data, settings, args.weights) for row, seed in wanted]
   for job in jobs:
     check_config(job.config)
   records.check_folder(folder, head)

@@ -36,6 +36,7 @@ def data_spec(config: Any) -> data.DataSpec:
     path=fields.path,
     train_images=fields.train_images,
     test_images=fields.test_images,
+    validation_images=fields.validation_images,
     seed=config.seed,
   )
 

@@ -80,7 +80,10 @@ def run(
 
     dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
     state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
-    variables, masks = jax.device_get((state.variables, state.masks))
+    if config.train.epochs == 0:  # the first weights are cut as they are
+      assert dense_stage.renew_masks is not None
+      state, _ = dense_stage.renew_masks(state, 0)
+    variables, masks, teacher = jax.device_get((state.variables, state.masks, state.teacher))
     check_masks_meet(experiment.budget, experiment.graph, masks)
 
     small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
@@ -92,7 +95,7 @@ def run(
       batch_size=config.train.batch_size,
     )
 
-    small_stage = stages.finetuning_stage(experiment, small_model, small_variables)
+    small_stage = stages.finetuning_stage(experiment, small_model, small_variables, teacher=teacher)
     state = run_stage(small_stage, config, path / "checkpoints" / "finetune", recorder, interruption)
     tuned_variables = jax.device_get(state.variables)
 
