@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
   config.data.path = placeholder(str)  # folder: train/<class>/*, test/<class>/* (or val/); tfds: its data directory
   config.data.train_images = placeholder(int)  # use a part only, balanced if labels are known; unset: all
   config.data.test_images = placeholder(int)
+  config.data.validation_images = placeholder(int)  # so many training images are held out and evaluated, not the test's
   config.data.mean = placeholder(tuple)  # of each channel, of pixels in [0, 1]; unset: of the training images
   config.data.std = placeholder(tuple)
   config.data.flip = True
@@ -58,8 +59,9 @@ def get_config() -> ConfigDict:
   config.prune.cost = "prunable_macs"  # of layers that can be cut; or macs, params: of the whole network
   config.prune.p = 0.48  # share of that cost to keep
   config.prune.limit = placeholder(float)  # the cost to keep at most, such as 30e6; unset: the share p
-  config.prune.start_epoch = 40  # E_start: epochs of plain training before the generator and the regularization
+  config.prune.start_epoch = 40  # E_start: epochs of plain training before masks are in force and regularize
   config.prune.gamma = 5e-4  # strength of the partial regularization
+  config.prune.shrinkage = placeholder(float)  # or: the norm that a dropped channel can lose in all; unset: gamma
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
   config.prune.min_width = 1  # channels that every group keeps
@@ -67,6 +69,14 @@ def get_config() -> ConfigDict:
     100  # on which running statistics are measured again after the cut; 0: they are kept
   )
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
+
+  config.importance = ConfigDict()  # where prune.proposer, generator.prior or generator.order name one
+  config.importance.compare = "group_mean"  # channels compete by score / mean of their group; or equal_shares
+  config.importance.cost_exponent = 0.0  # scores are divided by this power of what a channel costs
+
+  config.search = ConfigDict()
+  config.search.start_epoch = placeholder(int)  # from when on the channels are ranked; unset: prune.start_epoch
+  config.search.end_epoch = placeholder(int)  # from when on the masks stay as they are; unset: they never do
 
   config.generator = ConfigDict()
   config.generator.data_share = 0.1  # of the training images
@@ -76,6 +86,12 @@ def get_config() -> ConfigDict:
   config.generator.budget_weight = 4.0  # lambda of the budget penalty
   config.generator.bias = 3.0  # b of Eq. 1
   config.generator.temperature = 0.4  # tau of Eq. 1
+  config.generator.prior = placeholder(str)  # an importance such as l2_norm, with which it begins; unset: noise
+  config.generator.prior_strength = 4.0  # how firmly it holds to that
+  config.generator.order = placeholder(str)  # an importance that ranks within a group; unset: the generator itself
+
+  config.evaluate = ConfigDict()
+  config.evaluate.every_epochs = 1  # and after the last epoch of a stage
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_epochs = 1
@@ -102,5 +118,8 @@ def phase() -> ConfigDict:
   config.momentum = 0.9
   config.nesterov = False
   config.weight_decay = 1e-4
+  config.distillation = ConfigDict()
+  config.distillation.weight = 0.0  # share of the loss that compares with the dense network as it was at E_start
+  config.distillation.temperature = 2.0
   config.weight_decay_of = "all"  # all: every parameter; kernels: of two axes or more; convolutions: three or more
   return config

@@ -5,6 +5,8 @@
     python -m study --size quarter --data DIR --runs DIR --page   as reduced, down to a quarter of the MACs
     python -m study --size decayed --data DIR --runs DIR --page   as quarter, with more weight decay
     python -m study --size fifth --data DIR --runs DIR --page     a quarter of the MACs, a fifth of all epochs
+    python -m study --size pretrained --weights FILE --data DIR --runs DIR --page   others' ResNet-20, pruned
+    python -m study --size pretrained_choice ...                  what of `study/chosen.py` was chosen by
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes
 from tensorflow-datasets. Every row of the grid (`--list`) and every seed is a run with a work directory of its own
@@ -35,11 +37,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.runtime import keep_memory, say, use_compilation_cache
 from sapr_jax.training import check_config
 from study import page, records, work
-from study.rows import chosen, grid, job_of
+from study.rows import ADAPTED, chosen, grid, job_of
 from study.sizes import SIZES
 
 
@@ -48,7 +50,8 @@ def main() -> int:
   args = _parser().parse_args()
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   try:
-    return _study(args)
+    with os_errors_in_one_line(args.runs or "results"):
+      return _study(args)
   except (DivergedError, InputError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--size", choices=SIZES, required=True, help="which networks and schedules")
   parser.add_argument("--data", help="folder of images; unset: CIFAR-10 from tensorflow-datasets")
+  parser.add_argument("--weights", help="weights of a ResNet-20 in PyTorch, for the sizes pretrained*")
   parser.add_argument("--runs", type=pathlib.Path, help="folder for the work directories")
   parser.add_argument("--results", type=pathlib.Path, help="folder for the results file; unset: results/")
   parser.add_argument("--rows", nargs="+", default=[], metavar="GLOB", help="only rows of such names; see --list")
@@ -84,10 +88,14 @@ def _study(args: argparse.Namespace) -> int:
   rows = grid(experiments)
   wanted = chosen(rows, args.rows, args.seeds)
   if args.list:
-    for job in (job_of(*run, (args.runs or pathlib.Path()) / args.size, args.data, settings) for run in wanted):
+    for job in (
+      job_of(*run, (args.runs or pathlib.Path()) / args.size, args.data, settings, args.weights) for run in wanted
+    ):
       print(f"{'finished' if args.runs and records.is_finished(job.workdir) else 'to do':9} {job}")
     return 0
-  folder = _make_folder(args.runs) / args.size
+  if args.runs is None:
+    raise InputError("--runs is missing; name a folder for the work directories.")
+  folder = args.runs / args.size
   results = args.results or (args.runs if settings else page.RESULTS)
   file = results / f"cifar10_study_{args.size}.json"
   head = records.head_of(args.size, experiments, settings, records.describe_data(args.data))
@@ -96,7 +104,9 @@ def _study(args: argparse.Namespace) -> int:
   known = {records.key_of(entry) for entry in records.recorded(file, head)}
   if args.skip_recorded:
     wanted = chosen(rows, args.rows, args.seeds, known)
-  jobs = [job_of(row, seed, folder, args.data, settings) for row, seed in wanted]
+  if args.weights is None and any(row.name == ADAPTED for row, _ in wanted):
+    raise InputError("--weights is missing; name the weights from which the networks start, such as resnet20.th.")
+  jobs = [job_of(row, seed, folder, args.data, settings, args.weights) for row, seed in wanted]
   for job in jobs:
     check_config(job.config)
   records.check_folder(folder, head)
@@ -116,16 +126,6 @@ def _study(args: argparse.Namespace) -> int:
     why = "what it starts from cannot be run" if failure else "another process has it, or what it starts from"
     print(f"not done: {job}: {why}", file=sys.stderr)
   return 2 if failed else 3 if left else 0
-
-
-def _make_folder(folder: pathlib.Path | None) -> pathlib.Path:
-  if folder is None:
-    raise InputError("--runs is missing; name a folder for the work directories.")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--runs {folder}: {one_line(error)}; name a folder that can be written.") from error
-  return folder
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

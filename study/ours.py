@@ -62,9 +62,20 @@ def run_uniform_width(job: Job) -> None:
   experiment = _build(job)
   narrow = job.config.copy_and_resolve_references()
   narrow.model.width_multiplier = nearest_width(experiment)
+  narrow.init.weights = None  # which fit the wide network only
   model, variables = first_network(narrow, experiment.passes.feed.num_classes, experiment.input_shape)
   trained = train_plainly(job, experiment, model, variables, scratch_phase(job.config))
   _write_summary(job, experiment, pruned=(model, trained))
+
+
+def run_adapted(job: Job) -> None:
+  """Trains the whole network for one epoch on all images, from which other rows start."""
+  experiment = _build(job)
+  phase = ConfigDict(job.config.train.to_dict())
+  phase.epochs, phase.schedule = 1, "cosine"
+  trained = train_plainly(job, experiment, experiment.model, experiment.variables, phase)
+  artifacts.save(job.workdir / layout.DENSE, experiment.model, trained)
+  _write_summary(job, experiment, dense=(experiment.model, trained), pruned=(experiment.model, trained))
 
 
 def run_recalibration(job: Job) -> None:
@@ -97,6 +108,7 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
   "method": run_method,
   "one_shot": run_one_shot,
   "width": run_uniform_width,
+  "adapted": run_adapted,
   "recalibrated": run_recalibration,
   "selection": run_selection,
 }

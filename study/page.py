@@ -11,7 +11,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, open_choices, selection
+from study.claims import CLAIMS, against_all, open_choices, selection
 from study.records import CURVES
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -73,7 +73,7 @@ def _size(report: Mapping[str, Any], page: pathlib.Path) -> list[str]:
       parts += [
         f"### {network}",
         *([f"Fields that differ from those of its configuration: {overrides}."] if overrides else []),
-        *_sections(found),
+        *(_comparisons(found) if _budgets(found) else _sections(found)),
         *_figures(found, page.parent / "images", f"study_{size}_{network}"),
       ]
   return parts
@@ -95,6 +95,25 @@ def _sections(results: Results) -> list[str]:
   ]
   if found := selection(results):
     parts += ["#### How good is the choice of channels?", paragraph("selection").format(dense=gamma_name(0)), found]
+  return parts
+
+
+def _budgets(results: Results) -> list[str]:
+  """Returns the first factors of the rows that prune a pretrained network: "p=0.3"; none for other sizes."""
+  return list(dict.fromkeys(name.split(",")[0] for name in results.names("p=")))
+
+
+def _comparisons(results: Results) -> list[str]:
+  """Returns the tables of one pretrained network."""
+  parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
+  for budget in _budgets(results):
+    claim = against_all(results, budget)
+    parts += [
+      f"#### {claim.title}",
+      claim.table,
+      f"Rule: {claim.rule}",
+      f"Verdict: **{claim.verdict}**. {claim.remark}",
+    ]
   return parts
 
 

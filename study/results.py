@@ -67,6 +67,41 @@ def difference(a: Values, b: Values) -> Estimate:
   return estimate(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys()))
 
 
+def holm(gains: Mapping[str, Values]) -> dict[str, float]:
+  """Corrects for how many comparisons are made at once.
+
+  Args:
+    gains: Comparison -> seed -> by how much a row is better.
+
+  Returns:
+    Comparison -> the one-sided p-value of Student's paired test that it is better, by Holm's step-down: sorted from the
+    least on, each is multiplied by how many are left, and none is below the one before; 1 for fewer than two seeds.
+
+  References:
+    Holm, A simple sequentially rejective multiple test procedure, 1979.
+
+  Example:
+    >>> corrected = holm({"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: -1.0, 1: 0.5, 2: 0.4}})
+    >>> {name: round(p, 3) for name, p in corrected.items()}
+    {'a': 0.074, 'b': 0.524}
+  """
+  raw = {name: _one_sided(list(values.values())) for name, values in gains.items()}
+  corrected, least = {}, 0.0
+  for rank, name in enumerate(sorted(raw, key=raw.__getitem__)):
+    least = corrected[name] = min(1.0, max(least, (len(raw) - rank) * raw[name]))
+  return {name: corrected[name] for name in gains}
+
+
+def _one_sided(values: Sequence[float]) -> float:
+  if len(values) < 2:
+    return 1.0
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  mean = statistics.fmean(values)
+  if error == 0.0:
+    return 0.0 if mean > 0 else 1.0
+  return float(scipy.stats.t.sf(mean / error, len(values) - 1))
+
+
 def combined(verdicts: Iterable[str]) -> str:
   """Returns the verdict over parts that must all hold."""
   found = set(verdicts)

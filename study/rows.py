@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from configs import default
 from sapr_jax.errors import InputError
+from sapr_jax.training.workdir import DENSE
+from study.chosen import DISTILLED, EPOCHS, PAPERS, PRIOR, UNTRAINED
 from study.sizes import Experiment, Overrides
 
 MAIN, COMPARED, OTHER_GAMMAS, ABLATIONS = range(4)
@@ -21,6 +23,18 @@ FORM = "form="
 """First factor of the row with the main gamma in the other form of the regularization."""
 SELECTION = "selection"
 """Rows that only choose channels have names that begin with this."""
+ADAPTED = "adapted"
+"""Row of the size "pretrained" from whose network the others start."""
+OURS = "ours"
+"""Last part of the name of its main row, at each budget."""
+EQUAL = {"importance.compare": "equal_shares"}
+FIXED: tuple[tuple[str, str, Overrides], ...] = (
+  *((name, "", {}) for name in ("l2_norm", "l1_norm", "taylor", "random")),
+  *((name, ",shares=equal", EQUAL) for name in ("l2_norm", "l1_norm")),
+  ("l2_norm", ",shares=tilted", {**EQUAL, "importance.cost_exponent": 0.2}),
+)
+"""Importances whose masks are fixed from the start on, last factor of the row's name, how their scores are compared."""
+
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The row that the other selections are compared with."""
 
@@ -67,7 +81,7 @@ def gamma_name(gamma: float) -> str:
 
 def grid(experiments: Sequence[Experiment]) -> list[Row]:
   """Returns the rows of all experiments, the most informative first."""
-  rows = [row for e in experiments for row in (*_compared(e), *_varied(e))]
+  rows = [row for e in experiments for row in (_pretrained(e) if e.budgets else (*_compared(e), *_varied(e)))]
   return sorted(rows, key=lambda row: row.part)
 
 
@@ -128,6 +142,47 @@ def _varied(e: Experiment) -> list[Row]:
   ]
 
 
+def _pretrained(e: Experiment) -> list[Row]:
+  """Returns all ways to prune a pretrained network, at each budget; all start from the same adapted one."""
+  cut = {"train.epochs": 0, "finetune.epochs": EPOCHS, "search.end_epoch": None, "prune.shrinkage": None}
+
+  def adapted(name: str, kind: str, overrides: Overrides, part: int = COMPARED, choice: Any = None) -> Row:
+    return Row(e, name, kind, part, e.seeds, overrides, choice, source=ADAPTED)
+
+  rows = [
+    Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None}),
+    adapted("dense", "method", {**cut, "prune.p": 1.0}),
+  ]
+  for p in e.budgets:
+    at, with_p = f"p={p:g},", {"prune.p": p}
+    rows += [
+      adapted(f"{at}{OURS}", "method", with_p, MAIN),
+      adapted(f"{at}{OURS},distilled", "method", {**with_p, **DISTILLED}),
+      adapted(f"{at}ours=prior", "method", {**with_p, "generator.order": None, **PRIOR}),
+      adapted(f"{at}ours=untrained", "method", {**with_p, **UNTRAINED}),
+      adapted(f"{at}ours=paper", "method", {**with_p, **PAPERS}),
+    ]
+    for proposer, shares, compared in FIXED:
+      fields = {**with_p, "prune.proposer": proposer, **compared}
+      rows += [
+        adapted(f"{at}{proposer},penalty{shares}", "method", fields),
+        adapted(f"{at}{proposer},cut{shares}", "method", {**fields, **cut}),
+      ]
+    norms = {**with_p, "prune.proposer": "l2_norm", **EQUAL}
+    for name, changed in e.more.items():
+      rows += [
+        adapted(f"{at}{OURS},{name}", "method", {**with_p, **changed}),
+        adapted(f"{at}l2_norm,penalty,{name},shares=equal", "method", {**norms, **changed}),
+      ]
+    rows += [
+      adapted(f"{at}l2_norm,penalty,distilled,shares=equal", "method", {**norms, **DISTILLED}),
+      Row(e, f"{at}uniform_width", "width", COMPARED, e.seeds, with_p),
+      adapted(f"{at}torch_pruning=group_norm", "torch", {**with_p, **cut}, choice=0.0),
+      *(adapted(f"{at}torch_pruning=group_sl,strength={s:g}", "torch", with_p, choice=s) for s in e.strengths),
+    ]
+  return rows
+
+
 def chosen(
   rows: Sequence[Row],
   patterns: Sequence[str] = (),
@@ -167,7 +222,7 @@ def _matches(row: Row, pattern: str) -> bool:
   return fnmatch.fnmatchcase(row.path, pattern) or fnmatch.fnmatchcase(row.name, pattern)
 
 
-def config_of(row: Row, seed: int, data: str | None, settings: Overrides) -> ConfigDict:
+def config_of(row: Row, seed: int, data: str | None, settings: Overrides, weights: str | None = None) -> ConfigDict:
   """Returns the configuration of one run.
 
   Args:
@@ -175,6 +230,7 @@ def config_of(row: Row, seed: int, data: str | None, settings: Overrides) -> Con
     seed: The seed.
     data: Folder of images; None takes the original from tensorflow-datasets.
     settings: Fields that the command line changes in all rows.
+    weights: First weights of the row `ADAPTED`.
 
   Raises:
     InputError: If `settings` names a field that is not there, or gives it a value of another type.
@@ -193,6 +249,8 @@ def config_of(row: Row, seed: int, data: str | None, settings: Overrides) -> Con
   config.update_from_flattened_dict({**row.overrides, "seed": seed})
   if data is not None:
     config.update_from_flattened_dict({"data.source": "folder", "data.path": data})
+  if row.name == ADAPTED:
+    config.init.weights = weights
   return config
 
 
@@ -218,8 +276,13 @@ class Job:
     return f"{self.row.path}, seed {self.seed}"
 
 
-def job_of(row: Row, seed: int, folder: pathlib.Path, data: str | None, settings: Overrides) -> Job:
+def job_of(
+  row: Row, seed: int, folder: pathlib.Path, data: str | None, settings: Overrides, weights: str | None = None
+) -> Job:
   """Returns one run of the study; arguments as in `config_of`, and the folder of the size."""
   runs = folder / row.experiment.network
   source = None if row.source is None else runs / row.source / f"seed_{seed}"
-  return Job(row, seed, config_of(row, seed, data, settings), runs / row.name / f"seed_{seed}", source)
+  config = config_of(row, seed, data, settings, weights)
+  if source is not None and row.source == ADAPTED:
+    config.init.weights = str(source / DENSE)
+  return Job(row, seed, config, runs / row.name / f"seed_{seed}", source)

@@ -8,12 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import mobilenetv2_cifar10, resnet56_cifar10
+from configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, resnet56_cifar10
+from study.chosen import CANDIDATE_STRENGTHS, CANDIDATES, SCHEDULE, STRENGTHS
 
 Overrides = Mapping[str, Any]
 """Field of a configuration -> value."""
 
-THREE, FOUR, SIX = (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5)
+THREE, FOUR, FIVE, SIX = (tuple(range(count)) for count in (3, 4, 5, 6))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,16 @@ class Experiment:
     seeds: Seeds of the rows with `main_gamma`, in both forms, and 0, and of the alternatives.
     gamma_seeds: Seeds of the rows with other gammas and strengths, and of `more`.
     ablation_seeds: Seeds of the ablations; () for none.
-    more: Name of a further row -> its fields, gamma among them.
+    more: Name of a further row -> its fields, gamma among them. With `budgets`: a factor in the names of
+      further rows -> what changes in the method, and in its main alternative.
     get_config: Returns the configuration.
+    budgets: Values of `prune.p` at which all ways to prune a pretrained network are compared; () for an experiment that
+      checks the paper's claims.
   """
 
   network: str
   overrides: Overrides
-  main_gamma: float
+  main_gamma: float = 0.0
   gammas: tuple[float, ...] = ()
   strengths: tuple[float, ...] = ()
   seeds: tuple[int, ...] = THREE
@@ -44,6 +48,7 @@ class Experiment:
   ablation_seeds: tuple[int, ...] = ()
   more: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)
   get_config: Callable[[], ConfigDict] = resnet56_cifar10.get_config
+  budgets: tuple[float, ...] = ()
 
 
 LONGER = "longer_schedule"
@@ -114,7 +119,7 @@ _MORE_OF_QUARTER = {
   "gamma=0.04,form=penalty,weight_decay=scaled": {**_STRONG_PENALTY, **_scaled_decay("train")},
   "gamma=0.04,generator_data=0.5": {**_STRONG, "generator.data_share": 0.5},
   "gamma=0.04,generator_statistics=batch": _STRONG,
-  "gamma=0.04,hold_epoch=6": _STRONG,
+  "gamma=0.04,hold_epoch=6": {**_STRONG, "search.end_epoch": 6},
 }
 
 # All methods with that weight decay; fine-tuning and training from scratch have it too.
@@ -132,6 +137,17 @@ _FIFTH = {
   "finetune.epochs": 32,
   "finetune.learning_rate": 0.05,
   "finetune.decay_epochs": (16, 24),
+}
+
+# Others' ResNet-20, adapted in one epoch over all images by the row from which the others start. They have eight epochs
+# on few images; what is chosen for each row is in `study/chosen.py`.
+_PRETRAINED = {
+  "prune.round_to": 1,
+  "data.train_images": 10_000,
+  "report.latency_repeats": 1,
+  "report.latency_batch_sizes": (1,),
+  "evaluate.every_epochs": 8,
+  **SCHEDULE,
 }
 
 SIZES: Mapping[str, tuple[Experiment, ...]] = {
@@ -179,5 +195,26 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
   ),
   "decayed": (Experiment(network="resnet20", overrides=_DECAYED, main_gamma=0.04),),
   "fifth": (Experiment(network="resnet20", overrides=_FIFTH, main_gamma=0.04),),
+  "pretrained": (
+    Experiment(
+      network="resnet20",
+      overrides=_PRETRAINED,
+      strengths=STRENGTHS,
+      seeds=FIVE,
+      get_config=resnet20_pretrained_cifar10.get_config,
+      budgets=(0.3, 0.5),
+    ),
+  ),
+  "pretrained_choice": (
+    Experiment(
+      network="resnet20",
+      overrides={**_PRETRAINED, "data.validation_images": 5000},
+      strengths=CANDIDATE_STRENGTHS,
+      seeds=(100, 101),
+      more=CANDIDATES,
+      get_config=resnet20_pretrained_cifar10.get_config,
+      budgets=(0.3, 0.5),
+    ),
+  ),
 }
 """Name -> the experiments of that size, in the order of the page."""

@@ -84,8 +84,11 @@ class Images:
     dataset = data.load_dataset(data_spec(config))
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.shape, self.num_classes = dataset.image_shape, len(dataset.class_names)
-    self._config, (mean, std) = config, dataset.channel_statistics()
-    self._mean, self._std = torch.tensor(mean, device=self.device), torch.tensor(std, device=self.device)
+    self._config, measured, fields = config, dataset.channel_statistics(), config.data
+    self._mean, self._std = (
+      torch.tensor(own if given is None else given, dtype=torch.float32, device=self.device)
+      for own, given in zip(measured, (fields.mean, fields.std), strict=True)
+    )
     self._splits = {
       name: (torch.tensor(split.images, device=self.device), torch.tensor(split.labels, device=self.device).long())
       for name, split in (("train", dataset.train), ("test", dataset.test))
@@ -159,7 +162,7 @@ def scaled_reg(strength: float, sum_of_rates: float) -> float:
 
   It takes off a weight a part that is proportional to the coefficient times the sum of the learning rates.
   """
-  return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates
+  return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates if strength else 0.0
 
 
 def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float) -> Any:

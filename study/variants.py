@@ -68,25 +68,6 @@ class Sampled:
     return state, {name: score + noise[name] for name, score in scores.items()}, record
 
 
-@dataclasses.dataclass(frozen=True)
-class Held:
-  """Renews masks for some epochs only; then those in force stay, and nothing learns any more.
-
-  Attributes:
-    inner: Ranks the channels until then.
-    hold_epoch: From this epoch on the masks stay.
-  """
-
-  inner: Proposer
-  hold_epoch: int
-
-  def init(self) -> Any:
-    return self.inner.init()
-
-  def propose(self, state: Any, variables: Any, epoch: int) -> tuple[Any, Scores | None, dict[str, float]]:
-    return (state, None, {}) if epoch >= self.hold_epoch else self.inner.propose(state, variables, epoch)
-
-
 def _sampled(experiment: Experiment) -> Proposer:
   key, last_epoch = experiment.passes.key(Purpose.MASKS), experiment.config.train.epochs - 1
   return Sampled(make_proposer(experiment), experiment.graph, key, last_epoch)
@@ -101,7 +82,6 @@ VARIANTS: Mapping[str, Variant] = {
   "weighting=share": Variant(weighting=share_weights),
   "weighting=uniform": Variant(weighting=uniform_weights),
   "masks=sampled": Variant(_sampled),
-  "hold_epoch=6": Variant(lambda experiment: Held(make_proposer(experiment), 6)),
   "generator_statistics=batch": Variant(_batch_statistics),
   "statistics=batch": Variant(_batch_statistics),
 }

@@ -12,6 +12,8 @@ from sapr_jax.errors import InputError
 # One gray level: a channel that varies less than that is constant for all purposes.
 _MIN_STD = 1.0 / 255.0
 _STATISTICS_CHUNK = 1024
+# Not the run's seed: results of different runs are compared on the same images, and none may start from another's.
+_VALIDATION_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class DataSpec:
       environment variable TFDS_DATA_DIR or else `~/tensorflow_datasets`.
     train_images: Size of a random subset of the training images; None takes all.
     test_images: The same for the test images.
+    validation_images: So many training images are held out and stand in for the test images, so that a choice can be
+      made without these; None for none. They are balanced as subsets are, and the same for every seed.
     seed: Seed of the subsets, in [0, 2**32). It does not move images between the splits.
     skip_broken: How many broken images are left out of a set that is read into memory before it is refused.
   """
@@ -35,6 +39,7 @@ class DataSpec:
   path: str | None = None
   train_images: int | None = None
   test_images: int | None = None
+  validation_images: int | None = None
   seed: int = 0
   skip_broken: int = 0
 
@@ -146,9 +151,39 @@ def balanced_indices(labels: np.ndarray, size: int | None, seed: int) -> np.ndar
   return np.sort(chosen)
 
 
+def training_indices(labels: np.ndarray, spec: DataSpec) -> tuple[np.ndarray, np.ndarray | None]:
+  """Chooses the training images, and those among all of them that are held out, if `spec` asks for any.
+
+  Args:
+    labels: Labels of all training images.
+    spec: Says how many of each are wanted.
+
+  Returns:
+    Two arrays of increasing indices into `labels` without a common one; None in place of the second without a wish.
+
+  Raises:
+    InputError: If there are too few images.
+  """
+  if spec.validation_images is None:
+    return balanced_indices(labels, spec.train_images, spec.seed), None
+  held_out = balanced_indices(labels, spec.validation_images, _VALIDATION_SEED)
+  others = np.setdiff1d(np.arange(len(labels), dtype=np.int32), held_out)
+  return others[balanced_indices(labels[others], spec.train_images, spec.seed)], held_out
+
+
+def chosen_splits(train: ImageSplit, test: ImageSplit, spec: DataSpec) -> tuple[ImageSplit, ImageSplit]:
+  """Returns the images to train on and those to evaluate, of all that there are."""
+  indices, held_out = training_indices(train.labels, spec)
+  evaluated = subset(test, spec.test_images, spec.seed) if held_out is None else _take(train, held_out)
+  return _take(train, indices), evaluated
+
+
 def subset(split: ImageSplit, size: int | None, seed: int) -> ImageSplit:
   """Takes the images that `balanced_indices` chooses, keeping their order."""
-  if size is None:
+  return split if size is None else _take(split, balanced_indices(split.labels, size, seed))
+
+
+def _take(split: ImageSplit, indices: np.ndarray) -> ImageSplit:
+  if len(indices) == len(split):
     return split
-  indices = balanced_indices(split.labels, size, seed)
   return ImageSplit(images=split.images[indices], labels=split.labels[indices])

@@ -30,9 +30,12 @@ from sapr_jax.method.importance import (
   l2_norm,
   random as random_scores,
   rank_within_groups,
+  relative_to_cost,
   relative_to_group_mean,
   taylor,
 )
+from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
+from sapr_jax.method.progress import learned_share, overlap
 from sapr_jax.method.regularization import (
   Weighting,
   partial_group_lasso,
@@ -65,9 +68,12 @@ __all__ = [
   "keep_probability",
   "l1_norm",
   "l2_norm",
+  "learned_share",
   "macs_budget",
   "make_budget",
   "most_likely_masks",
+  "outputs_of_prior",
+  "overlap",
   "params_budget",
   "partial_group_lasso",
   "project_to_budget",
@@ -76,10 +82,13 @@ __all__ = [
   "rank_within_groups",
   "regularize_by_penalty",
   "regularize_by_prox",
+  "relative_to_cost",
   "relative_to_group_mean",
   "relative_weights",
+  "reorder",
   "sample_masks",
   "share_weights",
   "split_by_group",
+  "start_from",
   "taylor",
 ]

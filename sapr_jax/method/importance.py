@@ -21,6 +21,7 @@ from sapr_jax.checks import check_key
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import check_scores
 from sapr_jax.method.channel_norms import channel_sums, is_kernel, is_producer, is_reader
+from sapr_jax.method.cost import Cost
 
 Scores = Mapping[str, Any]
 """Group name -> array `[group.size]`; channels with higher scores are kept first."""
@@ -272,6 +273,37 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
   check_scores(scores)
   means = {name: jnp.mean(jnp.asarray(values)) for name, values in scores.items()}
   return {name: jnp.asarray(scores[name]) / jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()}
+
+
+def relative_to_cost(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
+  """Divides scores by a power of what a channel of their group costs, so that cheap channels are kept rather.
+
+      scores[c] / (cost of the network - its cost without one channel of the group)^exponent
+
+  Args:
+    scores: Scores of at least 0, comparable between groups.
+    graph: The channel graph.
+    cost: What is to be saved, such as `macs_budget(graph, 0.5).cost`.
+    exponent: 0 leaves the scores as they are; 1 ranks by what a score costs.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(8), nn.relu, nn.Dense(1)])
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8)))
+    >>> graph = sapr.trace_channels(model, variables, (1, 8), select="unjoined")
+    >>> scores = {"layers_0": jnp.array([4.0, 8.0]), "layers_2": jnp.ones(8)}
+    >>> relative_to_cost(scores, graph, sapr.macs_budget(graph, 0.5).cost, 0.5)["layers_0"]  # 8 + 8 MACs a channel
+    Array([1., 2.], dtype=float32)
+  """
+  full, result = np.asarray(graph.kept(), np.int64), {}
+  for k, group in enumerate(graph.groups):
+    without = full - np.eye(len(full), dtype=np.int64)[k]
+    price = float(cost(full)) - float(cost(without))
+    result[group.name] = jnp.asarray(scores[group.name]) / max(price, 1e-12) ** exponent
+  return result
 
 
 def _is_scale(member: Member) -> bool:

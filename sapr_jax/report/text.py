@@ -16,6 +16,9 @@ _NETWORKS = {
 }
 _COSTS = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
 
+_LEARNED = 0.5
+"""Share of a ranking that must be learned for it not to count as noise."""
+
 
 def cost_in_words(name: str) -> str:
   """Returns the name of a cost as a reader expects it: `prunable_macs` -> "the prunable MACs"."""
@@ -23,12 +26,13 @@ def cost_in_words(name: str) -> str:
 
 
 def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
-  """Returns one line about the epoch of `record`."""
-  accuracy = f"test {record['test_accuracy']:.2%}"
+  """Returns one line about the epoch of `record`, and a warning if its masks were not learned."""
+  parts = [f"loss {record['train_loss']:.4f}"]
+  if "test_accuracy" in record:
+    parts.append(f"test {record['test_accuracy']:.2%}")
   if "subnetwork_accuracy" in record:
     share = f"{record['cost_share']:.1%} of {cost_in_words(record['cost'])}"
-    accuracy += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
-  parts = [f"loss {record['train_loss']:.4f}", accuracy]
+    parts[-1] += f" (sub-network {record['subnetwork_accuracy']:.2%} at {share})"
   if "dropped_norm_mean" in record:
     parts.append(f"norms {record['kept_norm_mean']:.3f} kept, {record['dropped_norm_mean']:.3f} dropped")
   if "hamming_distance" in record:
@@ -36,7 +40,14 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   parts.append(f"{record['weight_seconds']:.1f} s")
   if "generator_seconds" in record:
     parts[-1] += f" + generator {record['generator_seconds']:.1f} s"
-  return f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
+  line = f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
+  if "widths" in record and record.get("generator_learned", 1.0) < _LEARNED:
+    line = (
+      f"warning: the generator's ranking is still mostly that of its random start ({record['generator_learned']:.0%}"
+      " learned): search longer (search.start_epoch, generator.data_share), learn faster (generator.learning_rate), or"
+      f" start from an importance (generator.prior=l2_norm).\n{line}"
+    )
+  return line
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
-from sapr_jax.method import COSTS
+from sapr_jax.method import COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
-from sapr_jax.training.proposers import PROPOSERS
+from sapr_jax.training.proposers import COMPARISONS, PROPOSERS
 
 _INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
 
@@ -74,6 +74,10 @@ class OneOf:
   def accepts(self, value: Any) -> bool:
     return isinstance(value, str) and value in self.names
 
+  def or_unset(self) -> Rule:
+    """Returns the rule that accepts None too."""
+    return Rule(self.expected, self.accepts).or_unset()
+
 
 def tuple_of(rule: Rule, expected: str, *, empty: bool = False) -> Rule:
   """Tuples whose entries follow a rule."""
@@ -110,6 +114,8 @@ def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
     f"{name}.nesterov": BOOLEAN,
     f"{name}.weight_decay": AT_LEAST_0,
     f"{name}.weight_decay_of": OneOf(MIN_NDIM_OF_DECAYED),
+    f"{name}.distillation.weight": number("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    f"{name}.distillation.temperature": POSITIVE,
   }
 
 
@@ -128,6 +134,7 @@ FIELDS: dict[str, Rule | OneOf] = {
   "data.path": PATH.or_unset(),
   "data.train_images": integer(1).or_unset(),
   "data.test_images": integer(1).or_unset(),
+  "data.validation_images": integer(1).or_unset(),
   "data.mean": CHANNELS.or_unset(),
   "data.std": CHANNELS.or_unset(),
   "data.flip": BOOLEAN,
@@ -138,7 +145,7 @@ FIELDS: dict[str, Rule | OneOf] = {
   "data.workers": integer(0).or_unset(),
   "data.skip_broken": integer(0),
   "data.changed_ok": BOOLEAN,
-  **_phase("train", least_epochs=1),
+  **_phase("train", least_epochs=0),
   **_phase("finetune", least_epochs=0),
   "prune.proposer": OneOf(PROPOSERS),
   "prune.cost": OneOf(COSTS),
@@ -146,11 +153,16 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.limit": POSITIVE.or_unset(),
   "prune.start_epoch": integer(0),
   "prune.gamma": AT_LEAST_0,
+  "prune.shrinkage": AT_LEAST_0.or_unset(),
   "prune.form": OneOf(("penalty", "proximal")),
   "prune.select": OneOf(("blocks", "unjoined", "exact")),
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),
+  "importance.compare": OneOf(COMPARISONS),
+  "importance.cost_exponent": AT_LEAST_0,
+  "search.start_epoch": integer(0).or_unset(),
+  "search.end_epoch": integer(1).or_unset(),
   "generator.data_share": SHARE,
   "generator.batch_size": integer(1),
   "generator.learning_rate": POSITIVE,
@@ -158,6 +170,10 @@ FIELDS: dict[str, Rule | OneOf] = {
   "generator.budget_weight": AT_LEAST_0,
   "generator.bias": number("a number", lambda x: True),
   "generator.temperature": POSITIVE,
+  "generator.prior": OneOf(IMPORTANCES).or_unset(),
+  "generator.prior_strength": POSITIVE,
+  "generator.order": OneOf(IMPORTANCES).or_unset(),
+  "evaluate.every_epochs": integer(1),
   "checkpoint.every_epochs": integer(1),
   "checkpoint.every_steps": integer(1).or_unset(),
   "checkpoint.keep": integer(1),
@@ -187,11 +203,38 @@ def check_config(config: Any) -> None:
   for name in ("train", "finetune"):
     _check_schedule(name, config[name])
   _check_images(config.data)
+  _check_epochs(config)
+  if config.data.validation_images is not None and config.data.test_images is not None:
+    raise InputError(
+      f"data.test_images must be unset where data.validation_images={config.data.validation_images} are evaluated in"
+      f" their place, got {config.data.test_images}."
+    )
+  distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
+  if distilled and config.prune.start_epoch == 0 and config.init.weights is None:
+    raise InputError(
+      "distillation must have a trained network to learn from, got prune.start_epoch=0 and no init.weights; give the"
+      " weights, or train for some epochs first."
+    )
+
+
+def _check_epochs(config: Any) -> None:
   start, epochs = config.prune.start_epoch, config.train.epochs
-  if start >= epochs:
+  if start > max(0, epochs - 1):
     raise InputError(
       f"prune.start_epoch must be at most train.epochs - 1 = {epochs - 1}, got {start}, which leaves no epoch for"
       " pruning."
+      if epochs
+      else f"prune.start_epoch must be 0 where train.epochs=0, as nothing is trained before the cut, got {start}."
+    )
+  if (search := config.search).start_epoch is not None and search.start_epoch > start:
+    raise InputError(
+      f"search.start_epoch must be at most prune.start_epoch = {start}, got {search.start_epoch}; leave it unset to"
+      " begin with that epoch."
+    )
+  if search.end_epoch is not None and search.end_epoch <= start:
+    raise InputError(
+      f"search.end_epoch must be above prune.start_epoch = {start}, got {search.end_epoch}, which leaves no masks to be"
+      " in force."
     )
 
 

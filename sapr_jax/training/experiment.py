@@ -23,11 +23,12 @@ from sapr_jax.method import (
   default_round_to,
   make_budget,
   project_to_budget,
+  relative_to_cost,
 )
 from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose
-from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
+from sapr_jax.training.proposers import COMPARISONS, GeneratorProposer, ImportanceProposer, Knowledge, Proposer
 from sapr_jax.training.state import first_not_finite
 
 
@@ -57,6 +58,14 @@ class Experiment:
   def input_shape(self) -> tuple[int, int, int, int]:
     """`(1, height, width, channels)`."""
     return (1, *self.passes.feed.image_shape)
+
+  @property
+  def search_epochs(self) -> tuple[int, int]:
+    """The first epoch before which masks are proposed, and the first from which on they no longer are."""
+    search, epochs = self.config.search, self.config.train.epochs
+    start = self.config.prune.start_epoch if search.start_epoch is None else search.start_epoch
+    # With no epoch of training the masks are still proposed once.
+    return start, max(1, epochs) if search.end_epoch is None else search.end_epoch
 
   def project(self, scores: Scores) -> Masks:
     """Returns the masks of the highest scores that the budget allows."""
@@ -131,11 +140,26 @@ def make_proposer(experiment: Experiment) -> Proposer:
   fields = config.generator
   images = _generator_images(config, passes.feed.num_train)
   model, graph = experiment.model, experiment.graph
+
+  def compare(scores: Scores) -> Scores:
+    scores, exponent = COMPARISONS[config.importance.compare](scores), config.importance.cost_exponent
+    return relative_to_cost(scores, graph, experiment.budget.cost, exponent) if exponent else scores
+
+  def importance(name: str) -> Proposer:
+    return ImportanceProposer(name, passes, model, graph, images, fields.batch_size, compare)
+
   if config.prune.proposer != "generator":
-    return ImportanceProposer(config.prune.proposer, passes, model, graph, images, fields.batch_size)
+    return importance(config.prune.proposer)
   tx = optax.adamw(fields.learning_rate, weight_decay=fields.weight_decay)
   options = SearchOptions(experiment.budget, fields.budget_weight, fields.bias, fields.temperature)
-  return GeneratorProposer(passes, model, graph, tx, options, images, fields.batch_size)
+  knowledge = Knowledge(
+    None if fields.prior is None else importance(fields.prior),
+    fields.prior_strength,
+    None if fields.order is None else importance(fields.order),
+  )
+  return GeneratorProposer(
+    passes, model, graph, tx, options, images, fields.batch_size, experiment.project, knowledge=knowledge
+  )
 
 
 def _generator_images(config: Any, num_train: int) -> np.ndarray:

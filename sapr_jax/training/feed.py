@@ -37,6 +37,7 @@ def data_spec(config: Any) -> data.DataSpec:
     path=fields.path,
     train_images=fields.train_images,
     test_images=fields.test_images,
+    validation_images=fields.validation_images,
     seed=config.seed,
     skip_broken=fields.skip_broken,
   )

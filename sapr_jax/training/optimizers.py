@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sapr_jax.channels import ChannelGraph
@@ -75,8 +77,41 @@ def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
   return optax.chain(decay, optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov))
 
 
+@dataclasses.dataclass(frozen=True)
+class Regularization:
+  """The partial regularization of a run.
+
+  Attributes:
+    form: "penalty" or "proximal".
+    gamma: Its strength.
+    weighting: Weights of the groups, see `method.regularization`.
+  """
+
+  form: str
+  gamma: float
+  weighting: Weighting = relative_weights
+
+
+def regularization(config: Any, steps_per_epoch: int, weighting: Weighting = relative_weights) -> Regularization:
+  """Returns the regularization that `config.prune` asks for, by its gamma or by its shrinkage."""
+  gamma, prune = config.prune.gamma, config.prune
+  if prune.shrinkage is not None and (unit := shrinkage(config, steps_per_epoch, 1.0)):
+    gamma = prune.shrinkage / unit
+  return Regularization(prune.form, gamma, weighting)
+
+
+def shrinkage(config: Any, steps_per_epoch: int, gamma: float) -> float:
+  """Returns how much of its norm a dropped channel can lose, the mean over groups, in each kernel.
+
+  sum over the steps from E_start on of learning_rate / (1 - momentum) * gamma
+  """
+  steps = np.arange(config.prune.start_epoch * steps_per_epoch, config.train.epochs * steps_per_epoch)
+  rates = jax.vmap(learning_rate_schedule(config.train, steps_per_epoch))(steps)
+  return float(np.sum(rates)) / (1.0 - config.train.momentum) * gamma
+
+
 def regularized_sgd(
-  phase: Any, schedule: Schedule, graph: ChannelGraph, prune: Any, weighting: Weighting = relative_weights
+  phase: Any, schedule: Schedule, graph: ChannelGraph, how: Regularization
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with the partial regularization: a penalty before it, or a proximal step after it.
 
@@ -84,10 +119,9 @@ def regularized_sgd(
     phase: `config.train`.
     schedule: The learning rate as a function of the step.
     graph: The channel graph of the network.
-    prune: `config.prune`, whose `form` and `gamma` are read.
-    weighting: Weights of the groups, see `method.regularization`.
+    how: The regularization.
   """
-  if prune.form == "penalty":
-    return optax.chain(regularize_by_penalty(graph, prune.gamma, weighting=weighting), sgd(phase, schedule))
-  prox = regularize_by_prox(graph, schedule, prune.gamma, momentum=phase.momentum, weighting=weighting)
+  if how.form == "penalty":
+    return optax.chain(regularize_by_penalty(graph, how.gamma, weighting=how.weighting), sgd(phase, schedule))
+  prox = regularize_by_prox(graph, schedule, how.gamma, momentum=phase.momentum, weighting=how.weighting)
   return optax.chain(sgd(phase, schedule), prox)

@@ -18,6 +18,7 @@ from sapr_jax.errors import DivergedError
 from sapr_jax.runtime import cpu
 from sapr_jax.runtime.devices import MappedStep, Step, loops_are_slow, replicate
 from sapr_jax.training import steps
+from sapr_jax.training.distillation import Distillation
 from sapr_jax.training.feed import Feed
 from sapr_jax.training.inputs import Shared
 from sapr_jax.training.state import TrainState
@@ -95,10 +96,20 @@ class Passes:
 class WeightPass:
   """Trains the weights of a network, one epoch after the other."""
 
-  def __init__(self, passes: Passes, model: nn.Module, tx: optax.GradientTransformation, phase: Any, purpose: Purpose):
+  def __init__(
+    self,
+    passes: Passes,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    phase: Any,
+    purpose: Purpose,
+    distillation: Distillation | None = None,
+  ):
     """Maps the weight step of `model` with the optimizer `tx`; `phase` is `config.train` or `config.finetune`."""
     feed, unroll = passes.feed, loops_are_slow(passes.mesh)
-    step = steps.weight_step(model, tx, feed.preprocessing, accumulate=phase.accumulate, unroll=unroll)
+    step = steps.weight_step(
+      model, tx, feed.preprocessing, accumulate=phase.accumulate, unroll=unroll, distillation=distillation
+    )
     self._step, self._shared, self._feed = passes.map(step), passes.shared(purpose), feed
     self._batch_size, self._purpose = phase.batch_size, purpose
     self.steps_per_epoch = feed.num_train // phase.batch_size

@@ -16,7 +16,7 @@ import jax
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
-from sapr_jax.errors import InputError, os_errors_in_one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
@@ -82,7 +82,10 @@ def run(
 
     dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
     state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
-    variables, masks = jax.device_get((state.variables, state.masks))
+    if config.train.epochs == 0:  # the first weights are cut as they are
+      assert dense_stage.renew_masks is not None
+      state, _ = dense_stage.renew_masks(state, 0)
+    variables, masks, teacher = jax.device_get((state.variables, state.masks, state.teacher))
     check_masks_meet(experiment.budget, experiment.graph, masks)
 
     small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
@@ -94,7 +97,7 @@ def run(
       batch_size=config.train.batch_size,
     )
 
-    small_stage = stages.finetuning_stage(experiment, small_model, small_variables)
+    small_stage = stages.finetuning_stage(experiment, small_model, small_variables, teacher=teacher)
     state = run_stage(small_stage, config, path / "checkpoints" / "finetune", recorder, interruption)
     tuned_variables = jax.device_get(state.variables)
 
@@ -151,8 +154,8 @@ def _set_aside(folder: pathlib.Path) -> None:
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:
-  """Waits until all checkpoints are written, unless a process that would have to write its part has gone."""
-  if error is None or processes.lost_process(error) is None:
+  """Waits until all checkpoints are written, unless this process ends alone: the others would not come to that."""
+  if jax.process_count() == 1 or error is None or isinstance(error, DivergedError | InterruptedRunError):
     checkpointer.close()
 
 

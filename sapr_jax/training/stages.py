@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels import Masks, mask_params
@@ -15,6 +16,7 @@ from sapr_jax.errors import DivergedError
 from sapr_jax.method import Weighting, channel_norms, relative_weights
 from sapr_jax.runtime import replicate
 from sapr_jax.training import optimizers
+from sapr_jax.training.distillation import Distillation
 from sapr_jax.training.experiment import Experiment
 from sapr_jax.training.loop import Record, Stage
 from sapr_jax.training.passes import Passes, Purpose, WeightPass
@@ -23,19 +25,34 @@ from sapr_jax.training.state import TrainState
 
 
 def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weighting = relative_weights) -> Stage:
-  """Trains the dense network with partial regularization; from E_start on, masks are renewed before every epoch."""
+  """Trains the dense network with partial regularization; from E_start on, masks are in force.
+
+  They are renewed before every epoch. The search that proposes them may begin earlier, and end earlier than training.
+  """
   config, passes, graph = experiment.config, experiment.passes, experiment.graph
-  schedule = _schedule(config.train, passes)
-  tx = optimizers.regularized_sgd(config.train, schedule, graph, config.prune, weighting)
+  schedule, steps_per_epoch = _schedule(config.train, passes), passes.feed.num_train // config.train.batch_size
+  tx = optimizers.regularized_sgd(
+    config.train, schedule, graph, optimizers.regularization(config, steps_per_epoch, weighting)
+  )
+  distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
   # Until E_start all channels are kept, and the regularization does nothing.
-  state = TrainState.create(experiment.variables, tx, masks=graph.full_masks(), proposer=proposer.init())
+  state = TrainState.create(
+    experiment.variables,
+    tx,
+    masks=graph.full_masks(),
+    proposer=proposer.init(),
+    teacher=jax.tree.map(jnp.copy, experiment.variables) if distilled else (),
+  )
   model = experiment.model
   masked = jax.jit(lambda params, masks: mask_params(params, graph, masks))
   norms = jax.jit(lambda params: channel_norms(params, graph))
   start = config.prune.start_epoch
+  searched = range(*experiment.search_epochs)
 
   def renew_masks(state: TrainState, epoch: int) -> tuple[TrainState, Record]:
-    if epoch < start:
+    if distilled and epoch == start:  # a copy, as the state is donated
+      state = dataclasses.replace(state, teacher=jax.tree.map(jnp.copy, state.variables))
+    if epoch not in searched:
       return state, {}
     clock = time.monotonic()
     proposed, scores, record = proposer.propose(state.proposer, state.variables, epoch)
@@ -49,19 +66,23 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       )
     before, masks = jax.device_get(state.masks), experiment.project(scores)
     record = {"generator_seconds": time.monotonic() - clock, **record}
+    if epoch < start:  # it is searched for, and not yet in force
+      return dataclasses.replace(state, proposer=proposed), record
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
     return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
-    record = _prefixed("test", passes.evaluate(model, state.variables))
+    evaluated = _is_evaluated(epoch, config.train.epochs, config)
+    record = _prefixed("test", passes.evaluate(model, state.variables)) if evaluated else {}
     if epoch < start:
       return record
-    variables = {**state.variables, "params": masked(state.params, state.masks)}
+    if evaluated:
+      variables = {**state.variables, "params": masked(state.params, state.masks)}
+      record |= _prefixed("subnetwork", passes.evaluate(model, variables))
     masks = jax.device_get(state.masks)
     return {
       **record,
-      **_prefixed("subnetwork", passes.evaluate(model, variables)),
       "cost": experiment.budget.cost.name,
       "cost_share": experiment.budget.cost(graph.kept(masks)) / experiment.budget.full,
       "macs_share_of_network": graph.macs(masks) / graph.macs(),
@@ -75,36 +96,58 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     epochs_before=0,
     learning_rate=schedule,
     first_state=replicate(state, passes.mesh),
-    weights=WeightPass(passes, model, tx, config.train, Purpose.TRAIN),
+    weights=WeightPass(
+      passes, model, tx, config.train, Purpose.TRAIN, _distillation(config.train, model, start * steps_per_epoch)
+    ),
     evaluate=evaluate,
     renew_masks=renew_masks,
   )
 
 
-def finetuning_stage(experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None) -> Stage:
-  """Trains a network as an ordinary one, such as the pruned one; unless `phase` is given, as `config.finetune` says."""
+def finetuning_stage(
+  experiment: Experiment, model: nn.Module, variables: Any, *, phase: Any = None, teacher: Any = None
+) -> Stage:
+  """Trains a network as an ordinary one, such as the pruned one; unless `phase` is given, as `config.finetune` says.
+
+  `teacher` has the variables of the dense network that it is distilled from, where the phase asks for that; None for
+  the first ones.
+  """
   config, passes = experiment.config, experiment.passes
   phase = config.finetune if phase is None else phase
   schedule = _schedule(phase, passes)
   tx = optimizers.sgd(phase, schedule)
 
   def evaluate(state: TrainState, epoch: int) -> Record:
+    if not _is_evaluated(epoch, phase.epochs, config):
+      return {}
     return _prefixed("test", passes.evaluate(model, state.variables))
 
-  state = TrainState.create(variables, tx)
+  distillation = _distillation(phase, experiment.model)
+  known = experiment.variables if teacher is None else teacher
+  # From the host, as the state is donated.
+  state = TrainState.create(variables, tx, teacher=() if distillation is None else jax.device_get(known))
   return Stage(
     name="finetune",
     epochs=phase.epochs,
     epochs_before=config.train.epochs,
     learning_rate=schedule,
     first_state=replicate(state, passes.mesh),
-    weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE),
+    weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE, distillation),
     evaluate=evaluate,
   )
 
 
 def _schedule(phase: Any, passes: Passes) -> optimizers.Schedule:
   return optimizers.learning_rate_schedule(phase, passes.feed.num_train // phase.batch_size)
+
+
+def _is_evaluated(epoch: int, epochs: int, config: Any) -> bool:
+  return (epoch + 1) % config.evaluate.every_epochs == 0 or epoch + 1 == epochs
+
+
+def _distillation(phase: Any, dense: nn.Module, first_step: int = 0) -> Distillation | None:
+  fields = phase.distillation
+  return Distillation(dense, fields.weight, fields.temperature, first_step) if fields.weight else None
 
 
 def hamming_distance(before: Masks, after: Masks) -> float:

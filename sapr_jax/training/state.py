@@ -22,6 +22,7 @@ class TrainState:
     opt_state: State of the optimizer.
     masks: Group name -> 0/1 array: the masks in force; {} in fine-tuning.
     proposer: State of what proposes masks, such as the architecture generator; () if there is none.
+    teacher: Variables of the network that is distilled from; () if none is.
   """
 
   step: jax.Array
@@ -30,10 +31,11 @@ class TrainState:
   opt_state: optax.OptState
   masks: Any
   proposer: Any
+  teacher: Any = ()
 
   @classmethod
   def create(
-    cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = ()
+    cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = (), teacher: Any = ()
   ) -> TrainState:
     """Makes the state of a network that has taken no step."""
     return cls(
@@ -43,6 +45,7 @@ class TrainState:
       opt_state=tx.init(variables["params"]),
       masks=masks or {},
       proposer=proposer,
+      teacher=teacher,
     )
 
   @property
@@ -60,21 +63,24 @@ class GeneratorState:
     params: Parameters.
     constants: The fixed input z.
     opt_state: State of its optimizer.
+    untrained: Its outputs before it learned anything, `[K, max C]`; () if nobody wants to know.
   """
 
   step: jax.Array
   params: Any
   constants: Any
   opt_state: optax.OptState
+  untrained: Any = ()
 
   @classmethod
-  def create(cls, variables: Any, tx: optax.GradientTransformation) -> GeneratorState:
+  def create(cls, variables: Any, tx: optax.GradientTransformation, untrained: Any = ()) -> GeneratorState:
     """Makes the state of a generator that has learned nothing."""
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=variables["params"],
       constants=variables["constants"],
       opt_state=tx.init(variables["params"]),
+      untrained=untrained,
     )
 
   @property

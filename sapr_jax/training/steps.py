@@ -19,6 +19,7 @@ import optax
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
 from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss
 from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
+from sapr_jax.training.distillation import Distillation, distilled_loss
 from sapr_jax.training.inputs import Preprocessing, Shared
 from sapr_jax.training.state import GeneratorState, TrainState
 
@@ -32,13 +33,14 @@ def weight_step(
   *,
   accumulate: int = 1,
   unroll: bool = True,
+  distillation: Distillation | None = None,
 ) -> Step:
   """Builds the step that trains the weights; the state is a `TrainState`, whose masks the regularization in `tx` gets.
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
   piece's activations are in memory (in a loop; if they are unrolled, XLA for CPUs keeps those of all). Gradients and
   metrics are means over the pieces, and batch statistics follow them. The optimizer, the regularization and the
-  exchange between devices come once.
+  exchange between devices come once. With a distillation, the loss is that of `distilled_loss`.
   """
   optimizer = optax.with_extra_args_support(tx)
 
@@ -50,6 +52,8 @@ def weight_step(
       variables = {**state.variables, "params": params}
       logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
       loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      if distillation is not None:
+        loss = _with_teacher(loss, logits, x, state, distillation)
       accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
       return loss, (updated.get("batch_stats", {}), {"loss": loss, "accuracy": accuracy})
 
@@ -101,6 +105,21 @@ def _mean_over_pieces(
   return grads, batch_stats, metrics
 
 
+def _with_teacher(
+  loss: jax.Array, logits: jax.Array, x: jax.Array, state: TrainState, distillation: Distillation
+) -> jax.Array:
+  """Returns the loss with what the teacher says of the same inputs, in evaluation mode, from its first step on."""
+  weight, temperature = distillation.weight, distillation.temperature
+
+  def mixed() -> jax.Array:
+    taught: Any = distillation.teacher.apply(state.teacher, x, train=False)
+    return distilled_loss(loss, logits, jax.lax.stop_gradient(taught), weight, temperature)
+
+  if distillation.first_step == 0:
+    return mixed()
+  return jax.lax.cond(state.step >= distillation.first_step, mixed, lambda: loss)
+
+
 def generator_step(
   model: nn.Module,
   generator: ArchitectureGenerator,
@@ -140,6 +159,26 @@ def generator_step(
     params = optax.apply_updates(state.params, updates)
     new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
+
+  return step
+
+
+def masked_loss_step(
+  model: nn.Module, graph: ChannelGraph, preprocessing: Preprocessing, *, train: bool = False
+) -> Step:
+  """Builds the step that measures the loss of a sub-network as `generator_step` does that of its samples.
+
+  The state is {"step", "masks"}, and only the number moves.
+  """
+
+  def step(state: dict[str, Any], shared: Shared, batch: Any) -> tuple[dict[str, Any], Metrics]:
+    image_key, dropout_key = jax.random.split(_step_key(shared, state["step"]))
+    images, labels = shared.read(batch)
+    x = preprocessing.normalize(preprocessing.augment(image_key, images))
+    mode = {"train": train, "mutable": ["batch_stats"], "rngs": {"dropout": dropout_key}}
+    logits, _ = masked_apply(model, shared.variables, graph, state["masks"], x, **mode)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return {**state, "step": state["step"] + 1}, mean_over_devices({"loss": loss})
 
   return step
 

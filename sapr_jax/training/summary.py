@@ -6,13 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from sapr_jax import artifacts, report
 from sapr_jax.channels import Masks, count_macs
 from sapr_jax.runtime import processes, replicate
 from sapr_jax.training.experiment import Experiment
-from sapr_jax.training.optimizers import learning_rate_schedule
+from sapr_jax.training.optimizers import regularization, shrinkage
 
 Network = tuple[nn.Module, Any]
 """(model, variables)"""
@@ -60,7 +59,7 @@ def summarize(
     "run": {
       "model": config.model.name,
       "seed": config.seed,
-      "gamma": config.prune.gamma,
+      "gamma": regularization(config, passes.feed.num_train // config.train.batch_size).gamma,
       "round_to": experiment.round_to,
       "statistics_batches": config.prune.statistics_batches,
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
@@ -74,15 +73,15 @@ def describe(experiment: Experiment) -> str:
   """Says what is trained, what may be cut, and how strong the regularization is over the whole run."""
   config, graph, feed, budget = experiment.config, experiment.graph, experiment.passes.feed, experiment.budget
   per_epoch = feed.num_train // config.train.batch_size
-  regularized = range(config.prune.start_epoch * per_epoch, config.train.epochs * per_epoch)
-  rate = float(np.sum(jax.vmap(learning_rate_schedule(config.train, per_epoch))(np.asarray(regularized))))
-  shrinkage = rate / (1.0 - config.train.momentum) * config.prune.gamma
-  images = f"{feed.num_train} training and {feed.num_test} test images"
+  gamma = regularization(config, per_epoch).gamma
+  evaluated = "test" if config.data.validation_images is None else "held-out training"
+  images = f"{feed.num_train} training and {feed.num_test} {evaluated} images"
   devices = f"{experiment.passes.mesh.devices.size} device(s): {jax.devices()[0].device_kind}"
   return (
     f"{config.model.name} on {images}, {devices}\n"
     f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
     f" a group; the budget keeps {budget.share:.1%} of {report.cost_in_words(budget.cost.name)} (widths: multiples of"
     f" {experiment.round_to})\n"
-    f"the regularization can take up to {shrinkage:.3g} (mean over groups) off the norm of a dropped channel"
+    f"the regularization can take up to {shrinkage(config, per_epoch, gamma):.3g} (mean over groups) off the norm of a"
+    f" dropped channel (gamma {gamma:.3g})"
   )

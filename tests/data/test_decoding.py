@@ -1,8 +1,10 @@
 """Image files of every kind, whole and broken, against Pillow."""
 
+import collections
 import io
 import re
 
+import damaged_images
 import numpy as np
 import pytest
 import simplejpeg
@@ -207,3 +209,12 @@ def test_decompression_bombs_are_refused_by_name(refused, monkeypatch, file_form
   for read in (image_size, decode_quickly, decode_exactly):
     with refused("'bomb'"):
       read(encoded, "bomb")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_files_decode_whole_or_are_refused_in_one_line():
+  outcomes = collections.Counter()
+  assert not list(damaged_images.failures(2000, 0, outcomes))
+  assert (
+    min(sum(count for (_, became), count in outcomes.items() if became == end) for end in ("accepted", "refused")) > 400
+  )

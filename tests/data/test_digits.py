@@ -50,6 +50,19 @@ def test_subsets_are_balanced_and_follow_the_seed():
   assert not np.array_equal(first.train.images, second.train.images)
 
 
+def test_held_out_training_images_are_balanced_the_same_for_every_seed_and_in_no_training():
+  held_out = [
+    load_dataset(DataSpec("digits", train_images=1000, test_images=3, validation_images=100, seed=seed))
+    for seed in (0, 1)
+  ]
+  assert np.array_equal(held_out[0].test.images, held_out[1].test.images)
+  assert np.bincount(held_out[0].test.labels).tolist() == [10] * 10
+  whole = {image.tobytes() for image in load_dataset(DataSpec("digits")).train.images}
+  for dataset in held_out:
+    trained, evaluated = ({image.tobytes() for image in split.images} for split in (dataset.train, dataset.test))
+    assert len(dataset.train) == 1000 and not trained & evaluated and trained | evaluated <= whole
+
+
 def test_too_large_a_subset_and_a_missing_package_are_refused(refused, monkeypatch):
   with refused("cannot choose 601 of 600 images"):
     load_dataset(DataSpec("digits", test_images=601))

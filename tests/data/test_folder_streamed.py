@@ -75,6 +75,14 @@ def test_a_subset_is_balanced_and_follows_the_seed(root):
   assert first == same != other
 
 
+def test_held_out_training_files_are_evaluated_in_place_of_others(root):
+  dataset = open_dataset(DataSpec("folder", path=str(root), validation_images=2, seed=5))
+  names = [[split[index][2] for index in range(len(split))] for split in (dataset.train, dataset.test)]
+  everything = sorted(str(path) for path in (root / "train").glob("*/*"))
+  assert sorted(names[0] + names[1]) == everything and len(names[1]) == 2
+  assert sorted(dataset.test[index][1] for index in range(2)) == [0, 1]
+
+
 def test_a_file_that_is_gone_is_refused_by_name(root, refused):
   source = open_dataset(DataSpec("folder", path=str(root))).train
   (root / "train" / "cat" / "1.JPEG").unlink()

@@ -10,6 +10,7 @@ from entries import entry
 
 from study.claims import (
   CLAIMS,
+  against_all,
   beats_alternatives,
   larger_gamma,
   mean_of_epochs,
@@ -18,7 +19,7 @@ from study.claims import (
   selection,
   stable_architecture,
 )
-from study.results import combined, difference, estimate
+from study.results import Results, combined, difference, estimate
 from study.sizes import LONGER
 
 
@@ -144,3 +145,16 @@ def test_of_several_changed_choices_the_last_is_the_one_that_is_compared(results
   ]
   last = open_choices(dataclasses.replace(results, entries=entries)).splitlines()[-1]
   assert last.startswith("| gamma=0.06,form=penalty,weight_decay=scaled | gamma=0.06,form=penalty | - | - | +3.00 ")
+
+
+def test_ours_is_compared_with_all_others_at_once_and_apart_from_distillation():
+  entries = []
+  for seed, noise in enumerate((0.0, 0.2, -0.2, 0.1, -0.1)):
+    for row, pruned in (("ours", 75.0), ("l2_norm,cut", 70.0), ("random,cut", 74.9), ("ours,distilled", 80.0)):
+      mine = noise if row.startswith("ours") else 0.0
+      entries.append(entry(f"p=0.3,{row}", seed, pruned=pruned + mine))
+  claim = against_all(Results(entries, 0.0, [0.0]), "p=0.3")
+  lines = {line.split(" | ")[0].strip("| "): line for line in claim.table.splitlines()}
+  assert lines["p=0.3,l2_norm,cut"].endswith("| 0.000 | holds |")
+  assert lines["p=0.3,random,cut"].endswith("| undecided |")
+  assert "holds" not in lines["p=0.3,ours,distilled"] and claim.verdict == "undecided"

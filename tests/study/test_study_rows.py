@@ -9,19 +9,19 @@ import pytest
 import sapr_jax as sapr
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
-from study.rows import chosen, config_of, gamma_name, grid
+from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
-from study.variants import VARIANTS, Held, Sampled, Variant, uniform_weights, variant_of
+from study.variants import VARIANTS, Sampled, Variant, uniform_weights, variant_of
 
 FULL, REDUCED, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "fifth"))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(size):
+def test_every_row_has_a_valid_configuration_and_a_name_of_its_own(size, tmp_path):
   rows = grid(SIZES[size])
   assert len({row.path for row in rows}) == len(rows)
   for row in rows:
-    check_config(config_of(row, 0, "DIR", {}))
+    check_config(job_of(row, 0, tmp_path, "DIR", {}).config)
     assert row.source is None or row.source in {other.name for other in rows if other.experiment is row.experiment}
 
 
@@ -91,10 +91,26 @@ def test_sampled_masks_are_reproducible_and_likely_at_the_end(tiny):
   assert not scores(0, 11).any()
 
 
-def test_held_masks_are_proposed_no_more(tiny):
-  held = Held(Zeros(tiny.graph), hold_epoch=6)
-  assert held.propose((), None, 5)[1] is not None
-  assert held.propose((), None, 6) == ((), None, {})
+def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_epochs(tmp_path):
+  rows = grid(SIZES["pretrained"])
+  (first,) = (row for row in rows if row.name == ADAPTED)
+  assert job_of(first, 3, tmp_path, None, {}, "resnet20.th").config.init.weights == "resnet20.th"
+  for row in rows:
+    config = job_of(row, 3, tmp_path, None, {}, "resnet20.th").config
+    if row is not first:
+      want = None if row.kind == "width" else str(tmp_path / "resnet20" / ADAPTED / "seed_3" / "dense")
+      assert config.init.weights == want
+      assert config.train.epochs + config.finetune.epochs == 8
+  names = {row.name for row in rows}
+  for p in ("0.3", "0.5"):
+    assert {f"p={p},{way}{how}" for way in ("l2_norm", "random") for how in (",cut", ",penalty")} <= names
+
+
+def test_what_was_chosen_was_chosen_with_other_seeds_and_no_test_images():
+  judged, tried = grid(SIZES["pretrained"]), grid(SIZES["pretrained_choice"])
+  assert not {s for row in judged for s in row.seeds} & {s for row in tried for s in row.seeds}
+  assert {config_of(row, 100, None, {}).data.validation_images for row in tried} == {5000}
+  assert {config_of(row, 0, None, {}).data.validation_images for row in judged} == {None}
 
 
 def test_uniform_weights_do_not_depend_on_what_is_dropped():

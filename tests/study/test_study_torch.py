@@ -44,6 +44,7 @@ def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
 def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
   recipe = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)
   assert torch_runs.scaled_reg(1.0, recipe) == pytest.approx(5e-4)
+  assert torch_runs.scaled_reg(0.0, 0.0) == 0.0  # a network that is cut at once
   assert torch_runs.scaled_reg(2.0, recipe / 10) == pytest.approx(1e-2)
 
 

@@ -44,6 +44,7 @@ REFUSED = {
   "data.path": ("", "a\0b"),
   "data.train_images": (0,),
   "data.test_images": (-1,),
+  "data.validation_images": (0,),
   "data.crop_padding": (-1, 10**6),
   "data.skip_broken": (-1, True),
   "data.changed_ok": (1,),
@@ -51,7 +52,7 @@ REFUSED = {
   "data.workers": (-1,),
   "data.mean": (("a",), 0.5, (-0.1,), ()),
   "data.std": ((2.0,), (NAN,)),
-  "train.epochs": (0, 1.5, True, 10**20),
+  "train.epochs": (-1, 1.5, True, 10**20),
   "train.batch_size": (0,),
   "train.accumulate": (0,),
   "train.base_batch_size": (0,),
@@ -70,13 +71,24 @@ REFUSED = {
   "prune.p": (0.0, 1.01, NAN, None),
   "prune.limit": (0.0,),
   "prune.gamma": (-1e-3,),
+  "prune.shrinkage": (-1.0,),
+  "train.distillation.weight": (1.5,),
+  "finetune.distillation.temperature": (0.0,),
+  "evaluate.every_epochs": (0,),
   "prune.form": ("prox",),
   "prune.select": ("all",),
   "prune.min_width": (0,),
   "prune.round_to": (0,),
+  "importance.compare": ("mean",),
+  "importance.cost_exponent": (-0.1,),
+  "search.start_epoch": (-1,),
+  "search.end_epoch": (0,),
   "generator.data_share": (0.0,),
   "generator.temperature": (0.0,),
   "generator.bias": (NAN,),
+  "generator.prior": ("generator",),
+  "generator.prior_strength": (0.0,),
+  "generator.order": ("",),
   "checkpoint.keep": (0,),
   "checkpoint.every_steps": (0,),
   "report.latency_batch_sizes": ((), (1.5,), (0,)),
@@ -105,4 +117,22 @@ def test_a_field_that_is_unknown_is_refused_with_the_nearest_one():
   with pytest.raises(
     sapr.InputError, match=r"no other fields than these, got prune\.gama; did you mean prune\.gamma\?"
   ):
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"train.epochs": 0}, r"prune\.start_epoch must be 0 where train\.epochs=0"),
+    ({"prune.start_epoch": 200}, r"prune\.start_epoch must be at most train\.epochs - 1 = 199"),
+    ({"search.start_epoch": 41}, r"search\.start_epoch must be at most prune\.start_epoch = 40, got 41"),
+    ({"search.end_epoch": 40}, r"search\.end_epoch must be above prune\.start_epoch = 40, got 40"),
+    ({"data.validation_images": 9, "data.test_images": 8}, r"data\.test_images must be unset where .*, got 8"),
+    ({"finetune.distillation.weight": 0.5, "prune.start_epoch": 0}, "must have a trained network to learn from"),
+  ],
+)
+def test_fields_that_do_not_fit_together_are_refused(fields, message):
+  config = default.get_config()
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(sapr.InputError, match=message):
     check_config(config)

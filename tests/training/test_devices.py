@@ -97,8 +97,8 @@ def test_a_run_compiles_each_step_once_and_transfers_nothing_by_the_way(tmp_path
   monkeypatch.setattr(devices.MappedStep, "__call__", guarded(call))
   config = small_config(checkpoint__every_steps=3)
   training.run(config, tmp_path / "run")
-  # Weights, generator, evaluation; of the pruned network statistics, weights, evaluation.
-  assert len(used) == 6
+  # Weights, generator, loss of its masks, evaluation; of the pruned network statistics, weights, evaluation.
+  assert len(used) == 7
   assert all(step._many._cache_size() == 1 for step in used)
 
 

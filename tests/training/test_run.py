@@ -18,7 +18,7 @@ from small_run import small_config
 import sapr_jax as sapr
 from sapr_jax import artifacts, data, training
 from sapr_jax.artifacts.files import write_json
-from sapr_jax.method import IMPORTANCES
+from sapr_jax.method import IMPORTANCES, split_by_group
 from sapr_jax.runtime import devices
 from sapr_jax.training import experiment as parts, optimizers, passes, workdir
 
@@ -204,6 +204,23 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
+def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, quick_compilation, tmp_path):
+  config = small_config(
+    init__weights=str(whole[0] / "dense"), train__epochs=0, train__decay_epochs=(), prune__start_epoch=0,
+    prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
+    evaluate__every_epochs=2, data__test_images=None, data__validation_images=50,
+  )  # fmt: skip
+  summary = training.run(config, tmp_path / "run")
+  records = artifacts.read_records(tmp_path / "run")
+  assert [record["stage"] for record in records] == ["finetune"] * 3
+  assert ["test_accuracy" in record for record in records] == [False, True, True]  # every second, and the last
+  assert summary["pruned"]["macs"] < 0.5 * summary["dense"]["macs"]
+  # Nothing but the teacher is learned from: the loss is the divergence, and falls.
+  assert records[-1]["train_loss"] < records[0]["train_loss"]
+  (_, dense), (_, first) = (sapr.load(path / "dense") for path in (tmp_path / "run", whole[0]))
+  jax.tree.map(np.testing.assert_array_equal, dense, first)
+
+
 def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
   config = small_config(model__name="resnet8", model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)
@@ -221,7 +238,9 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
 def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tiny, form):
   config = small_config(prune__form=form, train__weight_decay=0.0)
   params, graph, phase, gamma = tiny.params, tiny.graph, config.train, config.prune.gamma
-  tx = optimizers.regularized_sgd(phase, lambda step: phase.learning_rate, graph, config.prune)
+  tx = optimizers.regularized_sgd(
+    phase, lambda step: phase.learning_rate, graph, optimizers.Regularization(form, gamma)
+  )
   masks = {name: np.arange(len(mask)) % 2 for name, mask in graph.full_masks().items()}
   still = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(still, tx.init(params), params, masks=masks)
@@ -234,6 +253,13 @@ def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tin
   got = optax.apply_updates(params, updates)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, want)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True))
+
+
+def test_a_shrinkage_is_what_a_dropped_channel_loses_in_all():
+  config = small_config(prune__shrinkage=2.0)  # regularized: two epochs at a rate of 0.1, and one at 0.01
+  gamma = optimizers.regularization(config, 5).gamma
+  assert gamma * 5 * (0.1 + 0.1 + 0.01) / (1 - 0.9) == pytest.approx(2.0)
+  assert optimizers.regularization(small_config(), 5).gamma == 0.1
 
 
 SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "finetune__decay_epochs": ()}
@@ -283,6 +309,56 @@ def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compila
   _, again, _ = proposer.propose((), variables, epoch=0)
   jax.tree.map(np.testing.assert_array_equal, scores, again)
   assert run.budget.cost(run.graph.kept(run.project(scores))) <= run.budget.limit
+
+
+def test_channels_compete_in_shares_and_by_their_cost(quick_compilation):
+  def widths(**fields):
+    run = parts.build(
+      small_config(prune__proposer="l2_norm", importance__compare="equal_shares", prune__p=0.4, **fields)
+    )
+    scores = parts.make_proposer(run).propose((), devices.replicate(run.variables, run.passes.mesh), 0)[1]
+    return [mask.mean() for mask in run.project(scores).values()]
+
+  shares, tilted = widths(), widths(importance__cost_exponent=5.0)
+  assert abs(shares[0] - shares[1]) < 0.2  # of 8 and 6 channels
+  assert tilted != shares
+
+
+def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(quick_compilation, tmp_path, capsys):
+  config = small_config(
+    search__start_epoch=0, search__end_epoch=3, prune__start_epoch=2, **SHORT | {"train__epochs": 4}
+  )
+  training.run(config, tmp_path / "run")
+  records = artifacts.read_records(tmp_path / "run")
+  assert ["generator_learned" in record for record in records] == [True, True, True, False]
+  assert ["subnetwork_accuracy" in record for record in records] == [False, False, True, True]
+  assert records[2]["widths"] == records[3]["widths"]
+  assert "hamming_distance" not in records[2] | records[3]
+  first = records[0]  # of one pass: the ranking before it is the untrained one
+  assert first["generator_overlap_untrained"] == first["generator_overlap_last"]
+  assert 0 <= first["generator_learned"] < 0.5 and first["generator_cost_share"] > 0.9
+  warned = [line for line in capsys.readouterr().out.splitlines() if "mostly that of its random start" in line]
+  assert len(warned) == sum(record.get("generator_learned", 1) < 0.5 for record in records[2:])
+
+
+def test_a_generator_begins_with_what_it_knows(quick_compilation):
+  config = small_config(generator__prior="l2_norm", generator__prior_strength=20.0, generator__order="l1_norm")
+  run = parts.build(config)
+  known = parts.make_proposer(run)
+  variables = devices.replicate(run.variables, run.passes.mesh)
+  want = run.project(known.knowledge.prior.propose((), variables, 0)[1])
+  state, scores, record = known.propose(devices.replicate(known.init(), run.passes.mesh), variables, 0)
+  norms = sapr.l1_norm(run.variables["params"], run.graph)
+  for name, mask in run.project(scores).items():  # whatever the widths, the largest norms fill them
+    assert norms[name][mask > 0].min() >= norms[name][mask == 0].max(initial=0.0)
+  first = run.project(split_by_group(jax.device_get(state.untrained), run.graph))
+  jax.tree.map(np.testing.assert_array_equal, first, want)
+  assert record["generator_overlap_untrained"] > 0.8 and "generator_learned" not in record
+  assert record["generator_cost_share"] == pytest.approx(run.budget.share, abs=0.15)
+  begun, steps = jax.device_get(state.untrained), int(state.step)
+  again, _, _ = known.propose(state, variables, 1)  # a later pass goes on from there
+  np.testing.assert_array_equal(again.untrained, begun)
+  assert int(again.step) == 2 * steps > 0
 
 
 def test_a_proposer_of_the_callers_own_may_hold_the_masks(quick_compilation, tmp_path):

@@ -15,6 +15,7 @@ from configs import default
 from sapr_jax.method import share_weights, split_by_group
 from sapr_jax.runtime import devices
 from sapr_jax.training import optimizers, steps
+from sapr_jax.training.distillation import Distillation
 from sapr_jax.training.inputs import Preprocessing, Shared
 from sapr_jax.training.state import GeneratorState, TrainState
 
@@ -98,6 +99,29 @@ def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   jax.tree.map(close, after.batch_stats, batch_stats)
   close(metrics["loss"][0], loss)
   assert int(after.step) == 1
+
+
+def test_a_teacher_counts_from_its_first_step_on(tiny, mesh, shared):
+  tx = optax.sgd(0.1)
+  teacher = {**tiny.variables, "batch_stats": jax.tree.map(jnp.abs, tiny.variables["batch_stats"])}  # variances are
+  state = TrainState.create(tiny.variables, tx, teacher=teacher)
+
+  taught = Distillation(tiny.model, weight=0.25, temperature=2.0, first_step=5)
+  mapped = devices.MappedStep(steps.weight_step(tiny.model, tx, PREPROCESSING, distillation=taught), mesh)
+
+  def loss(step):
+    begun = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
+    after, metrics = mapped.run(jax.tree.map(jnp.copy, begun), shared, [np.arange(8)[None]])
+    jax.tree.map(np.testing.assert_array_equal, after.teacher, teacher)
+    return float(metrics["loss"][0])
+
+  x = (np.asarray(shared.images[:8], np.float32) / 255 - 0.5) / 0.25
+  logits, _ = tiny.model.apply(tiny.variables, x, train=True, mutable=["batch_stats"])
+  plain = float(optax.softmax_cross_entropy_with_integer_labels(logits, shared.labels[:8]).mean())
+  log_p, log_q = (np.asarray(jax.nn.log_softmax(z / 2.0)) for z in (tiny.model.apply(teacher, x), logits))
+  want = 0.75 * plain + 0.25 * 4.0 * np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+  assert abs(want - plain) > 1e-3
+  assert [loss(4), loss(5)] == pytest.approx([plain, want], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sapr_jax.data.dataset import DataSpec, ImageDataset, ImageSplit, balanced_indices, subset
+from sapr_jax.data.dataset import DataSpec, ImageDataset, ImageSplit, balanced_indices, chosen_splits
 from sapr_jax.errors import InputError
 
 _NUM_TEST_IMAGES = 600
@@ -27,9 +27,5 @@ def load(spec: DataSpec) -> ImageDataset:
   labels = bunch.target.astype(np.int32)
   is_test = np.zeros(len(labels), bool)
   is_test[balanced_indices(labels, _NUM_TEST_IMAGES, _SPLIT_SEED)] = True
-  return ImageDataset(
-    name="digits",
-    train=subset(ImageSplit(images[~is_test], labels[~is_test]), spec.train_images, spec.seed),
-    test=subset(ImageSplit(images[is_test], labels[is_test]), spec.test_images, spec.seed),
-    class_names=tuple(str(digit) for digit in bunch.target_names),
-  )
+  train, test = (ImageSplit(images[part], labels[part]) for part in (~is_test, is_test))
+  return ImageDataset("digits", *chosen_splits(train, test, spec), tuple(map(str, bunch.target_names)))

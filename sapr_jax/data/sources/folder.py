@@ -6,12 +6,19 @@ an ending not in `EXTENSIONS` and names that start with a dot are ignored.
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSource, ImageDataset, balanced_indices
+from sapr_jax.data.dataset import (
+  DataSpec,
+  EncodedDataset,
+  EncodedSource,
+  ImageDataset,
+  balanced_indices,
+  training_indices,
+)
 from sapr_jax.data.decoding import decode_dataset
 from sapr_jax.errors import InputError, one_line
 
@@ -67,8 +74,12 @@ def _unreadable(kind: str, path: str | Path, error: OSError, cure: str) -> Input
 
 def _list_files(spec: DataSpec, held_out: str) -> EncodedDataset:
   root, class_names = _find_classes(spec.path, ("train", held_out))
-  train = _choose_files(root / "train", class_names, spec.train_images, spec.seed)
-  test = _choose_files(root / held_out, class_names, spec.test_images, spec.seed)
+  train, test = _choose_files(root / "train", class_names, lambda labels: training_indices(labels, spec))
+  if test is None:
+    (test,) = _choose_files(
+      root / held_out, class_names, lambda labels: (balanced_indices(labels, spec.test_images, spec.seed),)
+    )
+  assert train is not None and test is not None
   return EncodedDataset(root.resolve().name, train, test, class_names)
 
 
@@ -99,16 +110,21 @@ def _find_classes(path: str | None, splits: tuple[str, str]) -> tuple[Path, tupl
   return root, tuple(sorted(first))
 
 
-def _choose_files(folder: Path, class_names: Sequence[str], size: int | None, seed: int) -> EncodedSource:
-  """Lists the image files of a split and takes the balanced subset, before any file is opened."""
+def _choose_files(
+  folder: Path, class_names: Sequence[str], choose: Callable[[np.ndarray], Sequence[np.ndarray | None]]
+) -> list[EncodedSource | None]:
+  """Lists the image files of a split and takes those that `choose` names by the labels, before any file is opened."""
   by_class = [_image_files(folder / class_name) for class_name in class_names]
   files = [file for class_files in by_class for file in class_files]
   labels = np.repeat(np.arange(len(by_class), dtype=np.int32), [len(class_files) for class_files in by_class])
   try:
-    chosen = balanced_indices(labels, size, seed)
+    chosen = choose(labels)
   except InputError as error:
     raise InputError(f"in {str(folder)!r}: {error}") from error
-  return FolderSource(str(folder), [files[index] for index in chosen], labels[chosen])
+  return [
+    None if indices is None else FolderSource(str(folder), [files[index] for index in indices], labels[indices])
+    for indices in chosen
+  ]
 
 
 def _visible_folders(folder: Path) -> list[str]:

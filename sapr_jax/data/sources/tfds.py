@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from sapr_jax.data.dataset import DataSpec, EncodedDataset, ImageDataset, balanced_indices, subset
+from sapr_jax.data.dataset import (
+  DataSpec,
+  EncodedDataset,
+  ImageDataset,
+  balanced_indices,
+  chosen_splits,
+  training_indices,
+)
 from sapr_jax.data.decoding import decode_dataset
 from sapr_jax.errors import InputError, one_line
 
@@ -21,13 +28,10 @@ _OTHER_SOURCE = "or use source=folder with image files of your own"
 
 def load(spec: DataSpec) -> ImageDataset:
   """Reads the splits `train` and `test`; the subsets are balanced once the labels are known."""
-  whole = dataclasses.replace(spec, train_images=None, test_images=None)
+  whole = dataclasses.replace(spec, train_images=None, test_images=None, validation_images=None)
   dataset = decode_dataset(_open_splits(whole, _prepare(spec), "test"), spec.skip_broken)
-  return dataclasses.replace(
-    dataset,
-    train=subset(dataset.train, spec.train_images, spec.seed),
-    test=subset(dataset.test, spec.test_images, spec.seed),
-  )
+  train, test = chosen_splits(dataset.train, dataset.test, spec)
+  return dataclasses.replace(dataset, train=train, test=test)
 
 
 def open(spec: DataSpec) -> EncodedDataset:
@@ -60,13 +64,19 @@ def _open_splits(spec: DataSpec, builder: Any, held_out: str) -> EncodedDataset:
 
   _check_form(spec.name, builder.info, ("train", held_out))
 
-  def open_split(split: str, size: int | None) -> TfdsSource:
+  def examples_of(split: str) -> tuple[Any, np.ndarray]:
     examples = builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
-    # One class for all: to balance the subset, the labels would have to be read along with every image.
-    indices = balanced_indices(np.zeros(len(examples), np.int32), size, spec.seed)
-    return TfdsSource(examples, indices, f"{spec.name}/{split}")
+    # One class for all: to balance a subset, the labels would have to be read along with every image.
+    return examples, np.zeros(len(examples), np.int32)
 
-  train, test = open_split("train", spec.train_images), open_split(held_out, spec.test_images)
+  examples, labels = examples_of("train")
+  indices, validation = training_indices(labels, spec)
+  train = TfdsSource(examples, indices, f"{spec.name}/train")
+  if validation is not None:
+    test = TfdsSource(examples, validation, f"{spec.name}/train")
+  else:
+    examples, labels = examples_of(held_out)
+    test = TfdsSource(examples, balanced_indices(labels, spec.test_images, spec.seed), f"{spec.name}/{held_out}")
   return EncodedDataset(spec.name, train, test, tuple(builder.info.features["label"].names))
 
 

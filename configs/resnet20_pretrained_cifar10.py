@@ -1,0 +1,51 @@
+"""Half of a ResNet-20 that others trained on CIFAR-10: a pretrained network is adapted, pruned and fine-tuned.
+
+    python -m sapr_jax.main --config configs/resnet20_pretrained_cifar10.py --workdir runs/resnet20_pretrained \\
+      --config.init.weights=resnet20.th --config.data.source=folder --config.data.path=DIR
+
+The weights are `resnet20-12fca82f.th` of github.com/akamaster/pytorch_resnet_cifar10 (91.73 % on the original test
+images; reading them needs `pip install -e '.[torch]'`). Their network saw images normalized by ImageNet's mean and
+deviation. DIR has `train/<class>/*` and `test/<class>/*`; without it the images come from tensorflow-datasets.
+
+One epoch lets the network adapt to images that may differ from those that it was trained on, such as a JPEG copy of
+them. Then the generator decides how wide each layer is to be, and the norm of its weights which channels fill it; for
+two epochs those that are to go lose their norm. Nine epochs of fine-tuning follow. To choose a setting, leave the test
+images alone: `--config.data.validation_images=5000`.
+
+Sized for one CPU core and a night, or minutes on a GPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+  """Returns the configuration; docs/method.md has what the choices were compared with."""
+  config = default.get_config()
+  config.model.name = "resnet20"
+  config.data.mean = (0.485, 0.456, 0.406)  # as the network was trained
+  config.data.std = (0.229, 0.224, 0.225)
+
+  config.train.epochs = 3
+  config.train.batch_size = 64
+  config.train.learning_rate = 0.02
+  config.train.decay_epochs = ()
+  config.train.weight_decay = 5e-4
+
+  config.prune.p = 0.5
+  config.prune.start_epoch = 1
+  config.prune.shrinkage = 4.0
+  config.search.end_epoch = 2  # a second choice would undo what the first made small
+
+  config.generator.order = "l2_norm"
+  config.generator.learning_rate = 1e-2  # a hundred and fifty steps in all
+  config.generator.batch_size = 32
+
+  config.finetune.epochs = 9
+  config.finetune.batch_size = 64
+  config.finetune.learning_rate = 0.05
+  config.finetune.schedule = "cosine"
+  config.finetune.decay_epochs = ()
+  config.finetune.weight_decay = 5e-4
+  return config
