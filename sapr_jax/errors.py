@@ -39,15 +39,15 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 def os_errors_in_one_line(place: str | os.PathLike[str]) -> Iterator[None]:
   """Turns what the operating system refuses within the block into an `InputError`.
 
-  Its message has the path that the error names, or else `place`. An `OSError` without a number is none of the
-  operating system's: Orbax raises a `TimeoutError` where another process does not come.
+  Its message has the path that the error names, or else `place`. A `TimeoutError` without a number is none of the
+  operating system's: Orbax raises it where another process does not come.
   """
   try:
     yield
   except OSError as error:
-    if error.errno is None:
+    if error.errno is None and isinstance(error, TimeoutError):
       raise
     raise InputError(
-      f"{error.filename or os.fspath(place)} cannot be used ({error.strerror}); what is on disk is whole: fix the disk"
-      " or the path, and the same command goes on."
+      f"{error.filename or os.fspath(place)} cannot be used ({error.strerror or one_line(error, 200)}); what is on disk"
+      " is whole: fix the disk or the path, and the same command goes on."
     ) from error

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before the other imports, which take a while
   survive_lost_output()
   _interruption = ProgramInterruption()
 
+import contextlib
 import functools
 import logging
 import os
@@ -56,18 +57,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, reco
 def main(argv: Sequence[str]) -> int:
   """Runs the experiment that the flags describe; returns the exit status."""
   if len(argv) > 1:
-    return _fail(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
+    return _refuse(f"unexpected argument {argv[1]!r}; options are written --config.name=value.")
   try:
     config, workdir = _CONFIG.value, _WORKDIR.value
     if hasattr(config, "lock"):
       config.lock()
   except OSError as error:  # a file that cannot be read shows when the configuration is first used
-    return _fail(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
+    return _refuse(f"the configuration cannot be read: {one_line(error.__cause__ or error)}")
   if not _CONFIG.present or not workdir:
-    return _fail(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
+    return _refuse(f"--{'workdir' if _CONFIG.present else 'config'} is missing; see python -m sapr_jax.main --help.")
   if not isinstance(config, ConfigDict):
     found = type(config).__name__
-    return _fail(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
+    return _refuse(f"get_config() must return the ConfigDict of configs/default.py with other values, got a {found}.")
   for name in ("absl", "jax"):  # Orbax reports every file it writes, JAX every device that it does not find
     logging.getLogger(name).setLevel(logging.WARNING)
   by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -78,16 +79,17 @@ def main(argv: Sequence[str]) -> int:
   try:
     process = processes.initialize(*by_hand, timeout=_CONNECT_SECONDS.value)
   except InputError as error:
-    return _fail(str(error))
+    return processes.leave(_fail(str(error)))
   if _interruption is not None:
     _interruption.close()  # from now on all processes must stop at one step
   try:
     return processes.leave(_run(config, workdir, process))
   except Exception as error:
     if (lost := processes.lost_process(error)) is None:
-      raise
-    _fail(lost)
-    return processes.leave(1, wait=False)
+      traceback.print_exc()
+    else:
+      _fail(lost)
+    return processes.leave(1)
 
 
 def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInterruption | None = None) -> int:
@@ -139,6 +141,19 @@ def _fail(message: str, status: int = 2) -> int:
   return status
 
 
+def _refuse(message: str) -> int:
+  """Fails before this process has connected to the others of the run, and ends those too."""
+  status = _fail(message)
+  coordinator, number, process = (flags.FLAGS[flag.name].value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID))
+  if None not in (coordinator, number, process):
+    from sapr_jax.runtime import processes
+
+    with contextlib.suppress(InputError):
+      processes.initialize(coordinator, number, process, timeout=20, problem=message)
+    return processes.leave(status)
+  return status
+
+
 class _ConfigFileError(Exception):
   """The user's configuration file raised an error, which is the cause of this one."""
 
@@ -161,15 +176,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of what is an error here
   parser: Any = flags.FLAGS["config"].parser
   parser.parse = functools.partial(_load_config_file, parser.parse)
+  connection = flags.FlagValues()  # which is needed where the others are wrong
+  connection.set_gnu_getopt()
+  for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+    connection[flag.name] = flags.FLAGS[flag.name]
   try:
+    connection(argv, known_only=True)
     return flags.FLAGS(argv)
   except _ConfigFileError as error:
     traceback.print_exception(error.__cause__)
-    sys.exit(_fail(f"{error} raised the error above; fix that file."))
+    problem = f"{error} raised the error above; fix that file."
   except (AttributeError, KeyError) as error:
-    sys.exit(_fail(f"the configuration has no such field: {one_line(error)}"))
+    problem = f"the configuration has no such field: {one_line(error)}"
   except Exception as error:
-    sys.exit(_fail(one_line(error)))
+    problem = one_line(error)
+  sys.exit(_refuse(problem))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.runtime import keep_memory, say, use_compilation_cache
 from sapr_jax.training import check_config
 from study import page, records, work
@@ -50,7 +50,8 @@ def main() -> int:
   args = _parser().parse_args()
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
   try:
-    return _study(args)
+    with os_errors_in_one_line(args.runs or "results"):
+      return _study(args)
   except (DivergedError, InputError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -92,7 +93,9 @@ def _study(args: argparse.Namespace) -> int:
     ):
       print(f"{'finished' if args.runs and records.is_finished(job.workdir) else 'to do':9} {job}")
     return 0
-  folder = _make_folder(args.runs) / args.size
+  if args.runs is None:
+    raise InputError("--runs is missing; name a folder for the work directories.")
+  folder = args.runs / args.size
   results = args.results or (args.runs if settings else page.RESULTS)
   file = results / f"cifar10_study_{args.size}.json"
   head = records.head_of(args.size, experiments, settings, records.describe_data(args.data))
@@ -123,16 +126,6 @@ def _study(args: argparse.Namespace) -> int:
     why = "what it starts from cannot be run" if failure else "another process has it, or what it starts from"
     print(f"not done: {job}: {why}", file=sys.stderr)
   return 2 if failed else 3 if left else 0
-
-
-def _make_folder(folder: pathlib.Path | None) -> pathlib.Path:
-  if folder is None:
-    raise InputError("--runs is missing; name a folder for the work directories.")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--runs {folder}: {one_line(error)}; name a folder that can be written.") from error
-  return folder
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ ARROWS = {
   "data": {"errors"},
   "artifacts": {"channels", "checks", "models", "errors"},
   "report": {"artifacts", "errors", "version"},
-  "runtime": {"models", "errors"},
+  "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
   "main": {"errors", "runtime", "training"},
   "__init__": {"artifacts", "channels", "errors", "method", "models", "version"},

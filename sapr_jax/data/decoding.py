@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sapr_jax.data import jpeg
 from sapr_jax.data.dataset import EncodedDataset, ImageDataset, ImageSplit
 from sapr_jax.errors import InputError, one_line
 
@@ -21,14 +22,16 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")
 _FAST_COLOURSPACES = frozenset({"YCbCr", "RGB", "Gray"})
 
 
+class BrokenImageError(InputError):
+  """An image file whose content is damaged: it does not decode, or pixels are missing."""
+
+
 def image_size(encoded: bytes, name: str) -> tuple[int, int]:
   """Reads `(height, width)` of an image from its header; see `decode_exactly` for the rest."""
-  size = _fast_jpeg_size(encoded)
-  if size is None:
-    width, height = _open(encoded, name).size
-    return height, width
-  _check_number_of_pixels(name, *size)
-  return size
+  if (header := _fast_header(encoded, name)) is not None:
+    return header[:2]
+  width, height = _open(encoded, name).size
+  return height, width
 
 
 def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
@@ -37,21 +40,16 @@ def decode_quickly(encoded: bytes, name: str, reduction: int = 1) -> np.ndarray:
   A `reduction` of 2, 4 or 8 divides both sides, rounded up, which costs less. Only JPEG can; others come in full size.
   See `decode_exactly` for the rest.
   """
-  import simplejpeg
-
-  size = _fast_jpeg_size(encoded)
-  if size is not None:
-    _check_number_of_pixels(name, *size)
-    height, width = (-(-side // reduction) for side in size) if reduction > 1 else (0, 0)
-    try:
-      return simplejpeg.decode_jpeg(encoded, fastdct=True, fastupsample=True, min_height=height, min_width=width)
-    except ValueError:
-      pass  # It stops at any oddity, such as stray bytes; Pillow only where pixels are missing.
+  if (header := _fast_header(encoded, name)) is not None:
+    height, width = (-(-side // reduction) for side in header[:2]) if reduction > 1 else (0, 0)
+    options = {"fastdct": True, "fastupsample": True, "min_height": height, "min_width": width}
+    if (pixels := _decode_jpeg(encoded, name, **options)) is not None:
+      return pixels
   return np.asarray(decode_exactly(encoded, name)[0])
 
 
 def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
-  """Decodes an image file with Pillow.
+  """Decodes an image file to the pixels that Pillow gives.
 
   An alpha channel is dropped, and an EXIF orientation ignored, as torchvision does.
 
@@ -59,9 +57,16 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
     The image in mode "RGB", and whether it is stored as grayscale.
 
   Raises:
-    InputError: If the image is broken, has more than 8 bits a channel or too many pixels; the message has `name`.
+    BrokenImageError: If the image is broken; the message has `name`.
+    InputError: If it has more than 8 bits a channel or too many pixels; likewise.
   """
+  from PIL import Image
+
+  if (header := _fast_header(encoded, name)) is not None and (pixels := _decode_jpeg(encoded, name)) is not None:
+    return Image.fromarray(pixels), header[2] == "Gray"
   image = _open(encoded, name)
+  if header is None and jpeg.is_jpeg(encoded):
+    _decode_jpeg(encoded, name)  # for what it says about missing pixels
   mode = image.mode
   if mode not in _GRAYSCALE_MODES and mode not in _COLOUR_MODES:
     raise InputError(f"image {name!r} has pixels of Pillow mode {mode!r}; expected 8 bits a channel, so convert it")
@@ -71,7 +76,7 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
     image.load()
     return (image if image.mode == "RGB" else image.convert("RGB")), mode in _GRAYSCALE_MODES
   except Exception as error:  # Each decoder of Pillow raises what it likes on a broken file.
-    raise unreadable(name, error) from error
+    raise _broken(name, error) from error
 
 
 def decode_dataset(files: EncodedDataset) -> ImageDataset:
@@ -110,10 +115,9 @@ def decode_dataset(files: EncodedDataset) -> ImageDataset:
   return ImageDataset(files.name, train, test, files.class_names)
 
 
-def unreadable(name: str, error: Exception) -> InputError:
-  """Returns the error to raise about an image that cannot be read because of `error`."""
-  return InputError(
-    f"cannot read image {name!r}; expected a whole image file, so replace or remove it ({one_line(error)})"
+def _broken(name: str, error: Exception) -> BrokenImageError:
+  return BrokenImageError(
+    f"image {name!r} is broken ({one_line(error)}); expected a whole image file, so replace or remove it"
   )
 
 
@@ -124,24 +128,28 @@ def _open(encoded: bytes, name: str) -> Image.Image:
   try:
     image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
   except UnidentifiedImageError:
-    raise unreadable(name, ValueError(f"its content is none of {', '.join(_FORMATS)}")) from None
+    raise _broken(name, ValueError(f"its content is none of {', '.join(_FORMATS)}")) from None
   except Exception as error:  # As above.
-    raise unreadable(name, error) from error
+    raise _broken(name, error) from error
   _check_number_of_pixels(name, image.height, image.width)
   return image
 
 
-def _fast_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-  """Returns `(height, width)` if the header is that of a JPEG that libjpeg turns into RGB, else None."""
-  import simplejpeg
+def _fast_header(encoded: bytes, name: str) -> tuple[int, int, str] | None:
+  """Returns height, width and colour space if the header is that of a JPEG that libjpeg turns into RGB, else None."""
+  header = jpeg.read_header(encoded)
+  if header is None or header[2] not in _FAST_COLOURSPACES:
+    return None
+  _check_number_of_pixels(name, *header[:2])
+  return header
 
-  if encoded[:2] != b"\xff\xd8":
-    return None
+
+def _decode_jpeg(encoded: bytes, name: str, **options: Any) -> np.ndarray | None:
+  """See `jpeg.decode`; an image without all of its pixels is broken."""
   try:
-    height, width, colourspace, _ = simplejpeg.decode_jpeg_header(encoded)
-  except ValueError:
-    return None
-  return (height, width) if colourspace in _FAST_COLOURSPACES else None
+    return jpeg.decode(encoded, **options)
+  except jpeg.MissingPixelsError as error:
+    raise _broken(name, error) from error
 
 
 def _check_number_of_pixels(name: str, height: int, width: int) -> None:

@@ -195,9 +195,7 @@ def _check_packages() -> None:
   try:
     import cv2  # noqa: F401
     import grain  # noqa: F401
-    import simplejpeg  # noqa: F401
   except ImportError as error:
     raise InputError(
-      "streaming images needs grain, simplejpeg and OpenCV, which are not installed; run: "
-      "pip install 'sapr_jax[imagenet]'"
+      "streaming images needs grain and OpenCV, which are not installed; run: pip install 'sapr_jax[imagenet]'"
     ) from error

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 import sys
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.report.page import write_page
 from sapr_jax.report.run_history import read_histories
 
@@ -22,7 +22,8 @@ def main() -> int:
   )
   args = parser.parse_args()
   try:
-    page = write_page(read_histories(args.workdirs), args.out or args.workdirs[0] / "report")
+    with os_errors_in_one_line(args.workdirs[0]):
+      page = write_page(read_histories(args.workdirs), args.out or args.workdirs[0] / "report")
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jaxlib
 import numpy as np
+from jax._src.distributed import global_state
 
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
+from sapr_jax.runtime.lifeline import PATIENCE_SECONDS, Lifeline
+from sapr_jax.version import __version__
+
+# `global_state.client` is a key-value store that works whatever the devices are. It has no public name; Orbax uses it.
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 40
-"""JAX takes a process that it has not heard of for so long for dead, and stops the others."""
-
+_HEARTBEAT_SECONDS = 40
 _SHUTDOWN_SECONDS = 15
+_DAY = 24 * 3600
+
+# Options of JAX that programs and numbers depend on.
+_OPTIONS = (
+  *("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable", "jax_default_matmul_precision"),
+  *("jax_numpy_dtype_promotion", "jax_disable_jit"),
+)
 
 # Words in the errors of collectives and barriers when a process at the other end has gone.
 _LOST = (
@@ -37,6 +50,7 @@ def initialize(
   process_id: int | None = None,
   *,
   timeout: int = 300,
+  problem: str = "",
 ) -> int:
   """Connects this process to the others of the run. Call it before anything else that uses JAX.
 
@@ -47,12 +61,13 @@ def initialize(
     num_processes: How many processes there are.
     process_id: Which one this is, from 0.
     timeout: Seconds to wait for the others; then the program ends.
+    problem: Why this process cannot take part, if so; all of them raise it.
 
   Returns:
     Which process this is.
 
   Raises:
-    InputError: If the arguments are wrong, or no connection can be made.
+    InputError: If the arguments are wrong, no connection can be made, or the processes differ.
   """
   given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
   missing = [name for name, value in given.items() if value is None]
@@ -67,7 +82,7 @@ def initialize(
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
   # Where a process does not come, JAX aborts with a stack trace; this ends the wait first, with one line.
   who = "the processes" if coordinator is None else f"process {process_id} of {num_processes} at {coordinator}"
-  watch = threading.Timer(timeout, _give_up, [f"{who} could not connect to the others within {timeout} s"])
+  watch = threading.Timer(timeout, _give_up, [problem or f"{who} could not connect to the others within {timeout} s"])
   watch.daemon = True
   watch.start()
   try:
@@ -79,7 +94,7 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=timeout + 60,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as error:
@@ -94,21 +109,36 @@ def initialize(
     ) from error
   finally:
     watch.cancel()
-  return jax.process_index()
+  global _lifeline
+  _lifeline = Lifeline()
+  together(lambda: _refuse(problem))
+  versions = {"sapr_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+  check_equal(
+    **{f"the version of {name}": version for name, version in versions.items()},
+    **{name: getattr(jax.config, name, None) for name in _OPTIONS},
+  )
+  return int(global_state.process_id)
 
 
-def gather(text: str) -> list[str]:
-  """Returns the texts of all processes, in their order; all must call it."""
-  if jax.process_count() == 1:
+def _refuse(problem: str) -> None:
+  if problem:
+    raise InputError(problem)
+
+
+_lifeline: Lifeline | None = None  # where `initialize` has connected this process
+_gathered = itertools.count()
+
+
+def gather(text: str, *, seconds: float = _DAY) -> list[str]:
+  """Returns the texts of all processes, in their order; all must call it.
+
+  Raises `RuntimeError` if they do not within `seconds`; what they do before may take long.
+  """
+  if global_state.client is None or global_state.num_processes == 1:
     return [text]
-  from jax.experimental import multihost_utils
-
-  data = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32)).ravel()
-  padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few lengths, as each is a program to compile
-  padded[: data.size] = data
-  rows = multihost_utils.process_allgather(padded)
-  return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+  store, name = global_state.client, f"sapr_jax/gather/{next(_gathered)}"
+  store.key_value_set(f"{name}/{global_state.process_id}", text)
+  return [store.blocking_key_value_get(f"{name}/{i}", int(1000 * seconds)) for i in range(global_state.num_processes)]
 
 
 def together(action: Callable[[], T]) -> T:
@@ -118,9 +148,10 @@ def together(action: Callable[[], T]) -> T:
   """
   result, problem = None, ""
   try:
-    result = action()
+    with os_errors_in_one_line("a file"):
+      result = action()
   except InputError as error:
-    if jax.process_count() == 1:
+    if global_state.client is None:
       raise
     problem = str(error)
   problems = gather(problem)
@@ -165,29 +196,31 @@ def lost_process(error: BaseException) -> str | None:
     return None
   if not any(text in str(error) for text in _LOST):
     return None
+  if _lifeline is not None:
+    time.sleep(PATIENCE_SECONDS)  # which says so itself, and ends this process meanwhile
   return (
     f"another process of this run has stopped ({one_line(error, 160)}); its own output says why. The checkpoints are"
     " whole: the same command on all processes resumes the run."
   )
 
 
-def leave(status: int, *, wait: bool = True) -> int:
+def leave(status: int) -> int:
   """Ends this process's part of a run of several; call it last.
 
-  If the others come here too, it returns the exit status `status`. If they do not, within seconds, JAX stops them, and
-  this one ends; at once if there is no use in waiting (`wait=False`).
+  If the others come here too, it returns the exit status `status`. If they do not, all end after a failure of this one.
   """
-  if not jax.distributed.is_initialized():
+  if _lifeline is None:
     return status
   sys.stdout.flush()
   sys.stderr.flush()
-  if wait:
-    try:
-      jax.distributed.shutdown()
-      return status
-    except RuntimeError:
-      pass
-  os._exit(status)  # what is run at exit would wait for them
+  try:
+    # After a failure the others come at once, or do not know of it.
+    gather("leaving", seconds=_DAY if status in (0, 75) else PATIENCE_SECONDS)
+    _lifeline.close()
+    jax.distributed.shutdown()
+    return status
+  except RuntimeError:
+    _lifeline.end(status)
 
 
 def _give_up(problem: str) -> None:

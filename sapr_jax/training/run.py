@@ -16,7 +16,7 @@ import jax
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
-from sapr_jax.errors import InputError, os_errors_in_one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
 from sapr_jax.runtime import Interruption, processes, say
 from sapr_jax.runtime.devices import is_main_process
@@ -152,8 +152,8 @@ def _set_aside(folder: pathlib.Path) -> None:
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:
-  """Waits until all checkpoints are written, unless a process that would have to write its part has gone."""
-  if error is None or processes.lost_process(error) is None:
+  """Waits until all checkpoints are written, unless this process ends alone: the others would not come to that."""
+  if jax.process_count() == 1 or error is None or isinstance(error, DivergedError | InterruptedRunError):
     checkpointer.close()
 
 

@@ -1,13 +1,14 @@
 """Image files of every kind, whole and broken, against Pillow."""
 
 import io
+import re
 
 import numpy as np
 import pytest
+import simplejpeg
 
-from sapr_jax.data.decoding import decode_exactly, decode_quickly, image_size
+from sapr_jax.data.decoding import BrokenImageError, decode_exactly, decode_quickly, image_size
 
-pytest.importorskip("simplejpeg", reason="needs simplejpeg: pip install 'sapr_jax[imagenet]'")
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
 
@@ -94,10 +95,84 @@ def test_an_exif_orientation_is_ignored():
   assert decode_exactly(encoded, "a")[0].size == (60, 40)
 
 
-def test_stray_bytes_in_a_whole_jpeg_are_forgiven_as_in_pillow():
+@pytest.fixture(
+  params=["baseline", "optimized", "progressive", "restart", "gray", "cmyk", "4:4:4", "4:4:0", "4:1:1"], scope="module"
+)
+def whole(request):
+  """A JPEG of noise, as all of its blocks then take many bits."""
+  noise = np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8)
+  image = Image.fromarray(noise).resize((120, 96), Image.Resampling.BICUBIC)
+  match request.param:
+    case "optimized" | "progressive":
+      return encode(image, "jpeg", **{request.param.removesuffix("d"): True})
+    case "restart":
+      return encode(image, "jpeg", restart_marker_rows=1)
+    case "gray" | "cmyk":
+      return encode(image.convert({"gray": "L", "cmyk": "CMYK"}[request.param]), "jpeg")
+    case "baseline":
+      return encode(image, "jpeg")
+  return simplejpeg.encode_jpeg(np.asarray(image), 75, colorsubsampling=request.param.replace(":", ""))
+
+
+def test_a_whole_jpeg_has_the_pixels_of_pillow(whole):
+  expected = np.asarray(Image.open(io.BytesIO(whole)).convert("RGB"))
+  assert np.array_equal(decode_exactly(whole, "a")[0], expected)
+
+
+@pytest.mark.parametrize("stray", [b"stray", b"stray" * 100, bytes(5), bytes(500)], ids=len)
+def test_stray_bytes_behind_the_last_pixel_are_forgiven(whole, stray):
+  expected = np.asarray(decode_exactly(whole, "a")[0])
+  for encoded in (whole[:-2] + stray + whole[-2:], whole + stray):
+    assert np.array_equal(decode_exactly(encoded, "a")[0], expected)
+    assert decode_quickly(encoded, "a", 2).shape[2] == 3
+
+
+def scans_of(encoded):
+  return [match.start() for match in re.finditer(b"\xff\xda", encoded)]
+
+
+def with_missing_pixels(whole):
+  """Yields copies of a JPEG that lost some of its pixels, each with what happened to it."""
+  start, end = scans_of(whole)[0] + 14, len(whole) - 2
+  for cut in (*np.linspace(start, end - 8, 25, dtype=int), *scans_of(whole)[1:]):
+    yield f"cut at {cut}", whole[:cut] + whole[-2:]
+    yield f"cut at {cut}, with stray bytes", whole[:cut] + whole[-2:] + b"stray"
+  for size in (150, 400):
+    for hole in np.linspace(start + 30, end - size - 8, 10, dtype=int):
+      yield f"hole of {size} at {hole}", whole[:hole] + bytes(size) + whole[hole + size :]
+  frame = re.search(rb"\xff[\xc0\xc2]\x00", whole).start() + 5
+  for place in (frame, frame + 2):
+    larger = int.from_bytes(whole[place : place + 2], "big") + 32
+    yield f"size at {place}", whole[:place] + larger.to_bytes(2, "big") + whole[place + 2 :]
+
+
+def test_a_jpeg_with_missing_pixels_is_refused(whole):
+  accepted = []
+  for what, encoded in with_missing_pixels(whole):
+    for decode in (decode_exactly, lambda encoded, name: decode_quickly(encoded, name, 2)):
+      try:
+        decode(encoded, "a")
+        accepted.append(what)
+      except BrokenImageError as error:
+        assert str(error).startswith("image 'a' is broken")
+  assert not accepted
+
+
+def test_zeros_in_a_flat_image_are_no_hole():
+  flat = encode(Image.new("RGB", (600, 600), (255, 255, 255)), "jpeg", optimize=True)
+  assert bytes(24) in flat[scans_of(flat)[0] :]
+  assert decode_exactly(flat, "a")[0].getpixel((599, 599)) == (255, 255, 255)
+  with pytest.raises(BrokenImageError, match="hole"):
+    decode_exactly(flat[:-2] + b"stray" * 20 + bytes(99) + b"stray" + flat[-2:], "a")
+
+
+def test_a_harmless_warning_does_not_hide_that_pixels_are_missing():
   whole = encode(make_image(), "jpeg")
-  stray = whole[:-2] + b"stray" + whole[-2:]
-  assert np.array_equal(decode_quickly(stray, "a"), np.asarray(Image.open(io.BytesIO(whole))))
+  place = whole.index(b"JFIF") + 5
+  odd = whole[:place] + b"\x07" + whole[place + 1 :]  # a revision of the format that does not exist
+  assert np.array_equal(decode_exactly(odd, "a")[0], decode_exactly(whole, "a")[0])
+  with pytest.raises(BrokenImageError, match="premature end"):
+    decode_exactly(odd[:-100] + odd[-2:], "a")
 
 
 @pytest.mark.parametrize("file_format", ["jpeg", "png"])
@@ -105,9 +180,9 @@ def test_broken_images_are_refused_by_name(refused, file_format):
   whole = encode(make_image(), file_format)
   for broken in (b"", b"no image", whole[:2], whole[:30], whole[: len(whole) // 2], whole[: len(whole) * 4 // 5]):
     for decode in (decode_quickly, decode_exactly):
-      with refused("cannot read image 'cat/x.JPEG'", "expected a whole image file"):
+      with refused("image 'cat/x.JPEG' is broken", "expected a whole image file"):
         decode(broken, "cat/x.JPEG")
-  with refused("cannot read image 'cat/x.JPEG'"):
+  with refused("image 'cat/x.JPEG' is broken"):
     image_size(whole[:20], "cat/x.JPEG")
 
 

@@ -132,7 +132,7 @@ def test_unreadable_images_are_refused_by_name(root, refused):
   whole = path.read_bytes()
   for content in (b"", b"no image", whole[:20], whole[:40]):
     path.write_bytes(content)
-    with refused("cannot read image", str(path)):
+    with refused("is broken", str(path)):
       load_dataset(DataSpec("folder", path=str(root)))
 
 
@@ -143,7 +143,7 @@ def test_truncated_images_are_refused(root, refused, extension):
   Image.fromarray(noise).save(path)
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) * 4 // 5])
-  with refused("cannot read image", str(path)):
+  with refused("is broken", str(path)):
     load_dataset(DataSpec("folder", path=str(root)))
 
 

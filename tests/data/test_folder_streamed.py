@@ -1,6 +1,8 @@
 """Folders that are opened but not read: which files, with which labels, and what is refused."""
 
+import errno
 import io
+import os
 import pickle
 
 import numpy as np
@@ -84,7 +86,7 @@ def test_held_out_training_files_are_evaluated_in_place_of_others(root):
 def test_a_file_that_is_gone_is_refused_by_name(root, refused):
   source = open_dataset(DataSpec("folder", path=str(root))).train
   (root / "train" / "cat" / "1.JPEG").unlink()
-  with refused("cannot read image", str(root / "train" / "cat" / "1.JPEG")):
+  with refused("cannot be read (No such file", str(root / "train" / "cat" / "1.JPEG")):
     source[1]
 
 
@@ -118,3 +120,43 @@ def test_unknown_sources_and_those_that_fit_in_memory_are_refused(refused):
     open_dataset(DataSpec("imagenet"))
   with refused("'digits' cannot be streamed", "tfds, folder", "into memory"):
     open_dataset(DataSpec("digits"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_links_in_a_circle_pipes_and_lost_links_are_named_when_read(root, refused, split):
+  folder = root / split / "cat"
+  (folder / "circle.png").symlink_to(folder / "circle.png")
+  (folder / "lost.png").symlink_to(folder / "absent.png")
+  os.mkfifo(folder / "pipe.png")
+  (root / split / "circle").symlink_to(root / split / "circle")  # no class
+  dataset = open_dataset(DataSpec("folder", path=str(root)))
+  source = getattr(dataset, "test" if split == "val" else split)
+  first = len(source) - 3 - (1 if split == "val" else 2)
+  for place, name, why in ((0, "circle", "Too many levels"), (1, "lost", "No such file"), (2, "pipe", "not a file")):
+    with refused(str(folder / f"{name}.png"), why, "remove it"):
+      source[first + place]
+
+
+def test_folders_and_files_that_cannot_be_read_are_called_that(root, refused, monkeypatch):
+  def deny(*arguments):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  source = open_dataset(DataSpec("folder", path=str(root))).train
+  for function, read in (
+    ("open", lambda: source[0]),
+    ("scandir", lambda: open_dataset(DataSpec("folder", path=str(root)))),
+  ):
+    with monkeypatch.context() as patch, refused("cannot be read (Permission denied)"):
+      patch.setattr(os, function, deny)
+      read()
+
+
+def test_paths_too_long_or_not_in_utf8_are_no_crash(root, refused):
+  with refused("there is no folder"):
+    open_dataset(DataSpec("folder", path="x" * 5000))
+  other = os.fsdecode(os.fsencode(root.parent) + b"/\xff")
+  root.rename(other)
+  os.rename(f"{other}/train/cat/0.JPEG", os.fsencode(f"{other}/train/cat/") + b"\xfe.JPEG")
+  source = open_dataset(DataSpec("folder", path=other)).train
+  assert value_of(source[2][0]) == 0
+  assert source[2][2].encode(errors="surrogateescape").endswith(b"\xff/train/cat/\xfe.JPEG")

@@ -56,7 +56,7 @@ def test_train_and_validation_are_opened_without_decoding(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_batches_come_from_threads_and_from_workers(tmp_path, monkeypatch):
-  for package in ("cv2", "grain", "simplejpeg"):
+  for package in ("cv2", "grain"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'sapr_jax[imagenet]'")
   prepare(tmp_path, monkeypatch, train=6, validation=4)
   split = opened(path=str(tmp_path)).train

@@ -75,7 +75,7 @@ def test_a_signal_or_the_end_of_the_time_stops_between_two_runs(minutes):
   ("arguments", "message"),
   [
     ([], "--runs is missing; name a folder for the work directories."),
-    (["--runs", __file__], f"--runs {__file__}: .*File exists.*; name a folder that can be written."),
+    (["--runs", __file__], rf"{__file__}/reduced cannot be used \(Not a directory\); what is on disk .*"),
     (["--runs", "{folder}", "--minutes", "inf"], "--minutes inf is out of range; expected a number above 0, .*"),
     (
       ["--runs", "{folder}", "--data", "{folder}"],

@@ -5,6 +5,7 @@ an ending not in `EXTENSIONS` and names that start with a dot are ignored.
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from sapr_jax.data.dataset import (
   balanced_indices,
   training_indices,
 )
-from sapr_jax.data.decoding import decode_dataset, unreadable
-from sapr_jax.errors import InputError
+from sapr_jax.data.decoding import decode_dataset
+from sapr_jax.errors import InputError, one_line
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
 _MAX_NAMES_SHOWN = 5
@@ -32,7 +33,7 @@ def load(spec: DataSpec) -> ImageDataset:
 
 def open(spec: DataSpec) -> EncodedDataset:
   """Lists the files of `train` and `val`, or `test` where there is no `val`."""
-  has_val, has_test = (spec.path is not None and Path(spec.path, split).is_dir() for split in ("val", "test"))
+  has_val, has_test = (spec.path is not None and os.path.isdir(Path(spec.path, split)) for split in ("val", "test"))
   return _list_files(spec, "test" if has_test and not has_val else "val")
 
 
@@ -49,10 +50,23 @@ class FolderSource:
 
   def __getitem__(self, index: int) -> tuple[bytes, int, str]:
     path = self._root + os.fsdecode(self._paths[index])
-    try:
-      return Path(path).read_bytes(), int(self._labels[index]), path
-    except OSError as error:
-      raise unreadable(path, error) from error
+    return _read(path), int(self._labels[index]), path
+
+
+def _read(path: str) -> bytes:
+  """Reads a regular file; anything else could block for ever."""
+  try:
+    # Without the flag, a pipe would wait here for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise InputError(f"image {path!r} is not a file but a device, pipe or folder; remove it")
+      return file.read()
+  except OSError as error:
+    raise _unreadable("image", path, error, "make it readable or remove it") from error
+
+
+def _unreadable(kind: str, path: str | Path, error: OSError, cure: str) -> InputError:
+  return InputError(f"{kind} {str(path)!r} cannot be read ({error.strerror or one_line(error)}); {cure}")
 
 
 def _list_files(spec: DataSpec, held_out: str) -> EncodedDataset:
@@ -72,7 +86,7 @@ def _find_classes(path: str | None, splits: tuple[str, str]) -> tuple[Path, tupl
   if path is None:
     raise InputError(f"source=folder needs the path of a folder; {expected} in it")
   root = Path(path)
-  if not root.is_dir():
+  if not os.path.isdir(root):
     raise InputError(f"there is no folder {path!r}; {expected} in it")
   found, classes = _visible_folders(root), []
   for split in splits:
@@ -112,21 +126,33 @@ def _choose_files(
 
 def _visible_folders(folder: Path) -> list[str]:
   """Names of the folders directly in `folder`, in no order, without those that start with a dot."""
-  with os.scandir(folder) as entries:
-    return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+  return [entry.name for entry in _visible_entries(folder) if _is_folder(entry)]
+
+
+def _visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+  """What lies directly in `folder`, in no order, without names that start with a dot."""
+  try:
+    with os.scandir(folder) as entries:
+      return [entry for entry in entries if not entry.name.startswith(".")]
+  except OSError as error:
+    raise _unreadable("folder", folder, error, "let this user read it") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # links in a circle
+    return False
 
 
 def _image_files(folder: Path) -> list[str]:
   """Paths of the image files directly in `folder`, sorted by name."""
-  with os.scandir(folder) as entries:
-    names = [
-      entry.name
-      for entry in entries
-      if not entry.name.startswith(".")
-      and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-      # A broken link stands for an image that is missing, which reading it will say.
-      and (entry.is_file() or not os.path.exists(entry.path))
-    ]
+  # A link that leads nowhere stands for an image that is missing, and a pipe for one too: reading them will say so.
+  names = [
+    entry.name
+    for entry in _visible_entries(folder)
+    if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not _is_folder(entry)
+  ]
   if not names:
     raise InputError(
       f"class folder {str(folder)!r} holds no image; expected files ending in {', '.join(sorted(EXTENSIONS))}"
