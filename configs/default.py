@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
   config.data.mean = placeholder(tuple)  # of each channel, of pixels in [0, 1]; unset: of the training images
   config.data.std = placeholder(tuple)
   config.data.flip = True
+  config.data.skip_broken = 0  # go on without so many broken images; streamed ones are replaced by the next whole one
+  config.data.changed_ok = False  # True: a run that is resumed may have other images than it began with
   config.data.stream = False  # False: all images lie on the devices; True: they are read from disk as they are needed
   # Images on the devices, of one size:
   config.data.crop_padding = 4  # pixels

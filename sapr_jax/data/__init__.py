@@ -2,6 +2,8 @@
 
 from sapr_jax.data.augment import augment, normalize, random_crop, random_flip
 from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSource, ImageDataset, ImageSplit, subset
+from sapr_jax.data.decoding import BrokenImageError, too_many_broken
+from sapr_jax.data.fingerprint import fingerprint
 from sapr_jax.data.order import epoch_batches, epoch_order, evaluation_batches
 from sapr_jax.data.recipe import EvaluationRecipe, Recipe, TrainingRecipe
 from sapr_jax.data.sources import SOURCES, load_dataset, open_dataset
@@ -9,6 +11,7 @@ from sapr_jax.data.stream import stream_batches
 
 __all__ = [
   "SOURCES",
+  "BrokenImageError",
   "DataSpec",
   "EncodedDataset",
   "EncodedSource",
@@ -21,6 +24,7 @@ __all__ = [
   "epoch_batches",
   "epoch_order",
   "evaluation_batches",
+  "fingerprint",
   "load_dataset",
   "normalize",
   "open_dataset",
@@ -28,4 +32,5 @@ __all__ = [
   "random_flip",
   "stream_batches",
   "subset",
+  "too_many_broken",
 ]

@@ -1,6 +1,7 @@
 """Data sets, in host memory or as encoded files, what names them, and class-balanced subsets."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ class DataSpec:
     validation_images: So many training images are held out and stand in for the test images, so that a choice can be
       made without these; None for none. They are balanced as subsets are, and the same for every seed.
     seed: Seed of the subsets, in [0, 2**32). It does not move images between the splits.
+    skip_broken: How many broken images are left out of a set that is read into memory before it is refused.
   """
 
   source: str
@@ -39,6 +41,7 @@ class DataSpec:
   test_images: int | None = None
   validation_images: int | None = None
   seed: int = 0
+  skip_broken: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,12 +57,16 @@ class ImageSplit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-  """A labelled image set in memory; all images have one shape, and `class_names` are in label order."""
+  """A labelled image set in memory; all images have one shape, and `class_names` are in label order.
+
+  `broken` has what is wrong with each image that was left out, by its split ("train" or "test") and place in it.
+  """
 
   name: str
   train: ImageSplit
   test: ImageSplit
   class_names: tuple[str, ...]
+  broken: Mapping[str, dict[int, str]] = dataclasses.field(default_factory=dict)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -95,6 +102,9 @@ class EncodedSource(Protocol):
 
   def __getitem__(self, index: int) -> tuple[bytes, int, str]:
     """Returns the content of an image file, its label, and what messages call it."""
+
+  def listing(self) -> bytes:
+    """Returns what is known of the images without reading them, wherever their folder lies."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,23 +80,30 @@ def decode_exactly(encoded: bytes, name: str) -> tuple[Image.Image, bool]:
     raise _broken(name, error) from error
 
 
-def decode_dataset(files: EncodedDataset) -> ImageDataset:
+def decode_dataset(files: EncodedDataset, skip_broken: int = 0) -> ImageDataset:
   """Decodes every image of a set into memory, with one channel if every one is stored as grayscale, else with three.
 
   One thread: Pillow holds the interpreter lock for most of the time that a small image takes, so that more threads make
   32x32 images slower, not faster.
 
   Raises:
-    InputError: If an image cannot be read or has another size than the first one; the message names the image. Or if a
-      split has no image, or one without a label.
+    InputError: If more than `skip_broken` images are broken, or one cannot be read or has another size than the first;
+      the message names the image. Or if a split has no image, or one without a label.
   """
   sizes = [len(files.train), len(files.test)]
   images: np.ndarray | None = None
   first, all_grayscale = "", True
   labels = np.empty(sum(sizes), np.int32)
+  broken: dict[int, str] = {}
   for place in range(len(labels)):
     encoded, labels[place], name = files.train[place] if place < sizes[0] else files.test[place - sizes[0]]
-    image, is_grayscale = decode_exactly(encoded, name)
+    try:
+      image, is_grayscale = decode_exactly(encoded, name)
+    except BrokenImageError as error:
+      if not skip_broken:
+        raise
+      broken[place] = str(error)
+      continue
     if images is None:
       first, images = name, np.empty((len(labels), image.height, image.width, 3), np.uint8)
     if (image.height, image.width) != images.shape[1:3]:
@@ -105,14 +113,32 @@ def decode_dataset(files: EncodedDataset) -> ImageDataset:
       )
     images[place] = image
     all_grayscale &= is_grayscale
-  if images is None or 0 in sizes:
-    raise InputError(f"the splits of {files.name!r} hold {sizes[0]} and {sizes[1]} images; expected at least one each")
+  if len(broken) > skip_broken:
+    raise too_many_broken(broken.values(), skip_broken)
+  whole = [np.setdiff1d(np.arange(size) + start, [*broken]) for start, size in ((0, sizes[0]), (sizes[0], sizes[1]))]
+  if images is None or not all(map(len, whole)):
+    raise InputError(
+      f"the splits of {files.name!r} hold {len(whole[0])} and {len(whole[1])} images; expected at least one each"
+    )
   if labels.min() < 0:
     raise InputError(f"images of {files.name!r} have no label; expected splits that are labelled")
   if all_grayscale:
     images = np.ascontiguousarray(images[..., :1])
-  train, test = (ImageSplit(images[part], labels[part]) for part in (slice(sizes[0]), slice(sizes[0], None)))
-  return ImageDataset(files.name, train, test, files.class_names)
+  parts = whole if broken else [slice(sizes[0]), slice(sizes[0], None)]  # without a copy where it can be
+  train, test = (ImageSplit(images[part], labels[part]) for part in parts)
+  by_split = {
+    "train": {place: problem for place, problem in broken.items() if place < sizes[0]},
+    "test": {place - sizes[0]: problem for place, problem in broken.items() if place >= sizes[0]},
+  }
+  return ImageDataset(files.name, train, test, files.class_names, by_split)
+
+
+def too_many_broken(problems: Collection[str], limit: int) -> InputError:
+  """Returns the error to raise about more broken images than `limit`."""
+  return InputError(
+    f"{len(problems)} images are broken, more than the {limit} that skip_broken allows; the last of them: "
+    f"{list(problems)[-1]}, or allow more with skip_broken"
+  )
 
 
 def _broken(name: str, error: Exception) -> BrokenImageError:

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from sapr_jax.data.dataset import EncodedSource
+from sapr_jax.data.decoding import BrokenImageError, too_many_broken
 from sapr_jax.data.order import random_bits
 from sapr_jax.data.recipe import Recipe
 from sapr_jax.errors import InputError
@@ -43,9 +44,10 @@ def stream_batches(
   epoch: int,
   first: int = 0,
   workers: int = 0,
+  skip_broken: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, Any]]:
   """Reads the batches of one epoch, a few ahead of the consumer.
 
   Args:
@@ -56,12 +58,15 @@ def stream_batches(
     first: How many batches to skip, from 0 to n: a resumed epoch has the batches that remained.
     workers: How many processes to read with. 0 takes threads of this process, one a core, which is enough where there
       are few cores: most of the time the decoders run outside the interpreter lock.
+    skip_broken: How many broken images may follow each other: in the place of one comes the next whole one of the
+      source, which depends on the files alone. The caller counts them over the batches.
     process_index, process_count: Place of this process in the run; `B` is a multiple of their number.
 
   Returns:
-    Iterator of n - first dicts with "images", uint8 `[B / process_count, size, size, 3]`, and "labels", int32
-    `[B / process_count]`: this process's slice of each batch. Nothing runs before the first `next`. Closing the
-    iterator, or dropping it, ends its threads and worker processes.
+    Iterator of n - first dicts with this process's slice of each batch, of b = B / process_count: "images", uint8
+    `[b, size, size, 3]`, "labels", int32 `[b]`, and "weights", float32 `[b]`, 0 for an image in the place of a broken
+    one; and with "broken", index in the source -> what is wrong with it. Nothing runs before the first `next`.
+    Closing the iterator, or dropping it, ends its threads and worker processes.
 
   Raises:
     InputError: If a package is missing; from `next`, if an image cannot be read or a worker process died.
@@ -70,7 +75,7 @@ def stream_batches(
   assert 0 <= first <= len(order) and order.shape[1] % process_count == 0
   size = order.shape[1] // process_count
   columns = range(process_index * size, (process_index + 1) * size)
-  batches = _batches(_Pieces(source, recipe, order, first, columns, (seed, purpose, epoch)), workers)
+  batches = _batches(_Pieces(source, recipe, order, first, columns, (seed, purpose, epoch), skip_broken), workers)
   _OPEN.add(batches)
   return batches
 
@@ -85,6 +90,7 @@ class _Pieces:
   first: int
   columns: range  # of the order, that this process reads
   key: tuple[int, str | int, int]
+  skip_broken: int
 
   @property
   def per_batch(self) -> int:
@@ -93,20 +99,38 @@ class _Pieces:
   def __len__(self) -> int:
     return (len(self.order) - self.first) * self.per_batch
 
-  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, number: int) -> dict[str, Any]:
     batch, piece = divmod(number, self.per_batch)
     row, columns = self.first + batch, self.columns[piece * _PIECE : (piece + 1) * _PIECE]
     images = np.empty((len(columns), self.recipe.size, self.recipe.size, 3), np.uint8)
-    labels = np.empty(len(columns), np.int32)
+    labels, weights = np.empty(len(columns), np.int32), np.ones(len(columns), np.float32)
+    broken: dict[int, str] = {}
     for place, column in enumerate(columns):
-      encoded, labels[place], name = self.source[int(self.order[row, column])]
+      index = int(self.order[row, column])
+      images[place], labels[place], found = self._example(index, row * self.order.shape[1] + column)
+      weights[place] = not found
+      broken |= found
+    return {"images": images, "labels": labels, "weights": weights, "broken": broken}
+
+  def _example(self, index: int, position: int) -> tuple[np.ndarray, int, dict[int, str]]:
+    """Returns the first whole example from `index` on, its label, and the broken ones before it."""
+    broken: dict[int, str] = {}
+    while True:
+      encoded, label, name = self.source[index]
       # One more than the position: NumPy pads with zeros, so 0 would give the bits that shuffle the epoch.
-      bits = random_bits(*self.key, row * self.order.shape[1] + column + 1)
-      images[place] = self.recipe(encoded, name, bits)
-    return {"images": images, "labels": labels}
+      bits = random_bits(*self.key, position + 1)
+      try:
+        return self.recipe(encoded, name, bits), label, broken
+      except BrokenImageError as error:
+        if not self.skip_broken:
+          raise
+        broken[index] = str(error)
+        index = (index + 1) % len(self.source)
+        if len(broken) > self.skip_broken or index in broken:
+          raise too_many_broken(broken.values(), self.skip_broken) from error
 
 
-def _batches(pieces: _Pieces, workers: int) -> Generator[dict[str, np.ndarray]]:
+def _batches(pieces: _Pieces, workers: int) -> Generator[dict[str, Any]]:
   """Puts the pieces of each batch together."""
   if len(pieces) == 0:
     return
@@ -115,7 +139,10 @@ def _batches(pieces: _Pieces, workers: int) -> Generator[dict[str, np.ndarray]]:
     for _ in range(0, len(pieces), pieces.per_batch):
       parts = [next(reader) for _ in range(pieces.per_batch)]
       # Copies them out of the memory that is shared with the workers, so that it can be given back.
-      yield {name: np.concatenate([part[name] for part in parts]) for name in ("images", "labels")}
+      batch: dict[str, Any] = {
+        name: np.concatenate([part[name] for part in parts]) for name in ("images", "labels", "weights")
+      }
+      yield batch | {"broken": {index: problem for part in parts for index, problem in part["broken"].items()}}
   except RuntimeError as error:
     if "terminated unexpectedly" not in str(error):
       raise

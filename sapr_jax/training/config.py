@@ -139,10 +139,12 @@ FIELDS: dict[str, Rule | OneOf] = {
   "data.std": CHANNELS.or_unset(),
   "data.flip": BOOLEAN,
   "data.stream": BOOLEAN,
-  "data.crop_padding": integer(0),
+  "data.crop_padding": integer(0, 2**16),  # no format has larger images; the feed knows how large these are
   "data.image_size": integer(1),
   "data.eval_resize": integer(1),
   "data.workers": integer(0).or_unset(),
+  "data.skip_broken": integer(0),
+  "data.changed_ok": BOOLEAN,
   **_phase("train", least_epochs=0),
   **_phase("finetune", least_epochs=0),
   "prune.proposer": OneOf(PROPOSERS),

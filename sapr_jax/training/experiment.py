@@ -76,9 +76,7 @@ class Experiment:
     """Returns values that must be the same on all processes, in little space."""
     feed = self.passes.feed
     return {
-      "the number of images": [feed.num_train, feed.num_test],
-      "the number of classes": feed.num_classes,
-      "the shape of the images": list(feed.image_shape),
+      **feed.fingerprint,
       "their mean and deviation": [feed.preprocessing.mean, feed.preprocessing.std],
       "the checksum of the first weights": processes.fingerprint(self.variables),
     }

@@ -16,6 +16,7 @@ from sapr_jax import data
 from sapr_jax.errors import InputError
 from sapr_jax.runtime.devices import default_steps_per_call, process_slice, replicate
 from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.skipping import SkippedImages
 
 
 def open_feed(config: Any, mesh: Mesh) -> Feed:
@@ -38,6 +39,7 @@ def data_spec(config: Any) -> data.DataSpec:
     test_images=fields.test_images,
     validation_images=fields.validation_images,
     seed=config.seed,
+    skip_broken=fields.skip_broken,
   )
 
 
@@ -50,6 +52,8 @@ class Feed(abc.ABC):
     num_classes: Number of classes.
     image_shape: `(height, width, channels)` of the network's input.
     preprocessing: The part of it that is left to the steps.
+    fingerprint: See `data.fingerprint`.
+    skipped: Broken images that were met so far.
     train: Training images on the devices; empty if batches bring their images.
     test: The same for test images.
   """
@@ -61,6 +65,7 @@ class Feed(abc.ABC):
   def __init__(self, dataset: data.ImageDataset | data.EncodedDataset, config: Any):
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
     self.num_classes = len(dataset.class_names)
+    self.fingerprint, self.skipped = data.fingerprint(dataset), SkippedImages(config.data.skip_broken)
     self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
 
   def training(
@@ -96,11 +101,18 @@ class ResidentFeed(Feed):
   def __init__(self, config: Any, mesh: Mesh):
     dataset, fields = data.load_dataset(data_spec(config)), config.data
     super().__init__(dataset, config)
+    for split, broken in dataset.broken.items():
+      self.skipped.add(split, broken)
     self.image_shape = dataset.image_shape
     if fields.mean is not None and len(fields.mean) != self.image_shape[-1]:
       raise InputError(
         f"data.mean must have one number for each of the {self.image_shape[-1]} channels of these images, got"
         f" {len(fields.mean)}: {fields.mean}; leave it unset to take the mean of the images."
+      )
+    if fields.crop_padding >= (shorter := min(self.image_shape[:2])):
+      raise InputError(
+        f"data.crop_padding must be below the {shorter} pixels of the images' shorter side, got {fields.crop_padding};"
+        " crops would hold nothing of the image."
       )
     mean, std = dataset.channel_statistics()
     self.preprocessing = Preprocessing(
@@ -142,19 +154,23 @@ class StreamedFeed(Feed):
     self._train_recipe = data.TrainingRecipe(fields.image_size, flip=fields.flip)
     self._test_recipe = data.EvaluationRecipe(fields.image_size, resize=fields.eval_resize)
     self._workers = _default_workers() if fields.workers is None else fields.workers
+    self._skip_broken = fields.skip_broken
 
   def _training_calls(self, order: np.ndarray, purpose: int, epoch: int, first: int) -> Iterator[Any]:
-    return self._calls(self._dataset.train, order, self._train_recipe, purpose, epoch, first)
+    calls = self._calls("train", order, self._train_recipe, purpose, epoch, first)
+    return (batch for batch, _ in calls)
 
   def _evaluation_calls(self, order: np.ndarray, weights: np.ndarray) -> Iterator[Any]:
-    calls = self._calls(self._dataset.test, order, self._test_recipe, 0, 0, 0)
-    return zip(calls, weights[:, None, process_slice(order.shape[1])], strict=True)
+    calls = self._calls("test", order, self._test_recipe, 0, 0, 0)
+    for (batch, whole), counted in zip(calls, weights[:, None, process_slice(order.shape[1])], strict=True):
+      yield batch, counted * whole
 
   def _calls(
-    self, split: data.EncodedSource, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
-  ) -> Iterator[Any]:
+    self, split: str, order: np.ndarray, recipe: data.Recipe, purpose: int, epoch: int, first: int
+  ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Yields the images and labels of each call, and which of them are no substitutes for broken images."""
     batches = data.stream_batches(
-      split,
+      getattr(self._dataset, split),
       order,
       recipe=recipe,
       seed=self._seed,
@@ -162,11 +178,13 @@ class StreamedFeed(Feed):
       epoch=epoch,
       first=first,
       workers=self._workers,
+      skip_broken=self._skip_broken,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
     for batch in batches:
-      yield jax.tree.map(lambda x: x[None], batch)
+      self.skipped.add(split, batch["broken"])
+      yield {name: batch[name][None] for name in ("images", "labels")}, batch["weights"][None]
 
 
 def _default_workers() -> int:

@@ -72,9 +72,11 @@ def run(
     processes.check_equal(**experiment.fingerprint())
     processes.together(lambda: stack.enter_context(layout.locked(path, config)))
     functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
+    layout.check_images(path, experiment.passes.feed.fingerprint, changed_ok=config.data.changed_ok)
     experiment = _as_it_began(experiment, path, functions)
     interruption = interruption or stack.enter_context(Interruption())
     _write_network(experiment, path, functions)
+    processes.together(lambda: experiment.passes.feed.skipped.keep_in(path / layout.SKIPPED))
     say(describe(experiment))
     recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
 
@@ -189,6 +191,7 @@ def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[s
     groups = {group.name: group.size for group in experiment.graph.groups}
     network = {"groups": groups, "macs": experiment.graph.macs(), "round_to": experiment.round_to}
     network |= {"functions": functions}  # of the run, as far as names tell
+    network |= {"images": experiment.passes.feed.fingerprint}
     write_json(path / layout.NETWORK, network)
 
 

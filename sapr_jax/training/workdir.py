@@ -21,6 +21,7 @@ from sapr_jax.artifacts.files import read_json, remove_temporaries, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
 from sapr_jax.artifacts.saved_model import DEFINITION
 from sapr_jax.errors import InputError
+from sapr_jax.runtime import processes, say
 
 CONFIG = "config.json"
 NETWORK = "network.json"
@@ -28,10 +29,20 @@ SUMMARY = "summary.json"
 DENSE = "dense"
 PRUNED = "pruned"
 REPORT = "report.txt"
+SKIPPED = "skipped_images.jsonl"
 LOCK = ".lock"
 
 # Fields that change how a run goes about its work but not its results; they may differ when it resumes.
-_FREE_FIELDS = ("steps_per_call", "data.path", "data.workers", "checkpoint.", "report.", "eval_batch_size")
+_FREE_FIELDS = (
+  "steps_per_call",
+  "data.path",
+  "data.workers",
+  "data.skip_broken",
+  "data.changed_ok",
+  "checkpoint.",
+  "report.",
+  "eval_batch_size",
+)
 
 
 def check_workdir(path: pathlib.Path, config: Any) -> None:
@@ -76,6 +87,25 @@ def _compare(path: pathlib.Path, earlier: dict[str, Any], fields: dict[str, Any]
       f"{path} belongs to a run of another configuration: {shown}{more}; give the same values to resume it, or a new"
       " --workdir to start again."
     )
+
+
+def check_images(path: pathlib.Path, now: dict[str, Any], *, changed_ok: bool) -> None:
+  """Checks that a run goes on with the images it began with, by their fingerprints; `changed_ok` makes it a warning.
+
+  Raises:
+    InputError: If it does not; the message says what differs.
+  """
+  began = processes.decided_by_main(lambda: (read_json(path / NETWORK) or {}).get("images")) or now
+  names = [name for name in now | began if began.get(name) != now.get(name)]
+  if not names:
+    return
+  changes = ", ".join(f"{name} was {began.get(name)} and is now {now.get(name)}" for name in names)
+  if not changed_ok:
+    raise InputError(
+      f"{path} belongs to a run on other images: {changes}; give the same images to resume it, a new --workdir to start"
+      " again, or --config.data.changed_ok=True to go on with these."
+    )
+  say(f"warning: {path} goes on with other images, as data.changed_ok allows: {changes}")
 
 
 def _check_place(path: pathlib.Path) -> None:

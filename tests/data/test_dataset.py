@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sapr_jax.data import DataSpec, ImageDataset, ImageSplit, load_dataset, subset
+from sapr_jax.data import DataSpec, EncodedDataset, ImageDataset, ImageSplit, fingerprint, load_dataset, subset
+from sapr_jax.data.sources.folder import FolderSource
 
 
 def make_split(labels: list[int], shape: tuple[int, int, int] = (2, 2, 3)) -> ImageSplit:
@@ -98,3 +99,44 @@ def test_bad_subsets_are_refused(refused):
 def test_an_unknown_source_is_refused_with_the_known_ones(refused):
   with refused("unknown data source 'cifar'", "tfds, folder, digits"):
     load_dataset(DataSpec("cifar"))
+
+
+def in_memory(*, value=0, label=1, names=("a", "b")):
+  images = np.zeros((3, 2, 4, 1), np.uint8)
+  images[2, 1, 3] = value
+  split = ImageSplit(images, np.array([0, 1, label], np.int32))
+  return ImageDataset("set", split, split, names)
+
+
+def test_fingerprints_tell_pixels_labels_and_classes_apart():
+  same, expected = fingerprint(in_memory()), {"the number of images": [3, 3], "the number of classes": 2}
+  assert same == fingerprint(in_memory()) and same.items() >= expected.items()
+
+  def differing(**changes):
+    return {name for name, value in fingerprint(in_memory(**changes)).items() if value != same[name]}
+
+  assert differing(value=1) == {"the checksum of the images"}
+  assert differing(label=0) == {"the checksum of the labels"}
+  assert differing(names=("ab", "")) == {"the checksum of the class names"}
+
+
+def test_fingerprints_of_files_see_names_labels_and_a_sample_of_the_contents(tmp_path):
+  def found(files, labels, folder="here"):
+    for name, content in files.items():
+      (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / folder / name).write_bytes(content)
+    root = str(tmp_path / folder)
+    source = FolderSource(root, [f"{root}/{name}" for name in files], np.array(labels, np.int32))
+    return fingerprint(EncodedDataset("set", source, source, ("a", "b")))
+
+  first = found({"1": b"one", "2": b"two"}, [0, 1])
+  assert first == found({"1": b"one", "2": b"two"}, [0, 1], "elsewhere")
+  for other, what in (
+    (found({"1": b"one", "3": b"two"}, [0, 1]), {"the checksum of the file names and labels"}),
+    (found({"1": b"one", "2": b"TWO"}, [0, 1]), {"the checksum of 4 of the files"}),
+    (
+      found({"1": b"one", "2": b"two"}, [0, 0]),
+      {"the checksum of the file names and labels", "the checksum of 4 of the files"},
+    ),
+  ):
+    assert {name for name in first if other[name] != first[name]} == what

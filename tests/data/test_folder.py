@@ -165,3 +165,20 @@ def test_too_large_a_subset_names_the_split(root, refused):
     load_dataset(DataSpec("folder", path=str(root), train_images=6))
   with refused(str(root / "test"), "cannot choose 3 of 2 images"):
     load_dataset(DataSpec("folder", path=str(root), test_images=3))
+
+
+def test_broken_images_are_left_out_as_far_as_is_allowed(root, refused):
+  for file in ("train/cat/1.png", "test/cat/0b.png"):
+    (root / file).write_bytes(b"broken")
+  dataset = load_dataset(DataSpec("folder", path=str(root), skip_broken=2))
+  assert dataset.train.labels.tolist() == [0, 0, 1, 1]
+  assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 2, 10, 11]
+  assert dataset.test.labels.tolist() == [0, 1]
+  assert [[*broken] for broken in dataset.broken.values()] == [[1], [1]]
+  assert f"{str(root / 'train/cat/1.png')!r} is broken" in dataset.broken["train"][1]
+  with refused("2 images are broken, more than the 1", str(root / "test/cat/0b.png"), "or allow more"):
+    load_dataset(DataSpec("folder", path=str(root), skip_broken=1))
+  (root / "test" / "dog" / "0.png").write_bytes(b"")
+  (root / "test" / "cat" / "0.png").write_bytes(b"")
+  with refused("hold 4 and 0 images"):
+    load_dataset(DataSpec("folder", path=str(root), skip_broken=9))

@@ -179,6 +179,26 @@ def test_a_bad_file_is_refused_by_name(tmp_path, refused, workers):
   assert active_children() == []
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_next_whole_image_stands_in_for_a_broken_one(tmp_path, refused, workers):
+  for split in ("train", "val"):
+    (tmp_path / split / "only").mkdir(parents=True)
+    for number in range(6):
+      Image.new("RGB", (20, 30), (40 * number,) * 3).save(tmp_path / split / "only" / f"{number}.png")
+  for number in (1, 2, 5):
+    (tmp_path / "val" / "only" / f"{number}.png").write_bytes(b"broken")
+  split = open_dataset(DataSpec("folder", path=str(tmp_path))).test
+  order = np.array([[5, 1, 3], [2, 4, 0]], np.int32)
+  options = {"recipe": EvaluationRecipe(size=4, resize=4), "seed": 0, "purpose": 0, "epoch": 0, "workers": workers}
+  batches = list(stream_batches(split, order, skip_broken=2, **options))
+  assert [batch["images"][:, 0, 0, 0].tolist() for batch in batches] == [[0, 120, 120], [120, 160, 0]]
+  assert [batch["weights"].tolist() for batch in batches] == [[0, 0, 1], [0, 1, 1]]
+  assert [sorted(batch["broken"]) for batch in batches] == [[1, 2, 5], [2]]
+  assert "val/only/5.png' is broken" in batches[0]["broken"][5]
+  with refused("2 images are broken, more than the 1"):
+    list(stream_batches(split, order, skip_broken=1, **options))
+
+
 _PROGRAM = """
 import sys, time
 import numpy as np

@@ -178,3 +178,58 @@ def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
     training.run(config, tmp_path / "run")
   file.write_bytes(whole)
   assert 0 <= training.run(config, tmp_path / "run")["pruned"]["accuracy"] <= 1
+
+
+def test_broken_images_are_skipped_named_once_and_counted_over_all_starts(photos, tmp_path, capsys):
+  copy = shutil.copytree(photos, tmp_path / "copy")
+  for file in ("train/dark/1.JPEG", "train/light/2.JPEG", "val/dark/3.JPEG"):
+    (copy / file).write_bytes(b"broken")
+
+  def opened(limit):
+    found = feed.open_feed(streamed_config(copy, **{"data.skip_broken": limit}), devices.data_mesh())
+    found.skipped.keep_in(tmp_path / "skipped")
+    return found
+
+  def epoch(feed):
+    return [(calls["images"], calls["labels"]) for calls in feed.training(8, purpose=1, epoch=0)]
+
+  first = opened(3)
+  images, _ = first.training(8, purpose=1, epoch=0), epoch(first)
+  assert sum(float(weights.sum()) for _, weights in first.evaluation()) == 11 - 1
+  warnings = capsys.readouterr().err.splitlines()
+  assert len(warnings) == 3 and all("data.skip_broken=3 allows" in line for line in warnings)
+  again = opened(3)
+  assert "3 broken images are skipped, which" in capsys.readouterr().err
+  for batch, other in zip(images, epoch(again), strict=True):
+    np.testing.assert_array_equal(batch["images"], other[0])
+    np.testing.assert_array_equal(batch["labels"], other[1])
+  assert capsys.readouterr().err == ""
+  with pytest.raises(sapr.InputError, match=r"3 images are broken, more than the 2 that skip_broken allows; .*3\.JPEG"):
+    opened(2)
+
+
+def test_more_broken_images_than_are_allowed_stop_the_pass(photos, tmp_path):
+  copy = shutil.copytree(photos, tmp_path / "copy")
+  for number in (1, 3):
+    (copy / "train" / "dark" / f"{number}.JPEG").write_bytes(b"broken")
+  limited = feed.open_feed(streamed_config(copy, **{"data.skip_broken": 1}), devices.data_mesh())
+  with pytest.raises(sapr.InputError, match=r"2 images are broken, more than the 1 .*dark/[13]\.JPEG' is broken"):
+    list(limited.training(8, purpose=1, epoch=0))
+
+
+def test_images_in_memory_tell_what_was_skipped(photos, tmp_path, capsys):
+  for file in photos.rglob("*.JPEG"):
+    (tmp_path / file.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
+    Image.open(file).resize((16, 16)).save(tmp_path / file.relative_to(photos))
+  (tmp_path / "val").rename(tmp_path / "test")
+  (tmp_path / "train" / "dark" / "5.JPEG").write_bytes(b"")
+  config = digits.get_config()
+  config.data.source, config.data.path, config.data.skip_broken = "folder", str(tmp_path), 1
+  assert feed.open_feed(config, devices.data_mesh()).num_train == 23
+  assert "skipped, as data.skip_broken=1 allows: image" in capsys.readouterr().err
+
+
+def test_crops_must_hold_something_of_the_image():
+  assert resident_feed(**{"data.crop_padding": 7}).preprocessing.crop_padding == 7
+  with pytest.raises(sapr.InputError, match="crop_padding must be below the 8 pixels"):
+    resident_feed(**{"data.crop_padding": 8})

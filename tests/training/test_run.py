@@ -127,14 +127,56 @@ def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
   assert "holds a finished run" in capsys.readouterr().out
 
 
-def test_data_that_has_changed_is_noticed(whole, tmp_path):
-  shutil.copytree(whole[0], tmp_path / "run")
-  (tmp_path / "run" / "summary.json").unlink()
-  (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace("320", "256"))
-  with pytest.raises(
-    sapr.InputError, match="The data has changed since the run began: an epoch had 5 steps and now has"
-  ):
-    training.run(small_config(data__train_images=256), tmp_path / "run")
+def without_results(run, path):
+  """Copies a finished run as if it had been killed before it wrote its results."""
+  shutil.copytree(run, path, ignore=shutil.ignore_patterns("dense", "pruned", "summary.json", "report.txt"))
+  return path
+
+
+def contents(path):
+  return {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != workdir.LOCK}
+
+
+@pytest.mark.parametrize(
+  ("what", "change"),
+  [
+    ("the checksum of the images was .* and is now", lambda images: images.at[0, 0, 0, 0].add(1)),
+    (r"the shape of the images was \[8, 8, 1\] and is now \[8, 8, 3\]", lambda images: jnp.repeat(images, 3, axis=-1)),
+  ],
+)
+def test_other_images_are_refused_and_touch_nothing(whole, tmp_path, monkeypatch, what, change):
+  path, load = without_results(whole[0], tmp_path / "run"), data.load_dataset
+  before = contents(path)
+
+  def load_changed(spec):
+    splits = {
+      name: dataclasses.replace(split, images=np.asarray(change(jnp.asarray(split.images))))
+      for name, split in vars(load(spec)).items()
+      if name in ("train", "test")
+    }
+    return dataclasses.replace(load(spec), **splits)
+
+  monkeypatch.setattr(data, "load_dataset", load_changed)
+  with pytest.raises(sapr.InputError, match=f"a run on other images: .*{what}.*changed_ok=True"):
+    training.run(small_config(), path)
+  assert contents(path) == before
+
+
+def test_other_images_may_be_allowed_and_are_then_those_of_the_run(whole, tmp_path, capsys):
+  path = without_results(whole[0], tmp_path / "run")
+  network = json.loads((path / workdir.NETWORK).read_text())
+  for images in ({**network["images"], "the number of classes": 8}, None):  # None: of before there were fingerprints
+    (path / workdir.NETWORK).write_text(json.dumps(network | {"images": images}))
+    if images:
+      with pytest.raises(sapr.InputError, match="the number of classes was 8 and is now 10"):
+        training.run(small_config(), path)
+    assert (
+      training.run(small_config(data__changed_ok=images is not None), path)["pruned"]["accuracy"]
+      == whole[1]["pruned"]["accuracy"]
+    )
+    assert ("goes on with other images" in capsys.readouterr().out) == (images is not None)
+    assert json.loads((path / workdir.NETWORK).read_text())["images"] == network["images"]
+    (path / "summary.json").unlink()
 
 
 def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):

@@ -28,7 +28,7 @@ _MAX_NAMES_SHOWN = 5
 
 def load(spec: DataSpec) -> ImageDataset:
   """Reads the chosen files of `train` and `test`, and no others: a small subset of a large folder loads quickly."""
-  return decode_dataset(_list_files(spec, "test"))
+  return decode_dataset(_list_files(spec, "test"), spec.skip_broken)
 
 
 def open(spec: DataSpec) -> EncodedDataset:
@@ -51,6 +51,9 @@ class FolderSource:
   def __getitem__(self, index: int) -> tuple[bytes, int, str]:
     path = self._root + os.fsdecode(self._paths[index])
     return _read(path), int(self._labels[index]), path
+
+  def listing(self) -> bytes:
+    return self._paths.tobytes() + self._labels.tobytes()
 
 
 def _read(path: str) -> bytes:

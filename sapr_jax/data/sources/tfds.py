@@ -29,7 +29,7 @@ _OTHER_SOURCE = "or use source=folder with image files of your own"
 def load(spec: DataSpec) -> ImageDataset:
   """Reads the splits `train` and `test`; the subsets are balanced once the labels are known."""
   whole = dataclasses.replace(spec, train_images=None, test_images=None, validation_images=None)
-  dataset = decode_dataset(_open_splits(whole, _prepare(spec), "test"))
+  dataset = decode_dataset(_open_splits(whole, _prepare(spec), "test"), spec.skip_broken)
   train, test = chosen_splits(dataset.train, dataset.test, spec)
   return dataclasses.replace(dataset, train=train, test=test)
 
@@ -53,6 +53,9 @@ class TfdsSource:
     place = int(self._indices[index])
     example = self._examples[place]
     return example["image"], int(example["label"]), f"{self._name}[{place}]"
+
+  def listing(self) -> bytes:
+    return self._name.encode() + self._indices.tobytes()
 
 
 def _open_splits(spec: DataSpec, builder: Any, held_out: str) -> EncodedDataset:
