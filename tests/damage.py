@@ -6,30 +6,30 @@ import pathlib
 import random
 
 
-def damage(content: bytes, rng: random.Random) -> bytes:
-  """Returns content that was cut, extended, or changed in some bytes; never the same."""
-  place, length = rng.randrange(len(content) + 1), rng.randrange(1, 20)
-  changed = rng.choice(
-    [
-      content[:place],
-      content[:place] + rng.randbytes(length) + content[place:],
-      content[:place] + bytes(length) + content[place + length :],
-      content[:place] + content[place + length :],
-      b"",
-      content + content[:length],
-      content[:place]
-      + bytes(byte ^ 1 << rng.randrange(8) for byte in content[place : place + 1])
-      + content[place + 1 :],
-    ]
-  )
-  return changed if changed != content else content + b"\0"
+def damage(content: bytes, rng: random.Random) -> tuple[str, bytes]:
+  """Returns what was done to a file, and what it is then: never the same."""
+  place, size = rng.randrange(len(content) + 1), int(2 ** rng.uniform(0, 9))
+  before, hit, after = content[:place], content[place : place + size], content[place + size :]
+  ways = {
+    "flipped": before + bytes(byte ^ 1 << rng.randrange(8) for byte in hit[:1]) + content[place + 1 :],
+    "cut": before,
+    "cut, with an end marker of JPEG": before + b"\xff\xd9",
+    "zeros": before + bytes(len(hit)) + after,
+    "noise": before + rng.randbytes(len(hit)) + after,
+    "left out": before + after,
+    "put in": before + rng.randbytes(size) + content[place:],
+    "twice": before + hit + hit + after,
+  }
+  what, changed = rng.choice(list(ways.items()))
+  return (what, changed) if changed != content else ("a byte more", content + b"\0")
 
 
 def damage_a_file(folder: pathlib.Path, rng: random.Random) -> str:
-  """Damages or removes one of the files in `folder`; returns which, and how large it is now."""
+  """Damages or removes one of the files in `folder`; returns which, and how."""
   file = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
   if rng.random() < 0.1:
     file.unlink()
     return f"{file} removed"
-  file.write_bytes(damage(file.read_bytes(), rng))
-  return f"{file} of {file.stat().st_size} bytes"
+  what, content = damage(file.read_bytes(), rng)
+  file.write_bytes(content)
+  return f"{file} {what}"

@@ -1,6 +1,6 @@
 """Image files damaged at random: each decodes with all of its pixels, or is refused in one line, and soon.
 
-PYTHONPATH=. python tests/data/damaged_images.py [--cases N] [--seed N]
+PYTHONPATH=.:tests python tests/data/damaged_images.py [--cases N] [--seed N]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
+from damage import damage
 from PIL import Image
 
 from sapr_jax.data.decoding import decode_exactly, decode_quickly, image_size
@@ -43,23 +44,6 @@ def whole_files() -> list[bytes]:
     photo.convert(option.pop("mode", "RGB")).save(buffer, **option)
     files.append(buffer.getvalue())
   return files
-
-
-def damage(encoded: bytes, rng: random.Random) -> tuple[str, bytes]:
-  """Returns what was done to a file, and what it is then."""
-  place, size = rng.randrange(len(encoded)), int(2 ** rng.uniform(0, 9))
-  after = encoded[place + size :]
-  ways = {
-    "flipped": encoded[:place] + bytes([encoded[place] ^ 1 << rng.randrange(8)]) + encoded[place + 1 :],
-    "cut": encoded[:place],
-    "cut, with an end marker": encoded[:place] + b"\xff\xd9",
-    "zeros": encoded[:place] + bytes(min(size, len(encoded) - place)) + after,
-    "noise": encoded[:place] + rng.randbytes(min(size, len(encoded) - place)) + after,
-    "left out": encoded[:place] + after,
-    "put in": encoded[:place] + rng.randbytes(size) + encoded[place:],
-    "twice": encoded[: place + size] + encoded[place:],
-  }
-  return rng.choice(list(ways.items()))
 
 
 def outcome(encoded: bytes, rng: random.Random) -> str:
@@ -97,7 +81,7 @@ def failures(cases: int, seed: int, outcomes: Counter[tuple[str, str]]) -> Itera
     number = rng.randrange(len(files))
     encoded, done = files[number], []
     for _ in range(rng.choice((1, 1, 2))):
-      what, encoded = damage(encoded or b"\0", rng)
+      what, encoded = damage(encoded, rng)
       done.append(what)
     try:
       outcomes[" and ".join(done), outcome(encoded, rng)] += 1
