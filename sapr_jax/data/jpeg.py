@@ -24,6 +24,7 @@ _START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _TABLES = 0xC4  # markers, as all below
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {_TABLES, 0xC8, 0xCC}
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_SEQUENTIAL = _FRAMES - _PROGRESSIVE
 _NO_SEGMENTS = frozenset(range(0xD0, 0xDA))
 _WITHOUT_PIXELS = frozenset({*range(0xE0, 0xF0), 0xFE})  # Exif, colour profiles, comments
 _END_OF_BLOCK = 0  # symbol of a Huffman code
@@ -125,7 +126,7 @@ def _cut_scans(encoded: bytes, place: int) -> bytes:
 
 def _has_one_scan(header: Segments, scan: bytes) -> bool:
   """Whether the first scan has all channels to the last bit."""
-  return any(segment[9:10] == scan[4:5] for marker, segment in header if marker in _FRAMES - _PROGRESSIVE)
+  return any(segment[9:10] == scan[4:5] for marker, segment in header if marker in _SEQUENTIAL)
 
 
 def _has_all_scans(header: Segments, scans: bytes) -> bool:
