@@ -483,6 +483,9 @@ ROWS = [
     lambda f: training.run(small_config(), f"{f.workdir}\0"),
     r"cannot be used \(.*null (byte|character in path)\)",
   ),
+  Row(
+    "workdir: no UTF-8", lambda f: training.run(small_config(), f.here / "\udcff"), r"must have a name in UTF-8; name"
+  ),
   Row("workdir: name too long", lambda f: training.run(small_config(), f.here / ("x" * 300)), r"File name too long"),
   Row("workdir: other files", run(), r"holds other files and no run", foreign),
   Row(

@@ -111,6 +111,7 @@ def check_images(path: pathlib.Path, now: dict[str, Any], *, changed_ok: bool) -
 def _check_place(path: pathlib.Path) -> None:
   """Checks that `path` is a directory or can become one."""
   try:
+    str(path).encode()
     if path.is_dir():
       return
     path.lstat()
@@ -121,6 +122,8 @@ def _check_place(path: pathlib.Path) -> None:
       problem = f"must be on a mounted file system, and {path.parts[0]}// is not supported"
   except NotADirectoryError:
     problem = "lies below a file"
+  except UnicodeEncodeError:  # Orbax writes it into a file
+    problem = "must have a name in UTF-8"
   except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
     problem = f"cannot be used ({getattr(error, 'strerror', None) or error})"
   else:
