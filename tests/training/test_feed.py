@@ -177,6 +177,9 @@ def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
   with pytest.raises(sapr.InputError, match=r"image .*dark/1\.JPEG' is broken"):
     training.run(config, tmp_path / "run")
   file.write_bytes(whole)
+  with pytest.raises(sapr.InputError, match=r"other images: .*data\.changed_ok=True"):
+    training.run(config, tmp_path / "run")
+  config.data.changed_ok = True
   assert 0 <= training.run(config, tmp_path / "run")["pruned"]["accuracy"] <= 1
 
 
