@@ -89,7 +89,7 @@ def start_from(variables: Any, graph: ChannelGraph, outputs: Mapping[str, Any]) 
 
 
 def reorder(scores: Scores, importance: Scores) -> dict[str, np.ndarray]:
-  """Hands the scores of each group out anew: the highest to the most important channel, and so on.
+  """Hands out the scores of each group again: the highest to the most important channel, and so on.
 
   The widths that `project_to_budget` chooses stay the same. Which channels of a group fill them, the importance says.
 
