@@ -78,7 +78,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
   ],
 )
 def test_a_program_ends_at_once_unless_it_has_unsaved_work(work, signals, status, message):
-  command = [sys.executable, "-c", PROGRAM.format(work)]
+  command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM.format(work)]  # of a fork beside threads
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
     try:
       process.stdout.readline()
