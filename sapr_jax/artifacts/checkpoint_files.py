@@ -40,6 +40,8 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   try:
     checksum, data = read_bytes(folder / _CHECKSUM), read_bytes(folder / _CONTENT)
   except FileNotFoundError as error:
+    if error.filename is None:  # it was there when it was opened
+      raise
     missing = pathlib.Path(error.filename)
     # Unless the disk went away, and its files with it, or a cache of the file system is behind.
     if missing.name in os.listdir(folder if folder.is_dir() else folder.parent):
