@@ -105,6 +105,8 @@ def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInter
     if _COMPILATION_CACHE.value:
       runtime.use_compilation_cache()
     training.run(config, workdir, interruption=interruption)
+    if interruption is not None:
+      interruption.finish()
   except DivergedError as error:
     return _fail(str(error), 3)
   except InputError as error:

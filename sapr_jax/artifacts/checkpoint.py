@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pathlib
@@ -73,8 +74,8 @@ class Checkpointer:
     if jax.process_index() == 0:
       folder = self._directory.parent / "damaged"
       folder.mkdir(exist_ok=True)
-      number = sum(1 for _ in folder.iterdir())
-      destination = folder / f"{self._directory.name}_{source.name}_{number}"
+      names = (folder / f"{self._directory.name}_{source.name}_{number}" for number in itertools.count())
+      destination = next(name for name in names if not name.exists())
       os.rename(source, destination)
       print(f"warning: the checkpoint {source} is damaged ({problem}); moved to {destination}", file=sys.stderr)
     _worst_of_processes(_WHOLE)  # waits, so that no process finds it again

@@ -60,7 +60,10 @@ def read_bytes(path: pathlib.Path) -> bytes:
   with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
       raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return file.read()
+    try:
+      return file.read()
+    except MemoryError:
+      raise OSError(errno.ENOMEM, "it is larger than the memory", str(path)) from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:

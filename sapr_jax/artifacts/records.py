@@ -45,6 +45,8 @@ class Recorder:
     kept = [record for record in self._records if record["step"] <= step]
     if self._events is not None and kept == self._records:
       return  # the stage before has just ended
+    if (dropped := len(self._records) - len(kept)) > 1:  # one is usual after a kill
+      print(f"warning: {dropped} recorded epochs are done again, as no checkpoint holds them", file=sys.stderr)
     write_atomically(self._file, "".join(map(_line, kept)))
     self._records = kept
     self.close()

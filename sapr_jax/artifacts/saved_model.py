@@ -128,6 +128,18 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   return NarrowModule(base, widths), variables
 
 
+def is_whole(path: pathlib.Path) -> bool:
+  """Returns whether a directory holds a saved model with the weights that were written.
+
+  Raises:
+    OSError: If the weights are there and cannot be read.
+  """
+  try:
+    return bool(_read_definition(path)["sha256"][WEIGHTS] == _sha256(read_bytes(path / WEIGHTS)))
+  except (FileNotFoundError, InputError):
+    return False
+
+
 def named_arrays(variables: Any) -> dict[str, Any]:
   """Returns path with slashes -> array, for the variables that are to be written.
 

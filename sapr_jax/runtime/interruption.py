@@ -115,6 +115,11 @@ class ProgramInterruption(Interruption):
     for number in _SIGNALS:
       signal.signal(number, lambda *_: None)  # Python writes its number to the pipe all the same
 
+  def finish(self) -> None:
+    """Ignores the signals from now on: the work is done, and Python takes its handlers back as it ends."""
+    for number in _SIGNALS:
+      signal.signal(number, signal.SIG_IGN)
+
   def close(self) -> None:
     """Leaves Ctrl-C to Python again, and SIGTERM to the runtime of JAX, which takes it from several processes."""
     signal.set_wakeup_fd(-1)

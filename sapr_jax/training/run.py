@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -150,7 +151,8 @@ def _set_aside(folder: pathlib.Path) -> None:
   """Gives the checkpoints of a stage another name, as nothing that a run has computed is deleted."""
   if folder.is_dir() and any(folder.iterdir()):
     names = (folder.with_name(f"{folder.name}_before_{number}") for number in itertools.count(1))
-    os.rename(folder, next(name for name in names if not name.exists()))
+    os.rename(folder, other := next(name for name in names if not name.exists()))
+    print(f"warning: training is not done, so {folder} is of another network; it is now {other}", file=sys.stderr)
 
 
 def _close(checkpointer: artifacts.Checkpointer, error: BaseException | None) -> None:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 
+from sapr_jax.artifacts.files import read_bytes, write_atomically, write_through
 from sapr_jax.data import too_many_broken
 
 
@@ -26,12 +27,13 @@ class SkippedImages:
     self._file = file
     if not file.exists():
       return
-    for line in file.read_bytes().splitlines():
+    for line in read_bytes(file).split(b"\n"):
       try:
         split, index, problem = json.loads(line)
         self._known[str(split), int(index)] = str(problem)
-      except (TypeError, ValueError):
+      except (OverflowError, RecursionError, TypeError, ValueError):
         pass  # half of a line, after a kill
+    write_atomically(file, _lines(self._known))
     self._check()
     if self._known:
       print(f"warning: {len(self._known)} broken images are skipped, which {file} names", file=sys.stderr)
@@ -47,10 +49,14 @@ class SkippedImages:
     for problem in new.values():
       print(f"warning: skipped, as data.skip_broken={self._limit} allows: {problem}", file=sys.stderr)
     if new and self._file is not None:
-      with self._file.open("a") as file:
-        file.write("".join(f"{json.dumps([*place, problem])}\n" for place, problem in new.items()))
+      with self._file.open("ab") as file:
+        write_through(file, _lines(new))
     self._check()
 
   def _check(self) -> None:
     if len(self._known) > self._limit:
       raise too_many_broken(self._known.values(), self._limit)
+
+
+def _lines(broken: dict[tuple[str, int], str]) -> str:
+  return "".join(f"{json.dumps([*place, problem])}\n" for place, problem in broken.items())

@@ -19,7 +19,7 @@ from flax import traverse_util
 from sapr_jax import report
 from sapr_jax.artifacts.files import read_json, remove_temporaries, write_json
 from sapr_jax.artifacts.records import FILE as RECORDS
-from sapr_jax.artifacts.saved_model import DEFINITION
+from sapr_jax.artifacts.saved_model import DEFINITION, is_whole
 from sapr_jax.errors import InputError
 from sapr_jax.runtime import processes, say
 
@@ -64,7 +64,17 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
       raise InputError(f"{path / name} is a directory, but must be a file; remove it, or name a new --workdir.")
   earlier = read_json(file)
   if earlier is None:
-    raise InputError(f"{file} is damaged; name a new --workdir.")
+    raise InputError(
+      f"{file} is damaged; put a copy back, which the same command writes in a new --workdir, and the run goes on: its"
+      " checkpoints are not touched."
+    )
+  if read_json(path / NETWORK) is None:
+    if (path / NETWORK).exists():
+      raise InputError(
+        f"{path / NETWORK} is damaged; remove it, and the run goes on without what it says of the images."
+      )
+    if (path / "checkpoints").exists():
+      print(f"warning: {path / NETWORK} is missing, so that nothing tells if the images are the same", file=sys.stderr)
   for name in (DENSE, PRUNED):
     if (path / name).exists() and not (path / name / DEFINITION).is_file():
       raise InputError(f"{path / name} holds no whole model; remove that directory, and the run goes on.")
@@ -138,7 +148,7 @@ _MEASURED = {"accuracy", "macs", "params", "latency_ms"}
 
 def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
   """Returns the summary of a finished run; None if it, or a network that it speaks of, is missing or damaged."""
-  if not all((path / name).is_dir() for name in (DENSE, PRUNED)):
+  if not all(is_whole(path / name) for name in (DENSE, PRUNED)):
     return None
   summary: Any = read_json(path / SUMMARY)
   try:
