@@ -491,7 +491,7 @@ ROWS = [
   Row(
     "workdir: another run", run({"prune.p": 0.3}), r"another configuration: prune\.p was 0\.49 and is now 0\.3;", made
   ),
-  Row("workdir: broken config", run(), r"config\.json is damaged; name a new --workdir", spoil("config.json", b"{")),
+  Row("workdir: broken config", run(), r"config\.json is damaged; put a copy back", spoil("config.json", b"{")),
   Row("workdir: binary config", run(), r"config\.json is damaged", spoil("config.json", b"\xff\0\xfe")),
   Row(
     "workdir: config is a folder", run(), r"config\.json is a directory, but must be a file", spoil("config.json", None)

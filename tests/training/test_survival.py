@@ -209,6 +209,14 @@ def test_fine_tuning_of_a_training_that_was_lost_is_set_aside(whole, tmp_path, m
     shutil.copytree(checkpoints / name, checkpoints / "finetune")
 
 
+@pytest.mark.parametrize("lost", ["pruned/weights.safetensors", "dense/weights.safetensors"])
+def test_a_finished_run_whose_model_is_lost_writes_it_again(whole, tmp_path, lost):
+  shutil.copytree(whole[0], tmp_path / "run")
+  (tmp_path / "run" / lost).write_bytes(b"")
+  training.run(small_config(), tmp_path / "run")
+  check_same_run(tmp_path / "run", whole[0])
+
+
 def test_accuracy_at_chance_is_warned_about(whole, tmp_path, monkeypatch, capsys):
   shutil.copytree(whole[0], tmp_path / "run")
   (tmp_path / "run" / "summary.json").unlink()

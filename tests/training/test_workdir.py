@@ -100,3 +100,17 @@ def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path):
         raise OSError(number, os.strerror(number), *([name] if name else []))
   with pytest.raises(TimeoutError), os_errors_in_one_line(tmp_path):  # of Orbax: a process has gone
     raise TimeoutError("barrier")
+
+
+def test_a_damaged_network_file_is_named_and_a_missing_one_warned_about(tmp_path, capsys):
+  config = digits.get_config()
+  workdir.make_workdir(tmp_path, config)
+  (tmp_path / workdir.NETWORK).write_text("{")
+  with pytest.raises(InputError, match=r"network\.json is damaged; remove it, and the run goes on"):
+    workdir.check_workdir(tmp_path, config)
+  (tmp_path / workdir.NETWORK).unlink()
+  workdir.check_workdir(tmp_path, config)
+  assert capsys.readouterr().err == ""  # a kill before the first checkpoint
+  (tmp_path / "checkpoints").mkdir()
+  workdir.check_workdir(tmp_path, config)
+  assert "network.json is missing, so that nothing tells if the images are the same" in capsys.readouterr().err
