@@ -14,7 +14,7 @@ import sapr_jax as sapr
 from configs import default_imagenet, digits
 from sapr_jax import artifacts, data, training
 from sapr_jax.runtime import devices
-from sapr_jax.training import feed
+from sapr_jax.training import feed, skipping
 from sapr_jax.training.proposers import GeneratorProposer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -236,3 +236,16 @@ def test_crops_must_hold_something_of_the_image():
   assert resident_feed(**{"data.crop_padding": 7}).preprocessing.crop_padding == 7
   with pytest.raises(sapr.InputError, match="crop_padding must be below the 8 pixels"):
     resident_feed(**{"data.crop_padding": 8})
+
+
+def test_damaged_lines_of_the_skipped_images_cost_themselves_alone(tmp_path, capsys):
+  file = tmp_path / "skipped_images.jsonl"
+  damaged = [b'["train", 1, "no pixels"]', b"[" * 10**5, b'["train", 1e999, "x"]', b"{}", b'["tra']
+  file.write_bytes(b"\n".join(damaged))
+  images = skipping.SkippedImages(2)
+  images.keep_in(file)
+  images.add("test", {2: "no header"})
+  assert file.read_text() == '["train", 1, "no pixels"]\n["test", 2, "no header"]\n'
+  again = skipping.SkippedImages(1)
+  with pytest.raises(sapr.InputError, match="2 images are broken, more than the 1 that skip_broken allows"):
+    again.keep_in(file)
