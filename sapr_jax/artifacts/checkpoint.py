@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import pathlib
@@ -15,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sapr_jax.artifacts.checkpoint_files import Content, DamagedError, open_manager, read
+from sapr_jax.artifacts.files import free_name
 from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")
@@ -74,8 +74,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       folder = self._directory.parent / "damaged"
       folder.mkdir(exist_ok=True)
-      names = (folder / f"{self._directory.name}_{source.name}_{number}" for number in itertools.count())
-      destination = next(name for name in names if not name.exists())
+      destination = free_name(folder / f"{self._directory.name}_{source.name}", first=0)
       os.rename(source, destination)
       print(f"warning: the checkpoint {source} is damaged ({problem}); moved to {destination}", file=sys.stderr)
     _worst_of_processes(_WHOLE)  # waits, so that no process finds it again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -49,6 +50,12 @@ def remove_temporaries(folder: pathlib.Path) -> None:
       shutil.rmtree(leftover)
     else:
       leftover.unlink()
+
+
+def free_name(path: pathlib.Path, first: int) -> pathlib.Path:
+  """Returns `path` with the lowest number from `first` on at its end that nothing has yet."""
+  names = (path.with_name(f"{path.name}_{number}") for number in itertools.count(first))
+  return next(name for name in names if not name.exists())
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

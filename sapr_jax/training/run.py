@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import pathlib
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from sapr_jax import artifacts, report
-from sapr_jax.artifacts.files import read_json, write_atomically, write_json
+from sapr_jax.artifacts.files import free_name, read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
@@ -150,8 +149,7 @@ def run_stage(
 def _set_aside(folder: pathlib.Path) -> None:
   """Gives the checkpoints of a stage another name, as nothing that a run has computed is deleted."""
   if folder.is_dir() and any(folder.iterdir()):
-    names = (folder.with_name(f"{folder.name}_before_{number}") for number in itertools.count(1))
-    os.rename(folder, other := next(name for name in names if not name.exists()))
+    os.rename(folder, other := free_name(folder.with_name(f"{folder.name}_before"), first=1))
     print(f"warning: training is not done, so {folder} is of another network; it is now {other}", file=sys.stderr)
 
 
