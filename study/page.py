@@ -11,7 +11,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, against_all, open_choices, selection
+from study.claims import CLAIMS, open_choices, pretrained_claims, selection
 from study.records import CURVES
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -106,15 +106,10 @@ def _budgets(results: Results) -> list[str]:
 def _comparisons(results: Results) -> list[str]:
   """Returns the tables of one pretrained network."""
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for budget in _budgets(results):
-    claim = against_all(results, budget)
-    parts += [
-      f"#### {claim.title}",
-      claim.table,
-      f"Rule: {claim.rule}",
-      f"Verdict: **{claim.verdict}**. {claim.remark}",
-    ]
-  return parts
+  for claim in (claim for budget in _budgets(results) for claim in pretrained_claims(results, budget)):
+    verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
+    parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
+  return [*parts, "#### All rows", _all_rows(results)]
 
 
 def _all_rows(results: Results) -> str:
