@@ -37,6 +37,7 @@ class Claim:
     table: Markdown.
     verdict: "holds", "fails" or "undecided".
     remark: What else is to be seen; "" for nothing.
+    short: The numbers behind the verdict, for a summary.
   """
 
   title: str
@@ -44,6 +45,7 @@ class Claim:
   table: str
   verdict: str
   remark: str = ""
+  short: str = ""
 
 
 def nothing_lost(results: Results) -> Claim:
@@ -226,8 +228,8 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
   plain = [name for name in results.names(f"{budget},") if name != main and not _is_variation(name)]
   parts = [name for name in plain if ",penalty" in name]
   alternatives = [name for name in plain if name not in parts]
-  beaten, beaten_verdicts = _against(results, main, alternatives)
-  worth, worth_verdicts = _against(results, main, parts)
+  beaten, beaten_verdicts, nearest = _against(results, main, alternatives)
+  worth, worth_verdicts, nearest_part = _against(results, main, parts)
   subnetwork = results.accuracy(main, "subnetwork")
   changes = {
     "trained as long, whole": difference(subnetwork, results.accuracy("dense", "pruned")),
@@ -245,12 +247,14 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
       f"The pruned network of {main} is better than that of each row without the penalty: {rule}.",
       beaten,
       combined(beaten_verdicts),
+      short=nearest,
     ),
     Claim(
       f"At {budget} its choice of channels is better than others with the same penalty",
       f"As above, against other ways to choose the channels: {rule}.",
       worth,
       combined(worth_verdicts),
+      short=nearest_part,
     ),
     Claim(
       f"At {budget} nothing much is lost before fine-tuning",
@@ -261,6 +265,7 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
       ),
       changes["trained as long, whole"].verdict(-WITHIN),
       "The dense network of the same run has lost its dropped channels, and with them the fit of its statistics.",
+      f"{changes['trained as long, whole']} points.",
     ),
     Claim(
       f"At {budget} it is ahead where both are distilled",
@@ -270,7 +275,7 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
         [[name, *_accuracies(results, name)[1:]] for name in distilled],
       ),
       gain.verdict(),
-      f"The difference is {gain}." if gain.count else "",
+      short=f"{gain} points.",
     ),
   ]
 
@@ -280,8 +285,8 @@ def _is_variation(name: str) -> bool:
   return any(f",{factor}" in name for factor in ("distilled", *CANDIDATES))
 
 
-def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str]]:
-  """Compares the pruned network of a row with those of others, at once; returns the table and a verdict for each."""
+def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str], str]:
+  """Compares the pruned network of a row with those of others; returns the table, verdicts, and the nearest of them."""
   own = results.accuracy(main, "pruned")
   gains = {
     name: {seed: own[seed] - value for seed, value in results.accuracy(name, "pruned").items() if seed in own}
@@ -295,7 +300,12 @@ def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, l
     for (name, p), verdict in zip(corrected.items(), verdicts, strict=True)
   ]
   header = ["row", "MACs left, %", "dense, %", "sub-network, %", "pruned, %", "main row is better by", "p", "verdict"]
-  return table(header, rows), verdicts
+  means = {name: estimate(values.values()) for name, values in gains.items() if values}
+  nearest = min(means, key=lambda name: means[name].mean, default=None)
+  short = f"{mean_and_deviation(own)} %"
+  if nearest is not None:
+    short += f"; ahead of the nearest, {nearest.split(',', 1)[1]}, by {means[nearest]} points"
+  return table(header, rows), verdicts, f"{short}."
 
 
 def _accuracies(results: Results, name: str) -> list[str]:
