@@ -12,7 +12,7 @@ from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
 from study.claims import CLAIMS, against_all, open_choices, selection
-from study.records import CURVES
+from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
 from study.sizes import LONGER, SIZES
@@ -37,7 +37,7 @@ def renew(results: pathlib.Path, page: pathlib.Path) -> None:
   """
   parts = [_text("head")]
   for size in SIZES:
-    if (report := read_json(results / f"cifar10_study_{size}.json")) is not None and report["rows"]:
+    if (report := read_json(results / file_name(size))) is not None and report["rows"]:
       parts += _size(report, page)
   write_atomically(page, "\n".join(part.strip() + "\n" for part in [*parts, _text("published")]))
 
