@@ -65,7 +65,7 @@ def _source(path: str) -> str:
 
 def _api(name: str) -> str:
   """Returns what mkdocstrings makes the page of: the module, then its public names, a section for each file."""
-  head = _directive(f"sapr_jax.{name}", members=False, show_root_heading=False)
+  head = _directive(f"sapr_jax.{name}", members=False, show_root_heading=False, show_root_toc_entry=False)
   files, sections = _imported(PACKAGE / name / "__init__.py"), dict[str, list[str]]()
   for public in _public(name):
     sections.setdefault(files.get(public, "").rpartition(".")[2], []).append(public)
