@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 EXTRAS ?= dev
 
-.PHONY: demo test test-slow lint bench venv clean
+.PHONY: demo test test-slow lint bench docs package venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m sapr_jax.main --config configs/digits.py --workdir $(RUN)
@@ -28,12 +28,28 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
+# The site, in site/; a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+# Wheel and source distribution, in dist/, each tried in a clean environment.
+package: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/try_package.py dist/*.whl
+	$(BIN)/python tests/try_package.py dist/*.tar.gz
+
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # With EXTRAS=dev,bench the tests against PyTorch run too; they are skipped without it.

@@ -313,7 +313,7 @@ def count_network(network: str, graph: ChannelGraph, state: TrainState) -> dict[
 
 
 def read_config(network: str) -> Any:
-  return importlib.import_module(f"configs.{NETWORKS[network]['config']}").get_config()
+  return importlib.import_module(f"sapr_jax.configs.{NETWORKS[network]['config']}").get_config()
 
 
 def measure_checkpoint(state: TrainState) -> dict[str, float]:

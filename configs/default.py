@@ -6,10 +6,12 @@ Any field can be given on the command line: `--config.train.epochs=10`.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sapr_jax.configs import Experiment
+
 
 def get_config() -> ConfigDict:
   """Returns the default configuration."""
-  config = ConfigDict()
+  config = Experiment()
   config.seed = 0
   config.steps_per_call = placeholder(int)  # steps in one compiled call; unset: 1 on CPU, else many
   config.eval_batch_size = 512

@@ -9,7 +9,7 @@ folder of images, `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`:
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sapr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

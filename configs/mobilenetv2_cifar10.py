@@ -9,11 +9,13 @@ or, with a folder of images, `train/<class>/*` and `test/<class>/*`, in place of
 
 Sized for one GPU. Keeps 58.3 % of 88.0 M MACs. Published for this method: 94.52 -> 94.97 % with about 54 % of the MACs,
 of a MobileNet-V2 whose adaptation to 32x32 pixels is not described; ours has stem and first down-sampling at stride 1.
+
+Time: about four days on two CPU cores, by the measured step (docs/performance.md).
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sapr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

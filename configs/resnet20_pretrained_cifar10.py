@@ -1,4 +1,4 @@
-"""Half of a ResNet-20 that others trained on CIFAR-10: a pretrained network is adapted, pruned and fine-tuned.
+"""A pretrained ResNet-20 on CIFAR-10: the network that others trained is adapted, cut in half and fine-tuned.
 
     python -m sapr_jax.main --config configs/resnet20_pretrained_cifar10.py --workdir runs/resnet20_pretrained \\
       --config.init.weights=resnet20.th --config.data.source=folder --config.data.path=DIR
@@ -12,12 +12,14 @@ them. Then the generator decides how wide each layer is to be, and the norm of i
 two epochs those that are to go lose their norm. Nine epochs of fine-tuning follow. To choose a setting, leave the test
 images alone: `--config.data.validation_images=5000`.
 
-Sized for one CPU core and a night, or minutes on a GPU.
+Sized for a CPU.
+
+Time: about half an hour on two CPU cores, by the measured step (docs/performance.md).
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sapr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

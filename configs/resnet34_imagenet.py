@@ -6,11 +6,13 @@ Sized for one accelerator with 24 GB, or several with less: the batch of 256 is 
 3,664 M MACs. To compare with, another method (ATO, CVPR 2024, last epoch): 73.31 -> 72.78 % top-1 with 55.9 % of the
 MACs; the paper's own figure was not available.
 `configs/default_imagenet.py` says where the images come from.
+
+Time: not measured; computed, at least 1.3 hours on 8 A100 (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
 
-from configs import default_imagenet
+from sapr_jax.configs import default_imagenet
 
 
 def get_config() -> ConfigDict:

@@ -6,11 +6,13 @@ Sized for one accelerator with 40 GB, or several with less: the batch of 256 is 
 4,089 M MACs. To compare with, another method (ATO, CVPR 2024): 76.13 -> 76.37 % top-1 with 44.1 % of the MACs; the
 paper's own figure was not available.
 `configs/default_imagenet.py` says where the images come from.
+
+Time: not measured; computed, at least 1.4 hours on 8 A100 (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
 
-from configs import default_imagenet
+from sapr_jax.configs import default_imagenet
 
 
 def get_config() -> ConfigDict:

@@ -9,11 +9,13 @@ or, with a folder of images, `train/<class>/*` and `test/<class>/*`, in place of
 
 Sized for one GPU. Keeps 48.2 % of 125.5 M MACs. Published for this method: 93.81 % after fine-tuning with 48.0 % of the
 MACs.
+
+Time: about 36 hours on two CPU cores, by the measured step (docs/performance.md).
 """
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sapr_jax.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,15 @@ The method is that of Gao et al., Structural Alignment for Network Pruning throu
 docs/method.md leads from its equations to the code.
 """
 
+import logging
+
 import lazy_loader
+
+# JAX tells programs that show what is logged for information, such as those of absl, that a TPU's library is missing,
+# wherever there is no TPU.
+logging.getLogger("jax._src.xla_bridge").addFilter(
+  lambda record: record.levelno > logging.INFO or "Failed to open libtpu.so" not in record.getMessage()
+)
 
 # What is imported is in `__init__.pyi`, and each name when it is first used: the command line hears signals before JAX
 # is there.

@@ -1,6 +1,7 @@
 from . import (
   artifacts as artifacts,
   channels as channels,
+  configs as configs,
   errors as errors,
   method as method,
   models as models,

@@ -1,4 +1,6 @@
-"""Runs one experiment: `python -m sapr_jax.main --config configs/resnet56_cifar10.py --workdir DIR`.
+"""Runs one experiment: `python -m sapr_jax.main --config=resnet56_cifar10 --workdir DIR`.
+
+`--config` takes the name of an experiment that comes with the package, or a file such as configs/resnet56_cifar10.py.
 
 Every field of the configuration can be given on the command line, `--config.train.epochs=10`. Running the same command
 again resumes an unfinished run. Exit status:
@@ -33,6 +35,7 @@ import functools
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,9 +43,12 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from sapr_jax import configs
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the experiment, such as configs/digits.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The experiment: a name such as digits, or a file with get_config()."
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes of a run.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where they do not find each other.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
@@ -160,8 +166,21 @@ class _ConfigFileError(Exception):
   """The user's configuration file raised an error, which is the cause of this one."""
 
 
+def _config_file(value: str) -> str:
+  """Returns the file that `--config` means: one of the package by its name, or by its path in the repository."""
+  name = value.removeprefix("configs/").removesuffix(".py")
+  packaged = configs.file_of(name)
+  if packaged and (value == name or not os.path.exists(value)):
+    return str(packaged)
+  if name.isidentifier() and not os.path.exists(value):
+    raise InputError(f"must be a file or one of {', '.join(configs.names())}")
+  return value
+
+
 def _load_config_file(load: Callable[[str], Any], path: str) -> Any:
-  file = path.split(":", 1)[0]  # what follows is for get_config()
+  value, colon, argument = path.partition(":")  # what follows is for get_config()
+  file = _config_file(value)
+  path = f"{file}{colon}{argument}"
   if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
     raise InputError(f"{file} must be a file, and is a pipe or a device")  # reading it might never end
   try:
@@ -175,6 +194,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
   A wrong flag ends in one line; an error in the file shows its traceback.
   """
+  global __doc__
+  if any(argument.lstrip("-").startswith("help") for argument in argv[1:]):
+    __doc__ = f"{__doc__}\nThe experiments:\n\n{textwrap.indent(configs.table(), '    ')}\n"
   logging.getLogger("absl").setLevel(logging.ERROR)  # it would warn of what is an error here
   parser: Any = flags.FLAGS["config"].parser
   parser.parse = functools.partial(_load_config_file, parser.parse)

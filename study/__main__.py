@@ -34,14 +34,14 @@ import importlib.util
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
 from sapr_jax.runtime import keep_memory, say, use_compilation_cache
 from sapr_jax.training import check_config
 from study import page, records, work
-from study.rows import ADAPTED, chosen, grid, job_of
+from study.rows import ADAPTED, Job, chosen, grid, job_of
 from study.sizes import SIZES
 
 
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--minutes", type=float, help="stop after so many minutes")
   parser.add_argument("--skip-recorded", action="store_true", help="leave out what the results file has, wherever run")
   parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change fields of all configurations")
-  parser.add_argument("--list", action="store_true", help="show the runs and which are finished, and do nothing")
+  parser.add_argument(
+    "--list", action="store_true", help="show the runs, which are finished and how long they take, and do nothing"
+  )
   parser.add_argument("--page", action="store_true", help="write docs/results.md at the end")
   return parser
 
@@ -88,16 +90,16 @@ def _study(args: argparse.Namespace) -> int:
   rows = grid(experiments)
   wanted = chosen(rows, args.rows, args.seeds)
   if args.list:
-    for job in (
-      job_of(*run, (args.runs or pathlib.Path()) / args.size, args.data, settings, args.weights) for run in wanted
-    ):
-      print(f"{'finished' if args.runs and records.is_finished(job.workdir) else 'to do':9} {job}")
+    folder = (args.runs or pathlib.Path()) / args.size
+    jobs = [job_of(*run, folder, args.data, settings, args.weights) for run in wanted]
+    results = args.results or page.RESULTS
+    _list(jobs, args.runs is not None, records.seconds_of(results / records.file_name(args.size)))
     return 0
   if args.runs is None:
     raise InputError("--runs is missing; name a folder for the work directories.")
   folder = args.runs / args.size
   results = args.results or (args.runs if settings else page.RESULTS)
-  file = results / f"cifar10_study_{args.size}.json"
+  file = results / records.file_name(args.size)
   head = records.head_of(args.size, experiments, settings, records.describe_data(args.data))
   if args.page and importlib.util.find_spec("matplotlib") is None:
     raise InputError("--page draws figures, and matplotlib is missing; pip install -e '.[report]'.")
@@ -126,6 +128,21 @@ def _study(args: argparse.Namespace) -> int:
     why = "what it starts from cannot be run" if failure else "another process has it, or what it starts from"
     print(f"not done: {job}: {why}", file=sys.stderr)
   return 2 if failed else 3 if left else 0
+
+
+def _list(jobs: Sequence[Job], may_be_finished: bool, seconds: Mapping[tuple[str, str], float]) -> None:
+  """Prints a line for each run, and how long those that are left take by what `results/` has."""
+  left = []
+  for job in jobs:
+    finished = may_be_finished and records.is_finished(job.workdir)
+    took = seconds.get((job.row.experiment.network, job.row.name))
+    if not finished:
+      left.append(took)
+    print(f"{'finished' if finished else 'to do':9} {'' if took is None else f'{took:,.0f} s':>8}  {job}")
+  known = [took for took in left if took is not None]
+  print(
+    f"{len(left)} to do: {sum(known) / 3600:.1f} hours for {len(known)} of them, {len(left) - len(known)} not recorded."
+  )
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

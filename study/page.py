@@ -12,7 +12,7 @@ from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
 from study.claims import CLAIMS, open_choices, pretrained_claims, selection
-from study.records import CURVES
+from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
 from study.sizes import LONGER, SIZES
@@ -39,7 +39,7 @@ def renew(results: pathlib.Path, page: pathlib.Path) -> None:
     results: Folder of the results files.
     page: The page.
   """
-  reports = {size: read_json(results / f"cifar10_study_{size}.json") for size in SIZES}
+  reports = {size: read_json(results / file_name(size)) for size in SIZES}
   found = {size: report for size, report in reports.items() if report is not None and report["rows"]}
   small = {size: networks[0] for size in SMALL if size in found and (networks := _networks(found[size]))}
   shown = [size for size in found if size not in SMALL]

@@ -196,6 +196,19 @@ def recorded(file: pathlib.Path, head: Mapping[str, Any]) -> list[dict[str, Any]
   return rows
 
 
+def file_name(size: str) -> str:
+  """Returns the name of the results file of a size."""
+  return f"cifar10_study_{size}.json"
+
+
+def seconds_of(file: pathlib.Path) -> dict[tuple[str, str], float]:
+  """Returns (network, row) -> the median of the seconds that its recorded runs took, on whatever machine."""
+  found: dict[tuple[str, str], list[float]] = {}
+  for entry in (read_json(file) or {}).get("rows", ()):
+    found.setdefault((entry["network"], entry["row"]), []).append(entry["seconds"]["total"])
+  return {key: statistics.median(seconds) for key, seconds in found.items()}
+
+
 def key_of(entry: Mapping[str, Any]) -> tuple[str, str, int]:
   """Returns what tells an entry from all others."""
   return entry["network"], entry["row"], entry["seed"]

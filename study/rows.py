@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sapr_jax.configs import default
 from sapr_jax.errors import InputError
 from sapr_jax.training.workdir import DENSE
 from study.chosen import CANDIDATE_RATES, DISTILLED, EPOCHS, EQUAL, GENERATORS, MAIN_ROW, MORE_GENERATORS, TILTED

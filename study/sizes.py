@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, resnet56_cifar10
+from sapr_jax.configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, resnet56_cifar10
 from study.chosen import CANDIDATE_STRENGTHS, CANDIDATES, FIRST_TRIED, SCHEDULE, STRENGTHS
 
 Overrides = Mapping[str, Any]

@@ -21,8 +21,9 @@ ARROWS = {
   "report": {"artifacts", "errors", "version"},
   "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
-  "main": {"errors", "runtime", "training"},
-  "__init__": {"artifacts", "channels", "errors", "method", "models", "version"},
+  "configs": {"errors"},
+  "main": {"configs", "errors", "runtime", "training"},
+  "__init__": {"artifacts", "channels", "configs", "errors", "method", "models", "version"},
 }
 """Folder or file of `sapr_jax` -> those that it may import."""
 
@@ -32,9 +33,9 @@ def module_name(file: pathlib.Path) -> str:
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {
-  module_name(file): file for folder in ("sapr_jax", "study", "benchmarks") for file in (ROOT / folder).rglob("*.py")
-}
+FILES = [file for folder in ("sapr_jax", "study", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+FILES += (ROOT / "sapr_jax" / "configs").glob("*.py")  # a link, which rglob does not follow
+MODULES = {module_name(file): file for file in FILES}
 
 
 def imports(file: pathlib.Path, *, late: bool = True) -> set[str]:

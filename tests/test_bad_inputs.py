@@ -32,8 +32,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import sapr_jax as sapr
-from configs import default_imagenet, digits
 from sapr_jax import data, training
+from sapr_jax.configs import default_imagenet, digits
 from sapr_jax.training import workdir as layout
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
@@ -544,7 +544,7 @@ def test_there_are_at_least_sixty_bad_inputs():
 # ----------------------------------------------------------------------------------------------------------------------
 
 DIGITS = "--config=configs/digits.py"
-HEAD = "from configs import digits\ndef get_config():\n  config = digits.get_config()\n"
+HEAD = "from sapr_jax.configs import digits\ndef get_config():\n  config = digits.get_config()\n"
 CONFIG_FILES = {  # that give something else than a configuration
   "nothing": "def get_config():\n  pass",
   "dict": "def get_config():\n  return {'seed': 0}",
@@ -571,6 +571,7 @@ COMMANDS = [
   ([], r"--config is missing"),
   ([DIGITS, "--workdir="], r"--workdir is missing"),
   ([DIGITS, "--workdir"], r"Missing value for flag --workdir"),
+  (["--config=digits", "--config.prune.p=0"], r"prune\.p must be a number in \(0, 1\], got 0\.0\."),
   ([DIGITS, "surplus"], r"unexpected argument 'surplus'"),
   ([DIGITS, "--nonsense"], r"Unknown command line flag 'nonsense'"),
   ([DIGITS, "--config.model.nam=resnet8"], r'Did you mean "name"'),
@@ -603,6 +604,7 @@ COMMANDS = [
   ),
   ([DIGITS, "--connect_seconds=0"], r"--connect_seconds=0"),
   (["--config=/no/where.py"], r"/no/where\.py"),
+  (["--config=digit"], r"--config=digit: must be a file or one of digits, .*, resnet56_cifar10"),
   (["--config=configs"], r"Is a directory: 'configs'"),
   (["--config=/dev/null"], r"/dev/null must be a file, and is a pipe or a device"),
   (["--config=FILES/nothing.py"], r"get_config\(\) must return the ConfigDict of .*, got a NoneType"),

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import resnet56_cifar10
-from sapr_jax import models
+import sapr_jax as sapr
+from sapr_jax import configs, main, models
 from sapr_jax.channels import trace_channels
+from sapr_jax.configs import resnet56_cifar10
 from sapr_jax.training.config import check_config
 from sapr_jax.training.optimizers import learning_rate_schedule
 
@@ -39,7 +40,7 @@ COSINE_RATES = ({0: 0.045, 75: 0.0225, 150: 0.0}, {0: 0.045, 50: 0.0225, 100: 0.
 
 
 def config_of(name):
-  return importlib.import_module(f"configs.{name}").get_config()
+  return importlib.import_module(f"sapr_jax.configs.{name}").get_config()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -79,7 +80,7 @@ def test_the_learning_rates_of_supplement_a(name):
   "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith("imagenet") else ()) for name in EXPERIMENTS]
 )
 def test_the_docstring_has_the_command_and_the_size(name):
-  module = importlib.import_module(f"configs.{name}")
+  module = importlib.import_module(f"sapr_jax.configs.{name}")
   page = module.__doc__
   assert f"python -m sapr_jax.main --config configs/{name}.py --workdir runs/" in page
   assert "Sized for" in page
@@ -95,6 +96,50 @@ def test_the_docstring_has_the_command_and_the_size(name):
   assert f"{left:.1%}".replace("%", " %") in page
   millions = graph.macs() / 1e6
   assert any(re.search(rf"\b{re.escape(text)}\s+M\s+MACs", page) for text in (f"{millions:,.0f}", f"{millions:,.1f}"))
+
+
+def test_every_experiment_says_what_it_is_and_how_long_it_takes():
+  assert configs.names() == [name for name in CONFIGS if not name.startswith("default")]
+  rows = configs.table().splitlines()
+  assert [row.split()[0] for row in rows] == configs.names()
+  for row in rows:
+    assert re.fullmatch(r"\w+ +[^()]+ \((about .+ CPU cores.*|not measured; computed, .+ 8 A100)\)", row), row
+
+
+def test_an_experiment_by_its_name_prints_as_the_command_line_takes_it():
+  config = configs.get("resnet56_cifar10")
+  lines = str(config).splitlines()
+  assert {"prune.p = 0.48", "train.decay_epochs = (100, 150)", "data.path = None", "model.name = 'resnet56'"} <= {
+    *lines
+  }
+  assert len(lines) == len({line.split(" = ")[0] for line in lines}) > 80
+  with pytest.raises(
+    sapr.InputError, match=r"an experiment must be one of digits, .*, resnet56_cifar10, got 'resnet57'"
+  ):
+    configs.get("resnet57")
+
+
+@pytest.mark.parametrize(
+  ("value", "found"),
+  [
+    ("digits", "digits"),
+    ("configs/digits.py", "digits"),
+    ("default", "default"),
+    ("own/mine.py", None),
+    ("a/digits", None),
+  ],
+)
+def test_the_command_finds_experiments_by_name_from_any_folder(value, found, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  expected = pathlib.Path(configs.__file__).parent / f"{found}.py" if found else value
+  assert main._config_file(value) == str(expected)
+
+
+def test_a_file_of_ones_own_comes_before_that_of_the_package(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "digits.py").touch()
+  assert main._config_file("configs/digits.py") == "configs/digits.py"
 
 
 def test_the_cosine_schedule_ends_at_zero():

@@ -44,7 +44,7 @@ def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
 
 
 def test_the_commands_name_fields_and_files_that_exist():
-  from configs import resnet56_cifar10
+  from sapr_jax.configs import resnet56_cifar10
 
   fields = resnet56_cifar10.get_config()
   named = re.findall(r"--config\.([\w.]+)=", README)

@@ -45,7 +45,7 @@ def test_a_budget_that_multiples_cannot_meet_is_met_without(wide):
   ],
 )
 def test_the_experiments_meet_their_budget_on_a_gpu(name, rounded):
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = importlib.import_module(f"sapr_jax.configs.{name}").get_config()
   graph = traced(config.model.name)
   budget = macs_budget(graph, config.prune.p)
   assert default_round_to(graph, budget, "gpu") == rounded

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from configs import digits
+from sapr_jax.configs import digits
 from sapr_jax.method import l1_norm, macs_budget, split_by_group
 from sapr_jax.training import build, make_proposer
 from study import ours

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from configs import default
+from sapr_jax.configs import default
 from sapr_jax.training import optimizers
 
 torch = pytest.importorskip("torch", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")

@@ -71,6 +71,21 @@ def test_a_signal_or_the_end_of_the_time_stops_between_two_runs(minutes):
   assert signal.getsignal(signal.SIGTERM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_the_list_says_what_is_left_and_how_long_it_takes_by_the_records(capsys, monkeypatch, tmp_path):
+  rows = [
+    {"network": "resnet20", "row": "gamma=0", "seed": seed, "seconds": {"total": 3600.0 * seed}} for seed in (1, 2, 3)
+  ]
+  write_json(tmp_path / "cifar10_study_reduced.json", {"rows": rows})
+  arguments = ["--rows", "gamma=0", "uniform_width", "--seeds", "0", "--results", str(tmp_path), "--list"]
+  monkeypatch.setattr("sys.argv", ["study", "--size", "reduced", *arguments])
+  assert command.main() == 0
+  assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+    ["to", "do", "7,200", "s", "resnet20/gamma=0,", "seed", "0"],
+    ["to", "do", "resnet20/uniform_width,", "seed", "0"],
+    ["2", "to", "do:", "2.0", "hours", "for", "1", "of", "them,", "1", "not", "recorded."],
+  ]
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

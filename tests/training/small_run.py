@@ -5,8 +5,8 @@ import numpy as np
 import tiny_main  # noqa: F401  (registers the network)
 
 import sapr_jax as sapr
-from configs import digits
 from sapr_jax import artifacts
+from sapr_jax.configs import digits
 
 SMALL = {
   "model.name": "tiny",

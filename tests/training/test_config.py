@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sapr_jax as sapr
-from configs import default
+from sapr_jax.configs import default
 from sapr_jax.training.config import FIELDS, check_config
 from sapr_jax.training.workdir import flat_fields
 

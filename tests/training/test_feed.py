@@ -11,8 +11,8 @@ import tiny_main  # noqa: F401  (its network compiles fast)
 from PIL import Image
 
 import sapr_jax as sapr
-from configs import default_imagenet, digits
 from sapr_jax import artifacts, data, training
+from sapr_jax.configs import default_imagenet, digits
 from sapr_jax.runtime import devices
 from sapr_jax.training import feed, skipping
 from sapr_jax.training.proposers import GeneratorProposer

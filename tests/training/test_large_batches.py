@@ -11,7 +11,7 @@ from small_run import small_config
 from tiny_main import Tiny
 
 import sapr_jax as sapr
-from configs import default
+from sapr_jax.configs import default
 from sapr_jax.runtime import devices
 from sapr_jax.training import optimizers, steps
 from sapr_jax.training.experiment import check_batches

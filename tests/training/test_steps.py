@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import sapr_jax as sapr
-from configs import default
+from sapr_jax.configs import default
 from sapr_jax.method import share_weights, split_by_group
 from sapr_jax.runtime import devices
 from sapr_jax.training import optimizers, steps

@@ -11,7 +11,7 @@ import re
 import pytest
 
 import sapr_jax as sapr
-from configs import digits
+from sapr_jax.configs import digits
 from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.training import workdir
 
