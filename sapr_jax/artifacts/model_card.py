@@ -283,7 +283,7 @@ def _text(value: Any) -> str:
 
 
 def _shown_value(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else shown(value) if isinstance(value, str) else f"{value:,}"
+  return f"{value:.4g}" if isinstance(value, float) else _clean(value) if isinstance(value, str) else f"{value:,}"
 
 
 def _as_order(batch: str) -> tuple[int, str]:
@@ -293,5 +293,5 @@ def _as_order(batch: str) -> tuple[int, str]:
 def _with_unit(count: float) -> str:
   """Returns a number of MACs in millions, or in thousands or as it is where that is too small."""
   if count >= 1e5:
-    return f"{count / 1e6:,.3f} M" if count < 1e8 else f"{count / 1e6:,.1f} M"
+    return f"{count / 1e6:,.3f} M" if count < 1e7 else f"{count / 1e6:,.1f} M"
   return f"{count:,.0f}"

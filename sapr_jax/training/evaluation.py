@@ -93,7 +93,7 @@ def evaluate(
     images = _of_arrays(data, inputs)
   _check_outputs(model, variables, images, mode)
   mesh = data_mesh()
-  shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(variables["params"]))
+  shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(variables.get("params", {})))
   step = _mapped_step(model, images.inputs, tuple(mode.items()), shapes)
   shared = Shared(variables=replicate(dict(variables), mesh))
   measured = run_evaluation(step, mesh, shared, _batches(images, batch_size, mesh.devices.size))
@@ -170,9 +170,9 @@ def _check_outputs(model: nn.Module, variables: Mapping[str, Any], images: _Imag
     raise InputError(f"model must return logits of shape (n, classes), got {shown(logits)}.")
   outputs = logits.shape[1]
   if outputs < images.classes or (images.all_classes and outputs > images.classes):
+    cure = "name the outputs in inputs.class_names" if images.all_classes else "count them from 0"
     raise InputError(
-      f"the labels must be numbers of the {outputs} outputs of the model, got {images.classes} classes; name the"
-      " outputs in inputs.class_names."
+      f"labels must be numbers of the {outputs} outputs of the model, got {images.classes} classes; {cure}."
     )
 
 
@@ -199,7 +199,9 @@ def _of_arrays(data: Any, inputs: Inputs | None) -> _Images:
     )
   if images.dtype == np.uint8:
     taken = _needed(inputs)
-    taken.prepare(images[:1])  # to refuse another shape
+    if images.shape[1:] != taken.shape and taken.resize is None:
+      raise InputError(f"images must have the shape {('n', *taken.shape)}, got {images.shape}.")
+    taken.prepare(images[:1])  # to refuse others
   else:
     _check_normalized(images, inputs)
     dtype = jax.dtypes.canonicalize_dtype(images.dtype) if inputs is None else inputs.dtype
