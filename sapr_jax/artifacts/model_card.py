@@ -275,7 +275,8 @@ def _entry(metrics: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-  return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return value if is_number and abs(value) < 1e30 else None
 
 
 def _text(value: Any) -> str:

@@ -107,13 +107,13 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
   if value is None:
     return {}
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    value = dataclasses.asdict(value)
+    value = _fields(value)
   elif not isinstance(value, Mapping) and callable(getattr(value, "to_dict", None)) and not isinstance(value, type):
     value = value.to_dict()
   if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
     raise InputError(f"{name} must map names to values, such as {{'accuracy': 0.9}}, got {shown(value)}.")
   try:
-    plain = json.loads(json.dumps(dict(value), default=_number, allow_nan=False))
+    plain = json.loads(json.dumps(dict(value), default=_as_json, allow_nan=False))
   except (TypeError, ValueError, RecursionError) as error:
     raise InputError(
       f"{name} must hold finite numbers, text, and lists and mappings of these, got {shown(value)}"
@@ -122,15 +122,21 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
   return dict(plain)
 
 
-def _number(value: Any) -> Any:
-  """Returns a NumPy or JAX number as Python's; arrays become lists."""
+def _as_json(value: Any) -> Any:
+  """Returns as JSON's own what is not: numbers and arrays of NumPy and JAX, other mappings, dataclasses."""
   if isinstance(value, np.generic | np.ndarray) or (
     isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
   ):
     return np.asarray(value).tolist()
   if isinstance(value, Mapping):
     return dict(value)
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return _fields(value)
   raise TypeError(f"a {type(value).__name__} is none")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+  return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
 
 
 def info_from_json(document: Any, definition: Mapping[str, Any]) -> ModelInfo:

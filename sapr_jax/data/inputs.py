@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.checks import check_dtype, is_integer, is_number, shown
+from sapr_jax.checks import check_array, check_dtype, is_integer, is_number, shown
 from sapr_jax.data.augment import normalize
 from sapr_jax.data.recipe import EvaluationRecipe
 from sapr_jax.errors import InputError
@@ -130,6 +130,7 @@ class Inputs:
 
   def normalize(self, images: Any) -> jax.Array:
     """Normalizes images `[N, *shape]`, which may be traced; see `prepare`."""
+    check_array("images", images)
     found = jnp.shape(images)
     if len(found) != len(self.shape) + 1 or found[1:] != self.shape:
       raise InputError(f"images must have the shape {_written(self.shape)}, got {found}.")
@@ -144,7 +145,8 @@ class Inputs:
 
   def crop(self, images: Any) -> Any:
     """Resizes and crops images of another size as evaluation does, on the host; uint8 `[N, *shape]`."""
-    images = images if hasattr(images, "dtype") else _as_array(images)
+    check_array("images", images)
+    images = images if hasattr(images, "dtype") else np.asarray(images)
     found, recipe = tuple(images.shape), self.recipe
     if recipe is None or found[1:] == self.shape:
       return images
@@ -192,16 +194,9 @@ class Inputs:
 
 
 def _is_sequence(value: Any) -> bool:
-  if isinstance(value, np.ndarray):
-    return value.ndim == 1
+  if isinstance(value, np.ndarray | jax.Array):
+    return value.ndim == 1 and not isinstance(value, jax.core.Tracer)
   return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _as_array(images: Any) -> np.ndarray:
-  try:
-    return np.asarray(images)
-  except (OverflowError, TypeError, ValueError):
-    raise InputError("images must be one array, got images of different shapes; prepare them one by one.") from None
 
 
 def _written(shape: tuple[int, ...]) -> str:

@@ -100,7 +100,7 @@ def test_fields_that_cannot_be_are_refused(fields, message):
     (np.zeros((2, 9, 9, 3), np.float32), r"images must be bytes \(uint8\) of shape \(n, height, width, 3\)"),
     (np.zeros((2, 9, 9, 1), np.uint8), r"of shape \(n, height, width, 3\), got uint8 of \(2, 9, 9, 1\)"),
     (np.zeros((6, 6, 3), np.uint8), r"got uint8 of \(6, 6, 3\)"),
-    ([[1], [1, 2]], r"images must be one array, got images of different shapes"),
+    ([[1], [1, 2]], r"images must have shape of an array, got a ragged list"),
   ],
 )
 def test_images_that_do_not_fit_are_refused(images, message):
