@@ -7,7 +7,15 @@ from . import (
   models as models,
   version as version,
 )
-from .artifacts import export_torch as export_torch, import_torch as import_torch, load as load, save as save
+from .artifacts import (
+  ModelInfo as ModelInfo,
+  export_torch as export_torch,
+  import_torch as import_torch,
+  load as load,
+  load_info as load_info,
+  model_card as model_card,
+  save as save,
+)
 from .channels import (
   ChannelGraph as ChannelGraph,
   ChannelGroup as ChannelGroup,
@@ -20,6 +28,7 @@ from .channels import (
   register_rule as register_rule,
   trace_channels as trace_channels,
 )
+from .data import Inputs as Inputs
 from .errors import DivergedError as DivergedError, InputError as InputError, InterruptedRunError as InterruptedRunError
 from .method import (
   COSTS as COSTS,
@@ -51,4 +60,5 @@ from .method import (
   split_by_group as split_by_group,
   taylor as taylor,
 )
+from .training import evaluate as evaluate
 from .version import __version__ as __version__

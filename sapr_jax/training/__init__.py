@@ -1,6 +1,7 @@
 """Training: the parts of a run, its steps, and the one loop."""
 
 from sapr_jax.training.config import check_config
+from sapr_jax.training.evaluation import evaluate
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
 from sapr_jax.training.run import run
@@ -12,6 +13,7 @@ __all__ = [
   "Proposer",
   "build",
   "check_config",
+  "evaluate",
   "make_proposer",
   "run",
 ]

@@ -17,6 +17,7 @@ from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
 from sapr_jax.method import COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
+from sapr_jax.training.inputs import default_resize, image_size
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
 from sapr_jax.training.proposers import COMPARISONS, PROPOSERS
 
@@ -140,8 +141,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "data.flip": BOOLEAN,
   "data.stream": BOOLEAN,
   "data.crop_padding": integer(0, 2**16),  # no format has larger images; the feed knows how large these are
-  "data.image_size": integer(1),
-  "data.eval_resize": integer(1),
+  "data.image_size": integer(1).or_unset(),
+  "data.eval_resize": integer(1).or_unset(),
   "data.workers": integer(0).or_unset(),
   "data.skip_broken": integer(0),
   "data.changed_ok": BOOLEAN,
@@ -202,7 +203,9 @@ def check_config(config: Any) -> None:
     raise InputError(f"the configuration must have no other fields than these, got {unknown[0]}; {hint}")
   for name in ("train", "finetune"):
     _check_schedule(name, config[name])
-  _check_images(config.data)
+  check_images(config.data)
+  if config.init.weights is None:
+    check_streamed(config.data)  # else it may be the inputs of that network
   _check_epochs(config)
   if config.data.validation_images is not None and config.data.test_images is not None:
     raise InputError(
@@ -260,17 +263,23 @@ def _check_schedule(name: str, phase: Any) -> None:
     )
 
 
-def _check_images(fields: Any) -> None:
+def check_images(fields: Any) -> None:
+  """Checks how images are normalized, as far as that is set."""
   if len(fields.mean or ()) != len(fields.std or ()):
     raise InputError(f"data.mean and data.std must be of one length, got {fields.mean} and {fields.std}.")
   if fields.std is not None and 0 in fields.std:
     raise InputError(f"data.std must have no zero, got {fields.std}; the images are divided by it.")
+
+
+def check_streamed(fields: Any) -> None:
+  """Checks that streamed images have a size and a normalization."""
   if not fields.stream:
     return
-  if fields.eval_resize < fields.image_size:
+  size = image_size(fields)
+  if fields.eval_resize is not None and fields.eval_resize < size:
     raise InputError(
-      f"data.eval_resize must be at least data.image_size = {fields.image_size}, got {fields.eval_resize}; such as"
-      f" {round(fields.image_size * 8 / 7)}."
+      f"data.eval_resize must be at least data.image_size = {size}, got {fields.eval_resize}; such as"
+      f" {default_resize(size)}."
     )
   if fields.mean is None or len(fields.mean) != 3:
     raise InputError(

@@ -27,7 +27,7 @@ from sapr_jax.training.passes import recalibrate_batch_norm
 from sapr_jax.training.position import Position
 from sapr_jax.training.proposers import Proposer
 from sapr_jax.training.state import TrainState
-from sapr_jax.training.summary import describe, summarize
+from sapr_jax.training.summary import Network, describe, summarize
 
 
 def run(
@@ -104,7 +104,7 @@ def run(
     dense, pruned = (experiment.model, variables), (small_model, tuned_variables)
     summary = summarize(experiment, masks, dense, (small_model, small_variables), pruned)
     summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
-    processes.together(lambda: _write_results(path, dense, pruned, summary))
+    processes.together(lambda: _write_results(path, experiment, dense, pruned, summary))
   say(f"\n{report.format_summary(summary)}\n")
   if (warning := report.chance_warning(summary, experiment.passes.feed.num_classes)) is not None:
     say(warning)
@@ -195,9 +195,22 @@ def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[s
     write_json(path / layout.NETWORK, network)
 
 
-def _write_results(path: pathlib.Path, dense: Any, pruned: Any, summary: dict[str, Any]) -> None:
+def _write_results(
+  path: pathlib.Path, experiment: Experiment, dense: Network, pruned: Network, summary: dict[str, Any]
+) -> None:
   if is_main_process():
-    artifacts.save(path / layout.DENSE, *dense)
-    artifacts.save(path / layout.PRUNED, *pruned)
+    feed = experiment.passes.feed
+    measured_by = {"images": feed.num_test, "device": summary["run"]["device"], "versions": summary["run"]["versions"]}
+    known: dict[str, Any] = {"inputs": feed.inputs, "config": _shared_fields(experiment.config)}
+    artifacts.save(path / layout.DENSE, *dense, metrics=summary["dense"] | measured_by, **known)
+    others = {name: summary[name] for name in ("dense", "subnetwork")}
+    artifacts.save(path / layout.PRUNED, *pruned, metrics=summary["pruned"] | measured_by | others, **known)
     write_atomically(path / layout.REPORT, report.format_summary(summary) + "\n")
     write_json(path / layout.SUMMARY, summary)
+
+
+def _shared_fields(config: Any) -> dict[str, Any]:
+  """Returns the fields of a configuration for a model that may be given away: of whole paths only the last part."""
+  fields = layout.flat_fields(config)
+  paths = {name: fields[name] for name in ("data.path", "init.weights") if fields[name] is not None}
+  return fields | {name: pathlib.Path(path).name for name, path in paths.items() if os.path.isabs(path)}

@@ -8,7 +8,7 @@ training with a key named "dropout".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
+from sapr_jax.data import Inputs
 from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss
 from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.distillation import Distillation, distilled_loss
@@ -217,16 +218,20 @@ def recalibration_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   return step
 
 
-def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+def evaluation_step(
+  model: nn.Module, preprocessing: Preprocessing | Inputs, apply_kwargs: Mapping[str, Any] | None = None
+) -> Step:
   """Builds the step that counts correct answers; the state is {"correct", "loss", "count"}, summed over images.
 
-  A batch is (batch of images, weights); an image of weight 0 only fills the batch.
+  A batch is (batch of images, weights); an image of weight 0 only fills the batch. `apply_kwargs` tell the model that
+  it is evaluated; by default `train=False` does.
   """
+  mode: Any = {"train": False} if apply_kwargs is None else apply_kwargs
 
   def step(state: Metrics, shared: Shared, batch: Any) -> tuple[Metrics, Metrics]:
     batch, weights = batch
     images, labels = shared.read(batch)
-    logits: Any = model.apply(shared.variables, preprocessing.normalize(images), train=False)
+    logits: Any = model.apply(shared.variables, preprocessing.normalize(images), **mode)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {
