@@ -50,4 +50,5 @@ from .method import (
   split_by_group as split_by_group,
   taylor as taylor,
 )
+from .training import RunResult as RunResult, load_run as load_run, run as run
 from .version import __version__ as __version__

@@ -22,7 +22,7 @@ ARROWS = {
   "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
   "main": {"errors", "runtime", "training"},
-  "__init__": {"artifacts", "channels", "errors", "method", "models", "version"},
+  "__init__": {"artifacts", "channels", "errors", "method", "models", "training", "version"},
 }
 """Folder or file of `sapr_jax` -> those that it may import."""
 
