@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def weights_and_biases(workdir: pathlib.Path, project: str, config: Mapping[str,
   with needs_extra("report.wandb_project", "wandb"):
     import wandb  # an extra, and slow to import
   known = read_json(workdir / FILE)
-  number = known["id"] if isinstance(known, dict) and isinstance(known.get("id"), str) else wandb.util.generate_id()
+  number = known["id"] if isinstance(known, dict) and isinstance(known.get("id"), str) else secrets.token_hex(8)
   try:
     run = wandb.init(
       project=project, name=workdir.resolve().name, id=number, resume="allow", config=dict(config), dir=str(workdir)

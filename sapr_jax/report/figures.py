@@ -37,7 +37,7 @@ def accuracy_of_full_model(runs: Sequence[RunHistory]) -> MatplotlibFigure:
   lengths = [(run.config["train.epochs"], run.records[-1]["step"]) for run in runs]
   for epochs in sorted({epochs for epochs, step in lengths if step > epochs}):
     axes.axvline(epochs + 0.5, color=_GRAY, linewidth=1)
-    axes.annotate(" pruned", (epochs + 0.5, 0.02), xycoords=("data", "axes fraction"), color=_GRAY, fontsize=8)
+    _note(axes, "pruned", (epochs + 0.5, 0.03), ("data", "axes fraction"))
   return _finished(figure, axes)
 
 
@@ -46,7 +46,7 @@ def hamming_distance(runs: Sequence[RunHistory]) -> MatplotlibFigure:
   figure, axes = _figure("How much the choice of channels changes", "epoch", "channels that changed (%)")
   _lines(axes, runs, "hamming_distance", scale=100)
   axes.axhline(5, color=_GRAY, linewidth=1)
-  axes.annotate(" 5 %", (1.0, 5), xycoords=("axes fraction", "data"), color=_GRAY, fontsize=8, va="center")
+  _note(axes, "5 %", (1.0, 5), ("axes fraction", "data"), va="center")
   axes.set_ylim(bottom=0)
   return _finished(figure, axes)
 
@@ -59,7 +59,7 @@ def budget(runs: Sequence[RunHistory]) -> MatplotlibFigure:
   _explain_styles(axes, runs, {"cost_share": "chosen"}, {"generator_cost_share": "the generator's random samples"})
   for p in sorted({run.config["prune.p"] for run in runs if run.config.get("prune.limit") is None}):
     axes.axhline(100 * p, color=_GRAY, linewidth=1)
-    axes.annotate(f" p = {p:g}", (1.0, 100 * p), xycoords=("axes fraction", "data"), color=_GRAY, fontsize=8)
+    _note(axes, f"p = {p:g}", (1.0, 100 * p), ("axes fraction", "data"), va="center")
   return _finished(figure, axes)
 
 
@@ -88,7 +88,7 @@ def kept_channels(runs: Sequence[RunHistory]) -> MatplotlibFigure:
   for i, (run, colour, widths) in enumerate(drawn):
     places = [x - 0.4 + (i + 0.5) * width for x in range(len(groups))]
     axes.bar(places, list(widths.values()), width, color=colour, label=run.label if len(runs) > 1 else "kept")
-  fits = 0.075 * sum(len(name) + 2 for name in groups) < figure.get_figwidth() - 1
+  fits = 0.06 * sum(len(name) + 2 for name in groups) < figure.get_figwidth() - 1
   axes.set_xticks(range(len(groups)), groups, rotation=0 if fits else 90, fontsize=8 if fits else 7)
   axes.margins(x=0.01)
   axes.grid(axis="x", visible=False)
@@ -214,6 +214,12 @@ def _lines(axes: Axes, runs: Sequence[RunHistory], name: str, *, scale: float = 
     axes.plot(epochs, [scale * value for value in values], marker=marker, markersize=4, **look)
 
 
+def _note(axes: Axes, text: str, place: tuple[float, float], units: tuple[str, str], **look: Any) -> None:
+  """Writes a few letters to the right of a place."""
+  look |= {"color": _GRAY, "fontsize": 8}
+  axes.annotate(text, place, xycoords=units, xytext=(3, 0), textcoords="offset points", **look)
+
+
 def _explain_styles(
   axes: Axes, runs: Sequence[RunHistory], solid: Mapping[str, str], dotted: Mapping[str, str]
 ) -> None:
@@ -231,14 +237,8 @@ def _finished(figure: MatplotlibFigure, axes: Axes) -> MatplotlibFigure:
   if labels:
     # Width of an entry in inches: a line with its margins, and the letters.
     columns = max(1, int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels)))))
-    legend: dict[str, Any] = {
-      "loc": "outside lower center",
-      "ncols": columns,
-      "frameon": False,
-      "fontsize": 8,
-      "labelcolor": _INK,
-    }
-    figure.legend(handles, labels, **legend)
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **look)
   return figure
 
 

@@ -106,10 +106,10 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     if epoch not in searched:
       return f"\nPruning, epochs {searched.stop + 1} to {epochs} of {epochs}: the choice of channels stands."
     return (
-      f"\nPruning, epochs {start + 1} to {min(searched.stop, epochs)} of {epochs}: before each epoch the channels"
-      f" to keep are chosen, {chosen}. The\nothers are dropped: they still learn, but are pushed towards zero, so that cutting"
-      " them costs little. 'If cut now' is the\naccuracy without them; it should come close to that of the"
-      " whole network."
+      f"\nPruning, epochs {start + 1} to {min(searched.stop, epochs)} of {epochs}: before each epoch the channels to"
+      f" keep are chosen, {chosen}.\nThe others are dropped: they still learn, but are pushed towards zero, so that"
+      " cutting them costs little.\n'If cut now' is the accuracy without them; it should come close to that of the whole"
+      " network."
     )
 
   return Stage(
