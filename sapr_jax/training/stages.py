@@ -108,8 +108,8 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     return (
       f"\nPruning, epochs {start + 1} to {min(searched.stop, epochs)} of {epochs}: before each epoch the channels to"
       f" keep are chosen, {chosen}.\nThe others are dropped: they still learn, but are pushed towards zero, so that"
-      " cutting them costs little.\n'If cut now' is the accuracy without them; it should come close to that of the whole"
-      " network."
+      " cutting them costs little.\n'If cut now' is the accuracy without them; it should come close to that of the"
+      " whole network."
     )
 
   return Stage(
@@ -158,7 +158,7 @@ def finetuning_stage(
     weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE, distillation),
     evaluate=evaluate,
     phase=lambda epoch: (
-      f"\nFine-tuning, {phase.epochs} epochs: the smaller network, which is all that is left, learns on."
+      f"\nFine-tuning, {phase.epochs} epochs: the dropped channels are cut, and what is left learns on."
     ),
   )
 

@@ -77,9 +77,9 @@ def describe(experiment: Experiment) -> str:
   evaluated = "test" if config.data.validation_images is None else "held-out training"
   images = f"{feed.num_train:,} training and {feed.num_test:,} {evaluated} images"
   count = experiment.passes.mesh.devices.size
-  devices = f"on {count} device{'s' if count > 1 else ''} ({jax.devices()[0].device_kind})"
+  devices = f"{count} device{'s' if count > 1 else ''} ({jax.devices()[0].device_kind})"
   return (
-    f"{config.model.name} on {images}, {devices}\n"
+    f"{config.model.name}, {images}, {devices}\n"
     f"It does {graph.macs():,} multiply-accumulates (MACs) for an image; {graph.prunable_macs():,} of them are"
     f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
     f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
