@@ -34,9 +34,9 @@ def format_epoch(record: Mapping[str, Any], epochs: int) -> str:
   if "subnetwork_accuracy" in record:
     parts[-1] += f" ({record['subnetwork_accuracy']:.2%} if cut now)"
   if record.get("kept_norm_mean") and "dropped_norm_mean" in record:
-    parts.append(f"dropped channels {record['dropped_norm_mean'] / record['kept_norm_mean']:.0%} as large as kept ones")
+    parts.append(f"dropped channels shrunk to {record['dropped_norm_mean'] / record['kept_norm_mean']:.0%}")
   if "hamming_distance" in record:
-    parts.append(f"choice changed for {record['hamming_distance']:.1%} of channels")
+    parts.append(f"choice changed {record['hamming_distance']:.1%}")
   parts.append(f"{record['weight_seconds'] + record.get('generator_seconds', 0.0):.1f} s")
   line = f"{record['stage']} {record['epoch']}/{epochs}: {', '.join(parts)}"
   if "widths" in record and record.get("generator_learned", 1.0) < _LEARNED:

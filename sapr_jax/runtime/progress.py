@@ -79,7 +79,7 @@ class Progress:
     started, first = self._times[0] if self._times else (now, self._done)
     if not todo or self._done == first:
       return ""
-    return f", {duration((now - started) / (self._done - first) * todo)} left"
+    return f"; {duration((now - started) / (self._done - first) * todo)} left"
 
   def close(self) -> None:
     self._bar.close()

@@ -84,5 +84,6 @@ def describe(experiment: Experiment) -> str:
     f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
     f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
     f"The regularization can take {shrinkage(config, per_epoch, gamma):.3g} off the norm of a dropped channel over the"
-    f" whole run (mean of the groups, gamma {gamma:.3g})."
+    f" whole run (mean of the groups, gamma {gamma:.3g}).\n"
+    "The first epoch of each part takes longer, as its programs are compiled."
   )

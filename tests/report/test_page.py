@@ -90,7 +90,7 @@ def test_channels_of_another_network_are_no_channels_of_the_first(tmp_path):
   (second / "records.jsonl").write_text(records.replace("b/conv", "c/conv"))
   (axes,) = FIGURES["kept_channels"].draw(read_histories([first, second])).axes
   assert [bar.get_height() for bar in axes.patches] == [4, 8, 2, 3]
-  assert axes.get_title() == "Kept channels (without runs of other networks)"
+  assert axes.get_title(loc="left") == "Kept channels (without runs of other networks)"
 
 
 def test_a_run_that_measured_less_is_reported_with_what_it_has(tmp_path):

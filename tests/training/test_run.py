@@ -267,9 +267,8 @@ SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "
 
 def test_the_other_choices_run_too(quick_compilation, tmp_path):
   config = small_config(fast_cpu=False, prune__form="penalty", prune__round_to=4, prune__statistics_batches=0, **SHORT)
-  summary = training.run(
-    config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size
-  ).summary
+  result = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)
+  summary = result.summary
   assert all(width % 4 == 0 or width == 6 for width in summary["run"]["widths"].values())
   assert summary["run"]["round_to"] == 4
   assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
