@@ -110,8 +110,8 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       f" keep are chosen, {chosen}.\nThe others are dropped: they still learn, but are pushed towards zero, so that"
       " cutting them costs little.\n"
       "  if cut now      accuracy without the dropped channels; should come close to that of the whole network\n"
-      "  shrunk to       size of the dropped channels' weights, as a share of that of kept ones; should come close to 0\n"
-      "  choice changed  share of the channels for which it is not that of the epoch before; should come close to 0"
+      "  shrunk to       size of the dropped channels' weights as a share of the kept ones'; should come close to 0\n"
+      "  choice changed  share of the channels on which it differs from the epoch before; should come close to 0"
     )
 
   return Stage(

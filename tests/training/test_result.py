@@ -14,7 +14,6 @@ from small_run import check_same_run, small_config
 
 import sapr_jax as sapr
 from sapr_jax import artifacts, report, training
-from sapr_jax.training import run as run_module
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
 
@@ -137,7 +136,7 @@ def test_callbacks_get_the_records_and_their_errors_lose_nothing(whole, tmp_path
 
 def test_a_run_keeps_compiled_programs_unless_told_not_to(finished, monkeypatch):
   calls = []
-  monkeypatch.setattr(run_module, "use_compilation_cache", lambda: calls.append(1))
+  monkeypatch.setattr(sys.modules["sapr_jax.training.run"], "use_compilation_cache", lambda: calls.append(1))
   training.run(small_config(), finished, compilation_cache=False)
   assert calls == []
   training.run(small_config(), finished)
