@@ -155,7 +155,8 @@ class Figures(dict[str, Any]):
   """Name -> figure. A notebook shows all of them."""
 
   def _repr_html_(self) -> str:
-    return "".join(f'<div style="display: inline-block">{as_svg(figure)}</div>' for figure in self.values())
+    look = "display: inline-block; background: #fff"  # a notebook may be dark
+    return "".join(f'<div style="{look}">{as_svg(figure)}</div>' for figure in self.values())
 
 
 def draw_figures(runs: Sequence[RunHistory]) -> dict[str, MatplotlibFigure]:
