@@ -24,8 +24,8 @@ def interrupt(record):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-sapr.run(small_config(train__epochs=2, train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=()), {workdir!r},
-         callbacks=[interrupt])
+config = small_config(train__epochs=2, train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=())
+sapr.run(config, {workdir!r}, callbacks=[interrupt])
 """
 AGAIN = INTERRUPTED.replace('record["step"] == 1', "False")
 
