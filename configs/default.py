@@ -111,6 +111,8 @@ def get_config() -> ConfigDict:
   config.report = ConfigDict()
   config.report.latency_batch_sizes = (1, 128)
   config.report.latency_repeats = 15
+  config.report.page = True  # report.html at the end, if pip install 'sapr_jax[report]' was done
+  config.report.wandb_project = placeholder(str)  # send records to Weights & Biases too; needs 'sapr_jax[wandb]'
   return config.lock()  # a misspelt field is an error, in the files that override it too
 
 

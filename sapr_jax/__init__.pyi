@@ -60,5 +60,5 @@ from .method import (
   split_by_group as split_by_group,
   taylor as taylor,
 )
-from .training import evaluate as evaluate
+from .training import RunResult as RunResult, evaluate as evaluate, load_run as load_run, run as run
 from .version import __version__ as __version__

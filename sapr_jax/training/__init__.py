@@ -4,6 +4,7 @@ from sapr_jax.training.config import check_config
 from sapr_jax.training.evaluation import evaluate
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
+from sapr_jax.training.result import RunResult, load_run
 from sapr_jax.training.run import run
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
   "GeneratorProposer",
   "ImportanceProposer",
   "Proposer",
+  "RunResult",
   "build",
   "check_config",
   "evaluate",
+  "load_run",
   "make_proposer",
   "run",
 ]

@@ -94,6 +94,7 @@ AT_LEAST_0 = number("a number of at least 0", lambda x: x >= 0)
 SHARE = number("a number in (0, 1]", lambda x: 0 < x <= 1)
 BOOLEAN = Rule("True or False", lambda value: isinstance(value, bool))
 TEXT = Rule("text", lambda value: isinstance(value, str))
+NAME = Rule("a name", lambda value: isinstance(value, str) and value != "")
 PATH = Rule("a path", lambda value: isinstance(value, str) and value != "" and "\0" not in value)
 CHANNELS = tuple_of(
   number("", lambda x: 0 <= x <= 1), "a tuple with a number in [0, 1] for each channel, such as '(0.5, 0.5, 0.5)'"
@@ -181,6 +182,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "checkpoint.keep_every_epochs": integer(1).or_unset(),
   "report.latency_batch_sizes": tuple_of(integer(1), "a tuple of integers of at least 1, such as '(1, 128)'"),
   "report.latency_repeats": integer(1),
+  "report.page": BOOLEAN,
+  "report.wandb_project": NAME.or_unset(),
 }
 """Name of a field, with dots -> its values. `configs/default.py` says what each field means."""
 
