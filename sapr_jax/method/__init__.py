@@ -34,6 +34,7 @@ from sapr_jax.method.importance import (
   relative_to_group_mean,
   taylor,
 )
+from sapr_jax.method.masks_in_state import RegularizationState, get_masks, set_masks
 from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
 from sapr_jax.method.progress import learned_share, overlap
 from sapr_jax.method.regularization import (
@@ -45,7 +46,7 @@ from sapr_jax.method.regularization import (
 )
 from sapr_jax.method.rounding import default_round_to
 from sapr_jax.method.search import SearchMetrics, SearchOptions, architecture_loss
-from sapr_jax.method.transforms import RegularizeByProxState, regularize_by_penalty, regularize_by_prox
+from sapr_jax.method.transforms import regularize_by_penalty, regularize_by_prox
 
 __all__ = [
   "COSTS",
@@ -53,7 +54,7 @@ __all__ = [
   "ArchitectureGenerator",
   "Budget",
   "Cost",
-  "RegularizeByProxState",
+  "RegularizationState",
   "Scores",
   "SearchMetrics",
   "SearchOptions",
@@ -65,6 +66,7 @@ __all__ = [
   "check_budget",
   "check_share",
   "default_round_to",
+  "get_masks",
   "keep_probability",
   "l1_norm",
   "l2_norm",
@@ -87,6 +89,7 @@ __all__ = [
   "relative_weights",
   "reorder",
   "sample_masks",
+  "set_masks",
   "share_weights",
   "split_by_group",
   "start_from",
