@@ -152,33 +152,33 @@ def check_extra_arguments(names: Any) -> None:
 
 
 def warn_if_idle(state: RegularizationState, expected_from: int | None, transform: str) -> None:
-  """Logs a warning if the state keeps all channels at the step from which on masks are expected.
-
-  Under `jax.jit` it calls back to the host, at that step alone.
-  """
+  """Warns if the state keeps all channels at the step from which on masks are expected."""
   if expected_from is None:
     return
-
-  def is_idle() -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.asarray(mask) > 0) for mask in state.masks.values()]))
-
-  warn = functools.partial(_warn, transform=transform)
   # optax.inject_hyperparams makes an array of the number.
   is_time = state.step == jnp.asarray(expected_from).astype(state.step.dtype)
-  if not isinstance(is_time, jax.core.Tracer):
-    if is_time:
-      warn(is_idle(), state.step)
+  if not isinstance(is_time, jax.core.Tracer) and not is_time:
     return
-  # The predicate goes along, as jax.vmap would take both branches.
-  jax.lax.cond(is_time, lambda: jax.debug.callback(warn, is_time & is_idle(), state.step), lambda: None)
+  keeps_all = jnp.all(jnp.stack([jnp.all(jnp.asarray(mask) > 0) for mask in state.masks.values()]))
+  warn_if(
+    is_time & keeps_all,
+    f"{transform} keeps all channels at the step from which on it should not ({shown(expected_from)}), so it"
+    " regularizes nothing: call opt_state = sapr_jax.set_masks(opt_state, masks), or give the step at which masks come"
+    " as expected_from=STEP (None: no warning).",
+  )
 
 
-def _warn(idle: Any, step: Any, *, transform: str) -> None:
-  if np.any(idle):
-    # Not by `warnings`: raised in a callback, as a filter may ask for, it would end the program.
-    logging.getLogger("sapr_jax").warning(
-      "%s keeps all channels at step %d, so it regularizes nothing: call opt_state = sapr_jax.set_masks(opt_state,"
-      " masks), or give the step at which masks come by expected_from=STEP (None: no warning).",
-      transform,
-      np.max(step),
-    )
+def warn_if(condition: jax.Array, message: str) -> None:
+  """Logs a warning if a condition holds; under `jax.jit` by a call of the host from the compiled program."""
+  # Not by `warnings`: raised in a callback, as a filter may ask for, it would end the program.
+  warn = functools.partial(_warn, message=message)
+  if not isinstance(condition, jax.core.Tracer):
+    warn(condition)
+    return
+  # The condition goes along, as jax.vmap would take both branches.
+  jax.lax.cond(condition, lambda: jax.debug.callback(warn, condition), lambda: None)
+
+
+def _warn(condition: Any, *, message: str) -> None:
+  if np.any(condition):
+    logging.getLogger("sapr_jax").warning(message)
