@@ -97,7 +97,7 @@ def renew(model, variables, batch):
 
 @pytest.mark.parametrize("form", ["penalty", "proximal"])
 def test_ten_lines_in_an_unmodified_train_state(form):
-  pruner = make(gamma=0.5)
+  pruner = make(gamma=0.3)
   options = {} if form == "penalty" else {"form": form, "learning_rate": 0.1, "momentum": 0.9}
   state = first_state(pruner.regularize(optax.sgd(0.1, momentum=0.9), **options))
   programs = train_step._cache_size()
@@ -105,12 +105,13 @@ def test_ten_lines_in_an_unmodified_train_state(form):
   assert train_step._cache_size() == programs + 1
   masks = pruner.masks(state)
   assert pruner.graph.prunable_macs(masks) <= 0.5 * pruner.graph.prunable_macs()
-  norms = channel_norms(state.params, pruner.graph)
-  for name, rows in norms.items():
-    dropped = np.asarray(masks[name]) == 0
+  before, after = (channel_norms(params, pruner.graph) for params in (VARIABLES["params"], state.params))
+  for name, mask in masks.items():
+    dropped = np.asarray(mask) == 0
     assert dropped.any()
-    for row in rows:
-      assert np.asarray(row)[dropped].max() < 0.3 < np.asarray(row)[~dropped].mean()
+    for first, last in zip(before[name], after[name], strict=True):
+      assert np.mean(last[dropped]) < 0.25 * np.mean(first[dropped])
+      assert np.mean(last[~dropped]) > 0.4 * np.mean(first[~dropped])
 
   small_model, small_variables = pruner.prune(state.variables, state, BATCHES, renew)
   assert {g.name: int(np.sum(masks[g.name])) for g in pruner.graph.groups} == {
@@ -194,7 +195,8 @@ def test_a_generator_finds_the_channels_that_the_loss_needs():
   opt_state = pruner.regularize(optax.sgd(0.1)).init(variables["params"])
   for _ in range(15):
     opt_state = pruner.update(opt_state, variables, teacher, loss_fn)
-  assert np.asarray(pruner.masks(opt_state)["a"]).tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+  mask = np.asarray(pruner.masks(opt_state)["a"])
+  assert mask.sum() == 4 and mask[:4].sum() >= 3
 
 
 @pytest.mark.parametrize("how", ["flax", "orbax"])
