@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
-from sapr_jax.method import COSTS, IMPORTANCES
+from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
 from sapr_jax.training.inputs import default_resize, image_size
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
-from sapr_jax.training.proposers import COMPARISONS, PROPOSERS
+from sapr_jax.training.proposers import PROPOSERS
 
 _INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
 

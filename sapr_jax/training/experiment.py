@@ -22,15 +22,15 @@ from sapr_jax.method import (
   check_budget,
   default_round_to,
   make_budget,
+  make_comparable,
   project_to_budget,
-  relative_to_cost,
 )
 from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.adoption import compare_images, inputs_of_weights, with_inputs
 from sapr_jax.training.config import check_streamed
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose
-from sapr_jax.training.proposers import COMPARISONS, GeneratorProposer, ImportanceProposer, Knowledge, Proposer
+from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
 from sapr_jax.training.state import first_not_finite
 
 
@@ -150,8 +150,7 @@ def make_proposer(experiment: Experiment) -> Proposer:
   model, graph = experiment.model, experiment.graph
 
   def compare(scores: Scores) -> Scores:
-    scores, exponent = COMPARISONS[config.importance.compare](scores), config.importance.cost_exponent
-    return relative_to_cost(scores, graph, experiment.budget.cost, exponent) if exponent else scores
+    return make_comparable(scores, graph, experiment.budget.cost, **config.importance)
 
   def importance(name: str) -> Proposer:
     return ImportanceProposer(name, passes, model, graph, images, fields.batch_size, compare)

@@ -14,7 +14,7 @@ import numpy as np
 from sapr_jax import report
 from sapr_jax.channels import Masks, mask_params
 from sapr_jax.errors import DivergedError
-from sapr_jax.method import Weighting, channel_norms, relative_weights
+from sapr_jax.method import Weighting, channel_norms, relative_weights, set_masks
 from sapr_jax.runtime import replicate
 from sapr_jax.training import optimizers
 from sapr_jax.training.distillation import Distillation
@@ -36,11 +36,10 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     config.train, schedule, graph, optimizers.regularization(config, steps_per_epoch, weighting)
   )
   distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
-  # Until E_start all channels are kept, and the regularization does nothing.
+  # Until E_start the masks in the optimizer state keep all channels, and the regularization does nothing.
   state = TrainState.create(
     experiment.variables,
     tx,
-    masks=graph.full_masks(),
     proposer=proposer.init(),
     teacher=jax.tree.map(jnp.copy, experiment.variables) if distilled else (),
   )
@@ -71,7 +70,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       return dataclasses.replace(state, proposer=proposed), record
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
-    return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record
+    return dataclasses.replace(state, proposer=proposed, opt_state=set_masks(state.opt_state, masks)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     evaluated = _is_evaluated(epoch, config.train.epochs, config)

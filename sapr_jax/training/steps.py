@@ -18,11 +18,11 @@ import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
 from sapr_jax.data import Inputs
-from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss
+from sapr_jax.method import ArchitectureGenerator, GeneratorState, SearchOptions, learn
 from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.distillation import Distillation, distilled_loss
 from sapr_jax.training.inputs import Preprocessing, Shared
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -36,14 +36,13 @@ def weight_step(
   unroll: bool = True,
   distillation: Distillation | None = None,
 ) -> Step:
-  """Builds the step that trains the weights; the state is a `TrainState`, whose masks the regularization in `tx` gets.
+  """Builds the step that trains the weights; the state is a `TrainState`.
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
   piece's activations are in memory (in a loop; if they are unrolled, XLA for CPUs keeps those of all). Gradients and
   metrics are means over the pieces, and batch statistics follow them. The optimizer, the regularization and the
   exchange between devices come once. With a distillation, the loss is that of `distilled_loss`.
   """
-  optimizer = optax.with_extra_args_support(tx)
 
   def gradient(state: TrainState, piece: Any) -> Any:
     images, labels, key = piece
@@ -71,7 +70,7 @@ def weight_step(
       pieces = (*pieces, jax.random.split(dropout_key, accumulate))
       grads, batch_stats, metrics = _mean_over_pieces(gradient, state, pieces, unroll)
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=state.masks or None)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return dataclasses.replace(
       state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
@@ -151,14 +150,7 @@ def generator_step(
       logits, _ = masked_apply(model, shared.variables, graph, masks, x, **mode)
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
-      variables = {**state.variables, "params": params}
-      return architecture_loss(generator, variables, graph, network_loss, mask_key, options)
-
-    grads, metrics = jax.grad(objective, has_aux=True)(state.params)
-    updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    new_state, metrics = learn(state, generator, graph, tx, network_loss, mask_key, options, mean=mean_over_devices)
     return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
 
   return step
