@@ -123,7 +123,7 @@ def streamed_run(photos, tmp_path_factory):
   return workdir, training.run(streamed_config(photos), workdir).summary
 
 
-def test_a_run_on_streamed_images(streamed_run):
+def test_a_run_on_streamed_images(streamed_run, photos):
   workdir, summary = streamed_run
   records = artifacts.read_records(workdir)
   assert [(record["stage"], record["epoch"]) for record in records] == [
@@ -135,6 +135,11 @@ def test_a_run_on_streamed_images(streamed_run):
   assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] < 0.55
   model, variables = sapr.load(workdir / "pruned")
   assert model.apply(variables, np.zeros((1, 16, 16, 3))).shape == (1, 2)
+  inputs = sapr.load_info(workdir / "pruned").inputs
+  assert (inputs.shape, inputs.resize, inputs.class_names) == ((16, 16, 3), 18, ("dark", "light"))
+  measured = sapr.evaluate(workdir / "pruned", data=photos, batch_size=8)
+  assert (measured["accuracy"], measured["images"]) == (summary["pruned"]["accuracy"], 11)
+  assert measured["loss"] == pytest.approx(summary["pruned"]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
