@@ -22,6 +22,7 @@ from benchmarks import training_pieces
 from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
 from sapr_jax.method import (
   ArchitectureGenerator,
+  GeneratorState,
   SearchOptions,
   macs_budget,
   project_to_budget,
@@ -32,7 +33,7 @@ from sapr_jax.runtime import keep_memory, replicate
 from sapr_jax.runtime.devices import Step
 from sapr_jax.training import steps
 from sapr_jax.training.inputs import Shared
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 WEIGHTS, METHOD, GENERATOR, EVALUATION = "weight step", "with regularization", "generator step", "evaluation"
 OPTIMIZER, PENALTY, PROXIMAL, MASKS = "optimizer", "penalty", "proximal step", "masks"
@@ -150,7 +151,7 @@ def update_step(tx: optax.GradientTransformationExtraArgs) -> Step:
 
   def step(state: TrainState, shared: Shared, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     del rows
-    updates, opt_state = tx.update(shared.variables["params"], state.opt_state, state.params, masks=state.masks)
+    updates, opt_state = tx.update(shared.variables["params"], state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return dataclasses.replace(state, params=params, opt_state=opt_state), {}
 

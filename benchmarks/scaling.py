@@ -34,9 +34,9 @@ from sapr_jax import models, report, trace_channels
 from sapr_jax.artifacts import Checkpointer
 from sapr_jax.artifacts.files import write_json
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import ArchitectureGenerator
+from sapr_jax.method import ArchitectureGenerator, GeneratorState
 from sapr_jax.training import optimizers
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 RESULTS = pathlib.Path("results/scaling.json")
 PAGE = pathlib.Path("docs/scaling.md")

@@ -30,9 +30,9 @@ from benchmarks import training_pieces
 from benchmarks.measuring import goal, parser, record, shown, table, time_in_turns
 from sapr_jax import prune, trace_channels
 from sapr_jax.artifacts import Checkpointer, read_records
-from sapr_jax.method import ArchitectureGenerator, sample_masks
+from sapr_jax.method import ArchitectureGenerator, GeneratorState, sample_masks
 from sapr_jax.runtime.devices import AXIS
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 GOAL_TRACE, GOAL_PRUNE = 1.5, 1.0
 GOAL_GROWTH = 1.25  # of compile time, from the fewest groups to the most: room for the noise

@@ -42,7 +42,8 @@ class Pieces:
 
   def state(self, tx: optax.GradientTransformation) -> TrainState:
     """Returns the first state of the weight step."""
-    return TrainState.create(self.variables, tx, masks=self.masks)
+    state = TrainState.create(self.variables, tx)
+    return TrainState.create(self.variables, tx, masks=self.masks) if state.masks else state
 
   def weight_step(self, tx: optax.GradientTransformation) -> Step:
     return steps.weight_step(self.model, tx, self.preprocessing)

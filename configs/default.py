@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
   config.data.train_images = placeholder(int)  # use a part only, balanced if labels are known; unset: all
   config.data.test_images = placeholder(int)
   config.data.validation_images = placeholder(int)  # so many training images are held out and evaluated, not the test's
-  config.data.mean = placeholder(tuple)  # of each channel, of pixels in [0, 1]; unset: of the training images
+  # Mean and deviation of each channel, of pixels in [0, 1]; unset: those of the saved model in init.weights, or else of
+  # the training images.
+  config.data.mean = placeholder(tuple)
   config.data.std = placeholder(tuple)
   config.data.flip = True
   config.data.skip_broken = 0  # go on without so many broken images; streamed ones are replaced by the next whole one
@@ -42,8 +44,13 @@ def get_config() -> ConfigDict:
   # Images on the devices, of one size:
   config.data.crop_padding = 4  # pixels
   # Streamed images, of any size:
-  config.data.image_size = 224  # pixels; random-resized crops in training, the centre in evaluation
-  config.data.eval_resize = 256  # shorter side, before the centre is cropped
+  config.data.image_size = placeholder(
+    int
+  )  # pixels; random-resized crops in training, the centre in evaluation; unset:
+  # those of the network in init.weights, or 224
+  config.data.eval_resize = placeholder(
+    int
+  )  # shorter side, before the centre is cropped; unset: likewise, or 8/7 of it
   config.data.workers = placeholder(int)  # processes that decode; 0: threads; unset: threads if up to 4 cores
 
   # Training of the dense network, the method included (supplement A).
@@ -104,6 +111,8 @@ def get_config() -> ConfigDict:
   config.report = ConfigDict()
   config.report.latency_batch_sizes = (1, 128)
   config.report.latency_repeats = 15
+  config.report.page = True  # report.html at the end, if pip install 'sapr_jax[report]' was done
+  config.report.wandb_project = placeholder(str)  # send records to Weights & Biases too; needs 'sapr_jax[wandb]'
   return config.lock()  # a misspelt field is an error, in the files that override it too
 
 

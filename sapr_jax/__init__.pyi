@@ -7,7 +7,15 @@ from . import (
   models as models,
   version as version,
 )
-from .artifacts import export_torch as export_torch, import_torch as import_torch, load as load, save as save
+from .artifacts import (
+  ModelInfo as ModelInfo,
+  export_torch as export_torch,
+  import_torch as import_torch,
+  load as load,
+  load_info as load_info,
+  model_card as model_card,
+  save as save,
+)
 from .channels import (
   ChannelGraph as ChannelGraph,
   ChannelGroup as ChannelGroup,
@@ -20,6 +28,7 @@ from .channels import (
   register_rule as register_rule,
   trace_channels as trace_channels,
 )
+from .data import Inputs as Inputs
 from .errors import DivergedError as DivergedError, InputError as InputError, InterruptedRunError as InterruptedRunError
 from .method import (
   COSTS as COSTS,
@@ -27,11 +36,16 @@ from .method import (
   ArchitectureGenerator as ArchitectureGenerator,
   Budget as Budget,
   Cost as Cost,
+  GeneratorOptions as GeneratorOptions,
+  Pruner as Pruner,
+  Search as Search,
   SearchOptions as SearchOptions,
   architecture_loss as architecture_loss,
   batch_norm_scale as batch_norm_scale,
   budget_penalty as budget_penalty,
   check_budget as check_budget,
+  gamma_for as gamma_for,
+  get_masks as get_masks,
   l1_norm as l1_norm,
   l2_norm as l2_norm,
   macs_budget as macs_budget,
@@ -46,9 +60,13 @@ from .method import (
   regularize_by_prox as regularize_by_prox,
   relative_to_group_mean as relative_to_group_mean,
   relative_weights as relative_weights,
+  renew_statistics as renew_statistics,
   sample_masks as sample_masks,
+  set_masks as set_masks,
   share_weights as share_weights,
+  shrinkage_of as shrinkage_of,
   split_by_group as split_by_group,
   taylor as taylor,
 )
+from .training import RunResult as RunResult, evaluate as evaluate, load_run as load_run, run as run
 from .version import __version__ as __version__

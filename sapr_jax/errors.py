@@ -28,11 +28,25 @@ class InterruptedRunError(Exception):
   """A run was asked to stop and has saved its work; `python -m sapr_jax.main` then exits with 75, for a scheduler."""
 
 
+class InterruptedByUserError(InterruptedRunError, KeyboardInterrupt):
+  """Ctrl-C, or the interrupt of a notebook, stopped a run, which has saved its work; also a `KeyboardInterrupt`."""
+
+
 def one_line(error: BaseException, limit: int | None = None) -> str:
   """Returns the message of an exception as one line of at most `limit` characters and an ellipsis."""
   # A KeyError would put its message in quotes.
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   return text if limit is None or len(text) <= limit else f"{text[:limit]} ..."
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+  """Turns the lack of a package within the block into an `InputError` that says which extra of this package has it."""
+  try:
+    yield
+  except ImportError as error:
+    package = error.name or one_line(error)
+    raise InputError(f"{what} needs {package}, which is not installed; run: pip install 'sapr_jax[{extra}]'") from None
 
 
 @contextlib.contextmanager

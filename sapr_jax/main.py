@@ -108,9 +108,7 @@ def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInter
     _start_jax()
     if interruption is not None:
       interruption.listen()  # the runtime of a TPU takes SIGTERM
-    if _COMPILATION_CACHE.value:
-      runtime.use_compilation_cache()
-    training.run(config, workdir, interruption=interruption)
+    training.run(config, workdir, interruption=interruption, compilation_cache=_COMPILATION_CACHE.value)
     if interruption is not None:
       interruption.finish()
   except DivergedError as error:

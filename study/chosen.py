@@ -1,7 +1,7 @@
 """Hyperparameters of the rows of the size "pretrained", chosen on held-out training images and then fixed.
 
-They were compared with two seeds that no row has, 100 and 101, on `data.validation_images`; the test images had no part
-in it. No seed is added after the runs on these.
+They were compared by the size "pretrained_choice": two seeds that no row has, 100 and 101, on `data.validation_images`;
+the test images had no part in it. No seed is added after the runs on these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 EPOCHS = 8
 """Of every row, training and fine-tuning together."""
 
-SCHEDULE: Mapping[str, Any] = {
+FIRST_TRIED: Mapping[str, Any] = {
   "train.epochs": 2,
   "train.learning_rate": 0.02,
   "prune.start_epoch": 0,
@@ -22,28 +22,42 @@ SCHEDULE: Mapping[str, Any] = {
   "finetune.epochs": EPOCHS - 2,
   "finetune.learning_rate": 0.05,
 }
-"""What all rows share."""
+"""What the rows of "pretrained_choice" share, unless a candidate changes it."""
+
+SCHEDULE: Mapping[str, Any] = {**FIRST_TRIED}
+"""What all rows of "pretrained" share."""
 
 STRENGTHS = (1.0,)
 """Of Torch-Pruning's sparse learning, as multiples of its recipe's."""
 
-PRIOR: Mapping[str, Any] = {
-  "generator.prior": "l2_norm",
-  "generator.prior_strength": 4.0,
-  "generator.learning_rate": 3e-3,
-}
-"""Of the generator that begins with the norms of the channels."""
+EQUAL: Mapping[str, Any] = {"importance.compare": "equal_shares"}
+TILTED: Mapping[str, Any] = {**EQUAL, "importance.cost_exponent": 0.2}
+"""How the norms of the main row compare between layers; the exponent was chosen by `results/pretrained_probe.json`."""
 
-UNTRAINED: Mapping[str, Any] = {"generator.learning_rate": 1e-9}
-"""Of a generator that learns nothing, whose widths are random: what its learning is worth."""
+MAIN_ROW = "l2_norm,penalty,shares=tilted"
+"""The row that stands for the improved method."""
 
-PAPERS: Mapping[str, Any] = {
-  "generator.order": None,
-  "generator.learning_rate": 1e-3,
-  "generator.data_share": 0.1,
-  "search.end_epoch": None,
+GENERATORS: Mapping[str, Mapping[str, Any]] = {
+  "generator,penalty": {  # as the paper has it, with masks that are renewed in every epoch
+    "generator.order": None,
+    "generator.learning_rate": 1e-3,
+    "generator.data_share": 0.1,
+    "search.end_epoch": None,
+  },
+  "widths,penalty": {},  # the generator decides on widths, norms fill them
 }
-"""Of the generator as the paper has it, with masks that are renewed in every epoch."""
+"""Rows with a generator -> their fields."""
+
+MORE_GENERATORS: Mapping[str, Mapping[str, Any]] = {
+  "widths,penalty,learning_rate=0": {"generator.learning_rate": 1e-9},  # random widths: what its learning is worth
+  "widths,penalty,start=tilted,statistics=batch": {
+    "generator.prior": "l2_norm",
+    "generator.prior_strength": 4.0,
+    "generator.learning_rate": 3e-3,
+    **TILTED,
+  },
+}
+"""Further ones, which were compared on the held-out images only."""
 
 DISTILLED: Mapping[str, Any] = {
   **{f"{phase}.distillation.weight": 0.5 for phase in ("train", "finetune")},
@@ -56,10 +70,13 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
   "shrinkage=8": {"prune.shrinkage": 8.0},
   "epochs=1": {"train.epochs": 1, "finetune.epochs": EPOCHS - 1},
   "epochs=4": {"train.epochs": 4, "finetune.epochs": EPOCHS - 4},
-  "finetune_rate=0.02": {"finetune.learning_rate": 0.02},
-  "finetune_rate=0.1": {"finetune.learning_rate": 0.1},
+  "rate=0.02": {"finetune.learning_rate": 0.02},
+  "rate=0.1": {"finetune.learning_rate": 0.1},
 }
-"""Name -> fields that were compared with those of `SCHEDULE`, for the method and for fixed masks alike."""
+"""Name -> fields that were compared with those of `FIRST_TRIED`, for the main row."""
+
+CANDIDATE_RATES = ("rate=0.02", "rate=0.1")
+"""Those of `CANDIDATES` that were compared for rows that are cut at once, too."""
 
 CANDIDATE_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 """Compared for `STRENGTHS`."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, against_all, open_choices, selection
+from study.claims import CLAIMS, open_choices, pretrained_claims, selection
 from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
 from study.sizes import LONGER, SIZES
 
 RESULTS, PAGE = pathlib.Path("results"), pathlib.Path("docs/results.md")
+SMALL = ("reduced", "quarter", "decayed", "fifth")
+"""Sizes of which the page has no more than a table."""
+CHOICE = "pretrained_choice"
+"""The size by which settings were chosen: nothing is claimed of it."""
 _TEXTS = pathlib.Path(__file__).parent / "texts"
 
 _FIGURES = {
@@ -35,11 +39,61 @@ def renew(results: pathlib.Path, page: pathlib.Path) -> None:
     results: Folder of the results files.
     page: The page.
   """
-  parts = [_text("head")]
-  for size in SIZES:
-    if (report := read_json(results / file_name(size))) is not None and report["rows"]:
-      parts += _size(report, page)
+  reports = {size: read_json(results / file_name(size)) for size in SIZES}
+  found = {size: report for size, report in reports.items() if report is not None and report["rows"]}
+  small = {size: networks[0] for size in SMALL if size in found and (networks := _networks(found[size]))}
+  shown = [size for size in found if size not in SMALL]
+  parts = [_text("head"), "## Summary", _summary(found, small)]
+  for size in shown:
+    parts += _size(found[size], page)
+  if small:
+    parts += ["## Appendix: small networks, trained from scratch", _text("small"), _table_of_small(small)]
+    parts += [_where_run([found[size] for size in small])]
   write_atomically(page, "\n".join(part.strip() + "\n" for part in [*parts, _text("published")]))
+
+
+def _networks(report: Mapping[str, Any]) -> list[Results]:
+  """Returns the results of each network of a size that has any."""
+  found = [
+    Results([row for row in report["rows"] if row["network"] == network], fields["main_gamma"], fields["gammas"])
+    for network, fields in report["networks"].items()
+  ]
+  return [results for results in found if results.entries]
+
+
+def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
+  """Returns a line for each claim."""
+  lines = []
+  for size in (size for size in found if size not in SMALL and size != CHOICE):
+    for results in _networks(found[size]):
+      budgets = _budgets(results)
+      claims = [c for b in budgets for c in pretrained_claims(results, b)] or [judge(results) for judge in CLAIMS]
+      lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in claims]
+  for judge in CLAIMS if small else ():
+    claims_of = {size: judge(results) for size, results in small.items()}
+    verdicts = ", ".join(f"{size} **{claim.verdict}**" for size, claim in claims_of.items())
+    lines.append(f"- Small networks: {next(iter(claims_of.values())).title.split(' (')[0]}: {verdicts}.")
+  return "\n".join(lines)
+
+
+def _table_of_small(small: Mapping[str, Results]) -> str:
+  """Returns the one table of all rows of the small sizes."""
+  names: dict[str, dict[str, str]] = {}
+  for size, results in small.items():
+    for name in results.names():
+      label = "**main row**" if name == results.main else name
+      names.setdefault(label, {})[size] = name
+
+  def cell(size: str, name: str | None) -> str:
+    if name is None:
+      return ""
+    subnetwork, pruned = (mean_and_deviation(small[size].accuracy(name, n)) for n in ("subnetwork", "pruned"))
+    return pruned if subnetwork == "-" else f"{pruned} ({subnetwork})"
+
+  order = sorted(names, key=lambda label: (not label.startswith("**"), -len(names[label]), label))
+  rows = [[label, *(cell(size, names[label].get(size)) for size in small)] for label in order]
+  header = ["row", *(f"{size}, {results.macs(results.main)} % of the MACs" for size, results in small.items())]
+  return table(header, rows)
 
 
 def _text(name: str) -> str:
@@ -51,31 +105,39 @@ def paragraph(name: str) -> str:
   return " ".join(_text(name).split())
 
 
-def _size(report: Mapping[str, Any], page: pathlib.Path) -> list[str]:
-  """Returns the sections of one size."""
-  size, rows = report["size"], report["rows"]
-  changed = "".join(f" --set {name}={value!r}" for name, value in report["set"].items())
+def _where_run(reports: Sequence[Mapping[str, Any]]) -> str:
+  """Says by which command, on which images and machines, and in what time something was run."""
+  commands = [
+    f"`python -m study --size {r['size']} --data DIR --runs DIR"
+    + "".join(f" --set {name}={value!r}" for name, value in r["set"].items())
+    + " --page`"
+    for r in reports
+  ]
+  rows = [row for report in reports for row in report["rows"]]
   seconds = sum(row["seconds"]["total"] for row in rows)
   duration = f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
   versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows)
-  parts = [
-    f"## Size: {size}",
-    paragraph(size),
-    f"Command: `python -m study --size {size} --data DIR --runs DIR{changed} --page`. Images: {report['data']}."
-    f" {len(rows)} runs, {duration} in all (the sum over their epochs).",
-    "Machines: " + "; ".join(sorted({row["machine"] for row in rows})) + ".",
-    "Versions: " + "; ".join(versions) + ".",
-  ]
-  for network, fields in report["networks"].items():
-    found = Results([row for row in rows if row["network"] == network], fields["main_gamma"], fields["gammas"])
-    if found.entries:
-      overrides = "; ".join(f"`{name}={value}`" for name, value in fields["overrides"].items())
-      parts += [
-        f"### {network}",
-        *([f"Fields that differ from those of its configuration: {overrides}."] if overrides else []),
-        *(_comparisons(found) if _budgets(found) else _sections(found)),
-        *_figures(found, page.parent / "images", f"study_{size}_{network}"),
-      ]
+  images = " and ".join(sorted({report["data"] for report in reports}))
+  machines = "; ".join(sorted({row["machine"] for row in rows}))
+  return (
+    f"Run by {', '.join(commands)}. Images: {images}. {len(rows)} runs, {duration} in all (the sum over their epochs),"
+    f" on {machines}. Versions: {'; '.join(versions)}."
+  )
+
+
+def _size(report: Mapping[str, Any], page: pathlib.Path) -> list[str]:
+  """Returns the sections of one size."""
+  size = report["size"]
+  parts = [f"## Size: {size}", paragraph(size), _where_run([report])]
+  for results in _networks(report):
+    network = results.entries[0]["network"]
+    overrides = "; ".join(f"`{name}={value}`" for name, value in report["networks"][network]["overrides"].items())
+    parts += [
+      f"### {network}",
+      *([f"Fields that differ from those of its configuration: {overrides}."] if overrides else []),
+      *(_compared(results, size) if _budgets(results) else _sections(results)),
+      *_figures(results, page.parent / "images", f"study_{size}_{network}"),
+    ]
   return parts
 
 
@@ -103,18 +165,15 @@ def _budgets(results: Results) -> list[str]:
   return list(dict.fromkeys(name.split(",")[0] for name in results.names("p=")))
 
 
-def _comparisons(results: Results) -> list[str]:
+def _compared(results: Results, size: str) -> list[str]:
   """Returns the tables of one pretrained network."""
+  if size == CHOICE:
+    return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for budget in _budgets(results):
-    claim = against_all(results, budget)
-    parts += [
-      f"#### {claim.title}",
-      claim.table,
-      f"Rule: {claim.rule}",
-      f"Verdict: **{claim.verdict}**. {claim.remark}",
-    ]
-  return parts
+  for claim in (claim for budget in _budgets(results) for claim in pretrained_claims(results, budget)):
+    verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
+    parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
+  return [*parts, "#### All rows", _all_rows(results)]
 
 
 def _all_rows(results: Results) -> str:

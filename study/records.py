@@ -178,6 +178,7 @@ def update(file: pathlib.Path, head: Mapping[str, Any], folder: pathlib.Path) ->
   # A line for each run: indented, the curves would be a line for each number.
   lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
   text = json.dumps(dict(head), indent=2)[:-2] + ',\n  "rows": [\n' + lines + "\n]}\n"
+  file.parent.mkdir(parents=True, exist_ok=True)
   write_atomically(file, text)
   return {**head, "rows": rows}
 

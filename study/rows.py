@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sapr_jax.configs import default
 from sapr_jax.errors import InputError
 from sapr_jax.training.workdir import DENSE
-from study.chosen import DISTILLED, EPOCHS, PAPERS, PRIOR, UNTRAINED
+from study.chosen import CANDIDATE_RATES, DISTILLED, EPOCHS, EQUAL, GENERATORS, MAIN_ROW, MORE_GENERATORS, TILTED
 from study.sizes import Experiment, Overrides
 
 MAIN, COMPARED, OTHER_GAMMAS, ABLATIONS = range(4)
@@ -25,15 +25,15 @@ SELECTION = "selection"
 """Rows that only choose channels have names that begin with this."""
 ADAPTED = "adapted"
 """Row of the size "pretrained" from whose network the others start."""
-OURS = "ours"
-"""Last part of the name of its main row, at each budget."""
-EQUAL = {"importance.compare": "equal_shares"}
-FIXED: tuple[tuple[str, str, Overrides], ...] = (
-  *((name, "", {}) for name in ("l2_norm", "l1_norm", "taylor", "random")),
-  *((name, ",shares=equal", EQUAL) for name in ("l2_norm", "l1_norm")),
-  ("l2_norm", ",shares=tilted", {**EQUAL, "importance.cost_exponent": 0.2}),
+RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
+  ("l2_norm", ",shares=tilted", TILTED),
+  ("l1_norm", ",shares=equal", EQUAL),
+  ("random", "", {}),
+  ("l2_norm", "", {}),
+  ("l2_norm", ",shares=equal", EQUAL),
+  ("taylor", "", {}),
 )
-"""Importances whose masks are fixed from the start on, last factor of the row's name, how their scores are compared."""
+"""Importances by which channels are chosen before any training, last factor of the row's name, how scores compare."""
 
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The row that the other selections are compared with."""
@@ -149,38 +149,47 @@ def _pretrained(e: Experiment) -> list[Row]:
   def adapted(name: str, kind: str, overrides: Overrides, part: int = COMPARED, choice: Any = None) -> Row:
     return Row(e, name, kind, part, e.seeds, overrides, choice, source=ADAPTED)
 
-  rows = [
+  def at_budget(p: float) -> list[Row]:
+    with_p = {"prune.p": p}
+    always = {**with_p, "prune.proposer": "l2_norm", **TILTED}  # of the main row, and what changes one thing in it
+    main, at_once = f"p={p:g},{MAIN_ROW}", f"p={p:g},{MAIN_ROW.replace('penalty', 'cut')}"
+
+    def row(name: str, overrides: Overrides, part: int = OTHER_GAMMAS) -> Row:
+      return adapted(f"p={p:g},{name}", "method", overrides, part)
+
+    def torch(name: str, overrides: Overrides, choice: Any) -> Row:
+      return adapted(f"p={p:g},torch_pruning={name}", "torch", {**with_p, **overrides}, choice=choice)
+
+    rows: list[Row] = []
+    for proposer, shares, compared in RANKINGS:
+      fields: Overrides = {**with_p, "prune.proposer": proposer, **compared}
+      ours = f"{proposer},penalty{shares}"
+      rows += [
+        row(ours, fields, MAIN if ours == MAIN_ROW else OTHER_GAMMAS),
+        row(f"{proposer},cut{shares}", {**fields, **cut}, COMPARED),
+      ]
+    rows += [row(name, {**with_p, **fields}) for name, fields in GENERATORS.items()]
+    rows += [
+      torch("group_norm", cut, 0.0),
+      torch("group_taylor", cut, "taylor"),
+      *(torch(f"group_sl,strength={s:g}", {}, s) for s in e.strengths),
+      Row(e, f"p={p:g},uniform_width", "width", COMPARED, e.seeds, with_p),
+      adapted(f"{main},distilled", "method", {**always, **DISTILLED}, OTHER_GAMMAS),
+      adapted(f"{at_once},distilled", "method", {**always, **cut, **DISTILLED}, OTHER_GAMMAS),
+    ]
+    if e.more:
+      rows += [row(name, {**with_p, **fields}) for name, fields in MORE_GENERATORS.items()]
+    for name, fields in e.more.items():
+      rows.append(adapted(f"{main},{name}", "method", {**always, **fields}, OTHER_GAMMAS))
+      if name in CANDIDATE_RATES:
+        rows.append(adapted(f"{at_once},{name}", "method", {**always, **cut, **fields}, OTHER_GAMMAS))
+    return rows
+
+  return [
     Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None}),
     adapted("dense", "method", {**cut, "prune.p": 1.0}),
+    *(row for p in e.budgets for row in at_budget(p)),
   ]
-  for p in e.budgets:
-    at, with_p = f"p={p:g},", {"prune.p": p}
-    rows += [
-      adapted(f"{at}{OURS}", "method", with_p, MAIN),
-      adapted(f"{at}{OURS},distilled", "method", {**with_p, **DISTILLED}),
-      adapted(f"{at}ours=prior", "method", {**with_p, "generator.order": None, **PRIOR}),
-      adapted(f"{at}ours=untrained", "method", {**with_p, **UNTRAINED}),
-      adapted(f"{at}ours=paper", "method", {**with_p, **PAPERS}),
-    ]
-    for proposer, shares, compared in FIXED:
-      fields = {**with_p, "prune.proposer": proposer, **compared}
-      rows += [
-        adapted(f"{at}{proposer},penalty{shares}", "method", fields),
-        adapted(f"{at}{proposer},cut{shares}", "method", {**fields, **cut}),
-      ]
-    norms = {**with_p, "prune.proposer": "l2_norm", **EQUAL}
-    for name, changed in e.more.items():
-      rows += [
-        adapted(f"{at}{OURS},{name}", "method", {**with_p, **changed}),
-        adapted(f"{at}l2_norm,penalty,{name},shares=equal", "method", {**norms, **changed}),
-      ]
-    rows += [
-      adapted(f"{at}l2_norm,penalty,distilled,shares=equal", "method", {**norms, **DISTILLED}),
-      Row(e, f"{at}uniform_width", "width", COMPARED, e.seeds, with_p),
-      adapted(f"{at}torch_pruning=group_norm", "torch", {**with_p, **cut}, choice=0.0),
-      *(adapted(f"{at}torch_pruning=group_sl,strength={s:g}", "torch", with_p, choice=s) for s in e.strengths),
-    ]
-  return rows
 
 
 def chosen(

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapr_jax.configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, resnet56_cifar10
-from study.chosen import CANDIDATE_STRENGTHS, CANDIDATES, SCHEDULE, STRENGTHS
+from study.chosen import CANDIDATE_STRENGTHS, CANDIDATES, FIRST_TRIED, SCHEDULE, STRENGTHS
 
 Overrides = Mapping[str, Any]
 """Field of a configuration -> value."""
@@ -31,8 +31,8 @@ class Experiment:
     seeds: Seeds of the rows with `main_gamma`, in both forms, and 0, and of the alternatives.
     gamma_seeds: Seeds of the rows with other gammas and strengths, and of `more`.
     ablation_seeds: Seeds of the ablations; () for none.
-    more: Name of a further row -> its fields, gamma among them. With `budgets`: a factor in the names of
-      further rows -> what changes in the method, and in its main alternative.
+    more: Name of a further row -> its fields, gamma among them. With `budgets`: a factor in the names of further rows,
+      and what it changes in the main row.
     get_config: Returns the configuration.
     budgets: Values of `prune.p` at which all ways to prune a pretrained network are compared; () for an experiment that
       checks the paper's claims.
@@ -147,7 +147,6 @@ _PRETRAINED = {
   "report.latency_repeats": 1,
   "report.latency_batch_sizes": (1,),
   "evaluate.every_epochs": 8,
-  **SCHEDULE,
 }
 
 SIZES: Mapping[str, tuple[Experiment, ...]] = {
@@ -198,7 +197,7 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
   "pretrained": (
     Experiment(
       network="resnet20",
-      overrides=_PRETRAINED,
+      overrides={**_PRETRAINED, **SCHEDULE},
       strengths=STRENGTHS,
       seeds=FIVE,
       get_config=resnet20_pretrained_cifar10.get_config,
@@ -208,7 +207,7 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
   "pretrained_choice": (
     Experiment(
       network="resnet20",
-      overrides={**_PRETRAINED, "data.validation_images": 5000},
+      overrides={**_PRETRAINED, **FIRST_TRIED, "data.validation_images": 5000},
       strengths=CANDIDATE_STRENGTHS,
       seeds=(100, 101),
       more=CANDIDATES,

@@ -1,4 +1,4 @@
-"""Runs of the CIFAR-10 study in PyTorch: Torch-Pruning's group-norm pruner, one-shot and with its sparse learning.
+"""Runs of the CIFAR-10 study in PyTorch: Torch-Pruning by group norm or Taylor, at once or after its sparse learning.
 
 The steps are those of its own recipe for ResNet-56 (`reproduce/` in its repository): sparse learning by
 `GroupNormPruner.regularize` in place of weight decay, then channels of all layers cut in 400 small steps until the MACs
@@ -45,6 +45,9 @@ from sapr_jax.training.passes import Purpose
 from study.ours import budget_macs
 from study.rows import Job
 
+TAYLOR = "taylor"
+"""`Row.choice` of the run whose channels are ranked by the first-order change of the loss."""
+
 _CHECKPOINT = "torch.pt"
 _STEPS_OF_PRUNING = 400  # the recipe's
 _RECIPE_REG = 5e-4  # of its sparse learning, for ResNet-56
@@ -54,7 +57,8 @@ _RECIPE_RATES = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)  # the sum of its l
 def run_pruner(job: Job) -> None:
   """Trains, prunes and fine-tunes; resumes after the last finished epoch.
 
-  `job.row.choice` is the strength of the sparse learning, 0 for none: see `scaled_reg`.
+  `job.row.choice` is the strength of the sparse learning, 0 for none: see `scaled_reg`. `TAYLOR` has none, and another
+  importance.
 
   Raises:
     InputError: If the configuration or the work directory cannot be used.
@@ -165,10 +169,14 @@ def scaled_reg(strength: float, sum_of_rates: float) -> float:
   return strength * _RECIPE_REG * _RECIPE_RATES / sum_of_rates if strength else 0.0
 
 
-def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float) -> Any:
-  """Returns Torch-Pruning's pruner as its recipe sets it up; reg 0: without sparse learning."""
-  sparse = reg > 0
-  importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max" if sparse else "mean")
+def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float, *, taylor: bool = False) -> Any:
+  """Returns Torch-Pruning's pruner as its recipe sets it up; reg 0: without sparse learning; its norms, or Taylor."""
+  normalizer = "max" if reg > 0 else "mean"
+  importance = (
+    torch_pruning.importance.GroupTaylorImportance(normalizer=normalizer)
+    if taylor
+    else torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
+  )
   ignored: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
   if isinstance(model, CifarResNet):
     # Its shortcuts pad with a fixed number of channels, so that the residual streams cannot be cut; nor do we.
@@ -219,7 +227,10 @@ class _Run:
     self.inputs = torch.zeros(1, channels, height, width, device=images.device)
     self.rates = {phase: self._rates(config[phase]) for phase in ("train", "finetune")}
     sparse = self.rates["train"][config.prune.start_epoch * images.steps_per_epoch(config.train) :]
-    self.pruner = make_pruner(self.model, self.inputs, scaled_reg(self.job.row.choice, float(sparse.sum())))
+    self.taylor = self.job.row.choice == TAYLOR
+    self.strength = 0.0 if self.taylor else self.job.row.choice
+    reg = scaled_reg(self.strength, float(sparse.sum()))
+    self.pruner = make_pruner(self.model, self.inputs, reg, taylor=self.taylor)
     self.optimizer = self._make_optimizer(config.train)
 
   def _rates(self, phase: Any) -> np.ndarray:
@@ -257,7 +268,7 @@ class _Run:
     """Trains the dense network, from E_start on with sparse learning if there is a strength."""
     phase = self.job.config.train
     for epoch in range(len(self.records), phase.epochs):
-      sparse = self.job.row.choice > 0 and epoch >= self.job.config.prune.start_epoch
+      sparse = self.strength > 0 and epoch >= self.job.config.prune.start_epoch
       self._epoch("train", epoch, Purpose.TRAIN, sparse=sparse)
 
   def prune(self) -> None:
@@ -266,6 +277,8 @@ class _Run:
       return
     dense = {"macs": self._macs(), "accuracy": self._accuracy()}
     target = self._target_macs()
+    if self.taylor:
+      self._sum_gradients()
     while self._macs() > target:
       if self.pruner.current_step == _STEPS_OF_PRUNING:
         raise InputError(f"{self.job}: Torch-Pruning cannot reach {target:,.0f} MACs; raise prune.p.")
@@ -275,6 +288,13 @@ class _Run:
     self.summary = {"dense": dense, "subnetwork": {**small, "accuracy": self._accuracy()}, "pruned": small}
     self.optimizer = self._make_optimizer(self.job.config.finetune)
     self._save()
+
+  def _sum_gradients(self) -> None:
+    """Leaves the gradient of one pass over the training images, which the pruner cuts along with the parameters."""
+    self.model.eval()
+    self.model.zero_grad()
+    for inputs, labels in self.images.training(self.job.config.finetune, 0, Purpose.IMPORTANCE):
+      F.cross_entropy(self.model(inputs), labels).backward()
 
   def finetune(self) -> None:
     """Trains the pruned network."""

@@ -16,14 +16,14 @@ ARROWS = {
   "channels": {"checks", "errors"},
   "models": {"checks", "errors"},
   "method": {"channels", "checks", "errors"},
-  "data": {"errors"},
-  "artifacts": {"channels", "checks", "models", "errors"},
+  "data": {"checks", "errors"},
+  "artifacts": {"channels", "checks", "data", "models", "errors"},
   "report": {"artifacts", "errors", "version"},
   "runtime": {"models", "errors", "version"},
-  "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
+  "training": {"artifacts", "channels", "checks", "data", "errors", "method", "models", "report", "runtime"},
   "configs": {"errors"},
   "main": {"configs", "errors", "runtime", "training"},
-  "__init__": {"artifacts", "channels", "configs", "errors", "method", "models", "version"},
+  "__init__": {"artifacts", "channels", "configs", "data", "errors", "method", "models", "training", "version"},
 }
 """Folder or file of `sapr_jax` -> those that it may import."""
 

@@ -91,6 +91,8 @@ WEIGHTED = {**CUT, "weighting": sapr.relative_weights}
 AGN = sapr.ArchitectureGenerator.for_graph(GRAPH)
 AGN_VARIABLES = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(AGN.init, KEY))
 OPTIONS = {"budget": BUDGET, "budget_weight": 4.0, "bias": 3.0, "temperature": 0.4}
+INPUTS = sapr.Inputs((3,))
+INFO = sapr.ModelInfo("Net", INPUTS, {"accuracy": 0.5}, {"epochs": 3}, 20, 26, {"up": (8, 4)})
 TORCH = {"model": MODEL, "input_shape": (1, 3), "layer_names": {"up": "a", "bn": "b", "down": "c"}}
 
 CALLS = {
@@ -150,8 +152,21 @@ CALLS = {
   "update of the prox": (functools.partial(update, PROX), {"updates": PARAMS, "params": PARAMS, "masks": MASKS}),
   "macs": (GRAPH.macs, {"masks": MASKS}),
   "from_json": (sapr.ChannelGraph.from_json, {"document": GRAPH.to_json()}),
-  "save": (sapr.save, {"path": "saved", **NETWORK}),
+  "save": (
+    sapr.save,
+    {"path": "saved", **NETWORK, "inputs": INPUTS, "metrics": {"accuracy": 0.5}, "config": {"epochs": 3}},
+  ),
   "load": (sapr.load, {"path": "given/own", "base": MODEL}),
+  "load_info": (sapr.load_info, {"path": "given/own"}),
+  "model_card": (sapr.model_card, {"info": INFO, "name": "net", "license": "mit"}),
+  "Inputs": (sapr.Inputs, {"shape": (8, 8, 1), "dtype": "float32", "mean": [0.5], "std": [0.5], "class_names": ["a"]}),
+  "Inputs, resized": (functools.partial(sapr.Inputs, (8, 8, 1)), {"resize": 8}),
+  "Inputs.from_json": (sapr.Inputs.from_json, {"document": INPUTS.to_json()}),
+  "prepare": (sapr.Inputs((2, 2, 1), mean=[0.5], std=[0.5]).prepare, {"images": np.ones((1, 2, 2, 1), np.uint8)}),
+  "evaluate": (
+    sapr.evaluate,
+    {**NETWORK, "data": (np.ones((2, 3), np.float32), [0, 1]), "inputs": INPUTS, "batch_size": 2, "apply_kwargs": {}},
+  ),
   "import_torch": (sapr.import_torch, {"path": "given/weights.safetensors", **TORCH}),
   "export_torch": (sapr.export_torch, {"path": "w.safetensors", **TORCH, "variables": VARIABLES}),
   "create": (sapr.models.create, {"name": "mobilenetv2", "num_classes": 3, "width_multiplier": 0.5, "dropout": 0.1}),
@@ -162,6 +177,12 @@ CALLS = {
 }
 NONE_IS_RIGHT = {
   "apply_kwargs",
+  "class_names",
+  "config",
+  "inputs",
+  "license",
+  "metrics",
+  "resize",
   "base of load",
   "masks of macs",
   "masks of update of the penalty",
@@ -256,7 +277,15 @@ def test_every_argument_may_be_absurd(here, name):
 
 
 def test_every_public_name_is_called():
-  from_types = {"ChannelGraph", "ChannelGroup", "Cost", "DivergedError", "InputError", "InterruptedRunError"}
+  from_types = {
+    "ChannelGraph",
+    "ChannelGroup",
+    "Cost",
+    "DivergedError",
+    "InputError",
+    "InterruptedRunError",
+    "ModelInfo",
+  }
   others = {"COSTS", "IMPORTANCES", "__version__", "register_rule"}
   names = {name for name in sapr.__all__ if not inspect.ismodule(getattr(sapr, name))}
   assert names <= CALLS.keys() | from_types | others
@@ -389,7 +418,7 @@ def test_absurd_json_is_damage(here, text):
     sapr.load("edited")
 
 
-@pytest.mark.parametrize("call", ["save", "load", "import_torch", "export_torch"])
+@pytest.mark.parametrize("call", ["save", "load", "load_info", "import_torch", "export_torch"])
 def test_paths_that_are_something_else(here, call):
   function, right = CALLS[call]
   suffix = ".safetensors" if "torch" in call else ""

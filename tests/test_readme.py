@@ -30,6 +30,14 @@ def test_the_example_of_the_readme(tmp_path):
   assert (tmp_path / "small_net" / "model.json").is_file()
 
 
+def test_the_page_on_saved_models(tmp_path):
+  info, measured = run_example((ROOT / "docs" / "saved_models.md").read_text(), tmp_path)
+  assert info.startswith("442400 {'accuracy': 0.5} ['")
+  assert "'accuracy': " in measured and "'images': 4" in measured
+  card = (tmp_path / "net" / "README.md").read_text()
+  assert card.startswith('---\nlicense: "mit"\n') and "# My network" in card
+
+
 @pytest.mark.slow
 def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")

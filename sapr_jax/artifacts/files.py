@@ -88,4 +88,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes `value` as indented JSON, atomically; raises `ValueError` for a number that JSON does not have."""
-  write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+  write_atomically(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+  """Returns `value` as indented JSON; raises `ValueError` for a number that JSON does not have."""
+  return json.dumps(value, indent=2, allow_nan=False) + "\n"

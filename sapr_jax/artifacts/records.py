@@ -7,7 +7,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,20 @@ from sapr_jax.artifacts.files import read_bytes, write_atomically, write_through
 
 FILE = "records.jsonl"
 
+Callback = Callable[[Mapping[str, Any]], object]
+"""Called with each record."""
+
 
 class Recorder:
   """Appends records to a work directory.
 
   A record is a flat mapping with at least `stage`, `epoch` (of the stage, from 1) and `step` (epochs of all stages so
   far, the x-axis of TensorBoard). Numbers go to TensorBoard under `stage/name`; everything else only to the file. Of
-  several processes only the first writes.
+  several processes only the first writes, and calls the callbacks.
   """
 
-  def __init__(self, workdir: pathlib.Path):
-    self._workdir, self._file = workdir, workdir / FILE
+  def __init__(self, workdir: pathlib.Path, callbacks: Sequence[Callback] = ()):
+    self._workdir, self._file, self._callbacks = workdir, workdir / FILE, callbacks
     self._events: _TensorBoard | None = None
     self._writes = jax.process_index() == 0
     self._records = read_records(workdir) if self._writes else []
@@ -61,8 +65,13 @@ class Recorder:
     self._records.append(dict(record))
     if self._events is None:
       return
-    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("epoch", "step")}
-    self._events.add({f"{record['stage']}/{name}": value for name, value in numbers.items()}, record["step"])
+    self._events.add(scalars(record), record["step"])
+
+  def publish(self, record: Mapping[str, Any]) -> None:
+    """Calls the callbacks with a record that was written, and that the checkpoints hold."""
+    if self._writes:
+      for callback in self._callbacks:
+        callback(types.MappingProxyType(dict(record)))
 
   def close(self) -> None:
     """Closes the files of TensorBoard."""
@@ -116,6 +125,12 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
   if damaged := [str(number) for number, record in enumerate(records, 1) if record is None]:
     print(f"warning: {file} is damaged in line {', '.join(damaged)}, left out", file=sys.stderr)
   return [record for record in [*records, _parse(last)] if record is not None]
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the numbers of a record as dashboards name them: "stage/name" -> number."""
+  numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("epoch", "step")}
+  return {f"{record['stage']}/{name}": value for name, value in numbers.items()}
 
 
 def _line(record: Mapping[str, Any]) -> str:

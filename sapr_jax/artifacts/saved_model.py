@@ -3,6 +3,8 @@
 model.json            class and fields of the module, widths of the pruned layers, variables with shapes and dtypes,
                       SHA-256 of the weights
 weights.safetensors   every variable under its path: "params/stage1_block1/conv1/kernel"
+info.json             what it takes, what was measured, how it was made, if that was given; see model_info.py
+README.md             the same for people; may be edited
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax import models
-from sapr_jax.artifacts.files import read_bytes, temporary_prefix, write_atomically, write_json
+from sapr_jax.artifacts.files import json_text, read_bytes, temporary_prefix, write_atomically, write_json
+from sapr_jax.artifacts.model_card import CARD, model_card
+from sapr_jax.artifacts.model_info import INFO, ModelInfo, info_from_json, info_to_json
 from sapr_jax.channels import NarrowModule, check_module, check_variables
 from sapr_jax.checks import check_concrete, check_path, is_integer, shown
+from sapr_jax.data import Inputs
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 
 FORMAT = 1
@@ -38,23 +43,50 @@ _WIDTH_FIELDS = {"features", "feature_group_count"}
 _SCALARS = (bool, int, float, str)
 
 
-def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any]) -> None:
+def save(
+  path: str | os.PathLike[str],
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  *,
+  inputs: Inputs | None = None,
+  metrics: Mapping[str, Any] | None = None,
+  config: Any = None,
+) -> None:
   """Writes a model to the directory `path`.
 
-  The directory appears whole or not at all; one that holds a saved model already is replaced.
+  The directory appears whole or not at all; one that holds a saved model already is replaced. With any of the keyword
+  arguments it also gets `info.json`, for `load_info`, and a model card in `README.md`, in the form that Hugging Face
+  reads.
 
   Args:
     path: Directory; its parents are made.
     model: A module of this package, any other, or the `NarrowModule` of either.
     variables: Its variables, all collections. Names of modules must not contain a slash (Flax's never do).
+    inputs: What the model takes. Without it nobody can tell later how images were normalized.
+    metrics: What was measured; `ModelInfo` says which names the card knows. Numbers of NumPy and JAX will do.
+    config: How it was made: a mapping, a dataclass or a ConfigDict of what JSON can hold.
 
   Raises:
-    InputError: If `path` exists and is not a saved model or cannot be written, or `variables` hold something else than
-      arrays of numbers.
+    InputError: If `path` exists and is not a saved model or cannot be written, `variables` hold something else than
+      arrays of numbers, the model does not take such inputs or has another number of outputs than `inputs.class_names`,
+      or `metrics` or `config` hold what JSON cannot.
+
+  Example:
+    >>> import tempfile
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> model, place = nn.Dense(2), tempfile.mkdtemp() + "/model"
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> save(place, model, variables, inputs=Inputs((3,)), metrics={"accuracy": 0.9})
+    >>> load_info(place).macs, load_info(place).metrics
+    (6, {'accuracy': 0.9})
   """
   path = pathlib.Path(os.path.abspath(check_path(path)))
   check_module(model)
   named = named_arrays(variables)
+  info = None
+  if not (inputs is None and metrics is None and config is None):
+    info = info_to_json(model, variables, inputs, metrics, config)
   with os_errors_in_one_line(path):
     if os.path.lexists(path) and not (path / DEFINITION).is_file():
       raise InputError(f"{path} exists and is not a saved model; name a new directory, or remove it.")
@@ -71,7 +103,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, variables: Mapping[str,
         "widths": {layer: dict(fields) for layer, fields in widths},
         "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
       }
-      definition["sha256"] = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
+      checksums = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
+      if info is not None:
+        checksums[INFO] = _sha256(content := json_text(info).encode())
+        write_atomically(temporary / INFO, content)
+        write_atomically(temporary / CARD, model_card(info_from_json(info, definition)))
+      definition["sha256"] = checksums
       write_json(temporary / DEFINITION, definition)
       os.chmod(temporary, 0o755)
       _replace_directory(temporary, path)
@@ -101,12 +138,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
     check_module(base)
     _check_base(base, definition["base"], path)
   weights = path / WEIGHTS
-  try:
-    checksum = _sha256(read_bytes(weights))
-  except OSError as error:
-    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    raise InputError(f"{weights} {why}; the directory is incomplete, save the model again.") from error
-  if checksum != definition["sha256"][WEIGHTS]:
+  if _sha256(_read_part(weights)) != definition["sha256"][WEIGHTS]:
     raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
   flat = read_tensors(weights)
   described = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in definition["variables"].items()}
@@ -128,16 +160,54 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   return NarrowModule(base, widths), variables
 
 
-def is_whole(path: pathlib.Path) -> bool:
-  """Returns whether a directory holds a saved model with the weights that were written.
+def load_info(path: str | os.PathLike[str]) -> ModelInfo:
+  """Reads what is known of a model that `save` wrote, beside its weights.
+
+  Of a model that was saved without any, it has the widths and the number of parameters alone.
 
   Raises:
-    OSError: If the weights are there and cannot be read.
+    InputError: If a file is missing, damaged, edited or of another format; the message names it.
+  """
+  path = check_path(path)
+  definition = _read_definition(path)
+  file, checksum = path / INFO, definition["sha256"].get(INFO)
+  if checksum is None:
+    if os.path.lexists(file):
+      raise InputError(f"{file} is not of this model, as {DEFINITION} does not name it; save the model again with it.")
+    return info_from_json(None, definition)
+  content = _read_part(file)
+  if _sha256(content) != checksum:
+    raise InputError(
+      f"{file} is damaged or was edited: its SHA-256 is not the one in {DEFINITION}; copy or save the model again."
+    )
+  try:
+    return info_from_json(json.loads(content), definition)
+  except InputError as error:
+    raise InputError(f"{file} cannot be used: {error}") from None
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"{file} is damaged ({one_line(error, 120)}); copy or save the model again.") from None
+
+
+def is_whole(path: pathlib.Path) -> bool:
+  """Returns whether a directory holds a saved model with the weights, and what is known of it, that were written.
+
+  Raises:
+    OSError: If a file is there and cannot be read.
   """
   try:
-    return bool(_read_definition(path)["sha256"][WEIGHTS] == _sha256(read_bytes(path / WEIGHTS)))
+    checksums = _read_definition(path)["sha256"]
+    return all(checksums[name] == _sha256(read_bytes(path / name)) for name in checksums.keys() & {WEIGHTS, INFO})
   except (FileNotFoundError, InputError):
     return False
+
+
+def _read_part(file: pathlib.Path) -> bytes:
+  """Reads a file of a saved model; raises `InputError` if it is missing or cannot be read."""
+  try:
+    return read_bytes(file)
+  except OSError as error:
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    raise InputError(f"{file} {why}; the directory is incomplete, save the model again.") from error
 
 
 def named_arrays(variables: Any) -> dict[str, Any]:

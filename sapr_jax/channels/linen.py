@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -209,6 +210,42 @@ def _are_widths(widths: Any) -> bool:
     )
   except (TypeError, ValueError):
     return False
+
+
+_MODES = {"train": False, "training": False, "is_training": False, "deterministic": True}
+"""Arguments by which modules are told, by custom, that they are evaluated."""
+
+
+def evaluation_kwargs(model: nn.Module) -> dict[str, Any]:
+  """Returns the arguments that tell a module that it is evaluated, as far as its `__call__` has one of the usual names.
+
+  Example:
+    >>> evaluation_kwargs(nn.Dropout(0.5))
+    {'deterministic': True}
+  """
+  base = model.base if isinstance(model, NarrowModule) else model
+  parameters = inspect.signature(type(base).__call__).parameters if callable(base) else {}
+  return {name: value for name, value in _MODES.items() if name in parameters}
+
+
+def dense_features(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> dict[str, int]:
+  """Returns path of a layer -> its field `features`, in a module or in the one that a `NarrowModule` was cut from.
+
+  Nothing is computed. It is empty where the module's own code cannot be run on `inputs` alone.
+  """
+  base = model.base if isinstance(model, NarrowModule) else model
+  found: dict[str, int] = {}
+
+  def note(next_fun, args, kwargs, context):
+    features: Any = getattr(context.module, "features", None)
+    if is_integer(features):
+      found["/".join(context.module.path)] = int(features)
+    return next_fun(*args, **kwargs)
+
+  with contextlib.suppress(Exception), nn.intercept_methods(note):
+    jax.eval_shape(lambda x: base.init(jax.random.key(0), x, **evaluation_kwargs(base)), inputs)
+    return found
+  return {}
 
 
 def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:

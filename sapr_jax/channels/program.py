@@ -60,33 +60,34 @@ def difference(dense: ClosedJaxpr, small: ClosedJaxpr, shapes: Shapes) -> str | 
 
   Returns:
     None if the programs are the same, which proves that the small model computes what the masked one does. Otherwise
-    the first difference, in words; it may still be harmless.
+    the first difference, in words; it may still be harmless. The shapes behind it were compared, unless the operations
+    are others.
 
   Raises:
     ProgramError: If the small model is certainly wrong, with the reason.
   """
-  for x, y in zip(dense.consts, small.consts, strict=False):
-    if not np.array_equal(x, y, equal_nan=True):
-      return "a constant array differs"
-  return _compare(dense.jaxpr, small.jaxpr, shapes, ())
+  same = all(np.array_equal(x, y, equal_nan=True) for x, y in zip(dense.consts, small.consts, strict=False))
+  found = _compare(dense.jaxpr, small.jaxpr, shapes, ())
+  return found if same else "a constant array differs"
 
 
 def _compare(a: Jaxpr, b: Jaxpr, shapes: Shapes, outer: Place) -> str | None:
   if len(a.eqns) != len(b.eqns):
     return f"its program has {len(b.eqns)} operations instead of {len(a.eqns)}"
+  first: str | None = None
   partner: dict[Var, Var] = dict(zip((*a.invars, *a.constvars), (*b.invars, *b.constvars), strict=False))
   for i, (x, y) in enumerate(zip(a.eqns, b.eqns, strict=True)):
     place = (*outer, i)
     name = x.primitive.name
     if x.primitive is not y.primitive or len(x.invars) != len(y.invars):
       return f"`{y.primitive.name}` stands in place of `{name}`"
-    if found := _compare_operands(name, x.invars, y.invars, partner) or _compare_params(x, y, shapes, place):
-      return found
+    found = (_compare_operands(name, x.invars, y.invars, partner), _compare_params(x, y, shapes, place))
+    first = first or found[0] or found[1]
     for shape, var in zip(shapes.get(place, list(map(shape_of, x.outvars))), y.outvars, strict=True):
       if shape != shape_of(var):
         raise ProgramError(f"`{name}` gives an array {list(shape_of(var))} instead of {list(shape)}")
     partner.update(zip(x.outvars, y.outvars, strict=True))
-  return _compare_operands("return", a.outvars, b.outvars, partner)
+  return first or _compare_operands("return", a.outvars, b.outvars, partner)
 
 
 def _compare_operands(
@@ -108,15 +109,16 @@ _SHAPE_PARAMS = frozenset(
 
 
 def _compare_params(x: JaxprEqn, y: JaxprEqn, shapes: Shapes, place: Place) -> str | None:
-  for name in x.params.keys() & y.params.keys() - _SHAPE_PARAMS:
+  first: str | None = None
+  for name in sorted(x.params.keys() & y.params.keys() - _SHAPE_PARAMS):
     u, v = x.params[name], y.params[name]
     # Others are functions and objects that differ at each trace.
     if isinstance(u, bool | int | float | str | tuple) and not _holds_jaxpr(u) and not _equal(u, v):
-      return f"`{x.primitive.name}` has {name}={v} instead of {u}"
+      first = first or f"`{x.primitive.name}` has {name}={v} instead of {u}"
   for inner_x, inner_y in zip(inner_jaxprs(x), inner_jaxprs(y), strict=True):
-    if found := _compare(inner_x, inner_y, shapes, place):
-      return found
-  return None
+    found = _compare(inner_x, inner_y, shapes, place)
+    first = first or found
+  return first
 
 
 def _holds_jaxpr(param: Any) -> bool:

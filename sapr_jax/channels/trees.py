@@ -88,7 +88,8 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
   """Slices every array in `tree` that has the path and the shape of a variable of the dense network.
 
   Works on variables, and on any tree that holds others of the same structure: the momentum in an optimizer state, an
-  exponential moving average. Only the last keys of an array's path must match, with or without the collection.
+  exponential moving average. Only the last keys of an array's path must match, with or without the collection. Masks in
+  it, a dictionary that has an array `[group.size]` for each group, are cut likewise: `masks` itself becomes all ones.
 
   Args:
     tree: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -111,6 +112,8 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
   total = sum(math.prod(shape) for key, shape in graph.shapes.items() if key[0] == "params")
 
   def cut(place: Any, leaf: Any) -> Any:
+    if is_by_group(leaf):
+      return {name: _take(array, {0: np.flatnonzero(np.asarray(masks[name]))}) for name, array in leaf.items()}
     names = path_of(place)
     # The longest path that is a variable's: `block1/conv/kernel` is not `conv/kernel`.
     for start in range(len(names)):
@@ -126,12 +129,16 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
     return leaf
 
   suspects: list[str] = []
+  sizes = {group.name: (group.size,) for group in graph.groups}
+
+  def is_by_group(node: Any) -> bool:
+    return isinstance(node, dict) and {name: getattr(leaf, "shape", None) for name, leaf in node.items()} == sizes
 
   def suspect(place: Any, leaf: Any, reason: str) -> Any:
     suspects.append(f"tree{jax.tree_util.keystr(place)} of shape {np.shape(leaf)} seems to {reason}")
     return leaf
 
-  small = jax.tree_util.tree_map_with_path(cut, tree)
+  small = jax.tree_util.tree_map_with_path(cut, tree, is_leaf=is_by_group)
   if suspects:
     more = f" (and {len(suspects) - 1} more)" if suspects[1:] else ""
     raise InputError(

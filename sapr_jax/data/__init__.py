@@ -2,11 +2,12 @@
 
 from sapr_jax.data.augment import augment, normalize, random_crop, random_flip
 from sapr_jax.data.dataset import DataSpec, EncodedDataset, EncodedSource, ImageDataset, ImageSplit, subset
-from sapr_jax.data.decoding import BrokenImageError, too_many_broken
+from sapr_jax.data.decoding import BrokenImageError, decode_exactly, too_many_broken
 from sapr_jax.data.fingerprint import fingerprint
+from sapr_jax.data.inputs import Inputs
 from sapr_jax.data.order import epoch_batches, epoch_order, evaluation_batches
 from sapr_jax.data.recipe import EvaluationRecipe, Recipe, TrainingRecipe
-from sapr_jax.data.sources import SOURCES, load_dataset, open_dataset
+from sapr_jax.data.sources import SOURCES, load_dataset, open_dataset, open_split
 from sapr_jax.data.stream import stream_batches
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
   "EvaluationRecipe",
   "ImageDataset",
   "ImageSplit",
+  "Inputs",
   "Recipe",
   "TrainingRecipe",
   "augment",
+  "decode_exactly",
   "epoch_batches",
   "epoch_order",
   "evaluation_batches",
@@ -28,6 +31,7 @@ __all__ = [
   "load_dataset",
   "normalize",
   "open_dataset",
+  "open_split",
   "random_crop",
   "random_flip",
   "stream_batches",

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from sapr_jax.data.decoding import decode_exactly, decode_quickly, image_size
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 _ATTEMPTS = 10
 _DRAWS_PER_ATTEMPT = 4
@@ -91,10 +94,13 @@ class EvaluationRecipe:
   resize: int = 256
 
   def __call__(self, encoded: bytes, name: str, bits: np.random.BitGenerator) -> np.ndarray:
+    del bits
+    return self.crop(decode_exactly(encoded, name)[0])
+
+  def crop(self, image: Image.Image) -> np.ndarray:
+    """Does the same with an image that is decoded; it keeps its channels."""
     from PIL import Image
 
-    del bits
-    image, _ = decode_exactly(encoded, name)
     height, width = resized_size(image.height, image.width, self.resize)
     top, left = round((height - self.size) / 2), round((width - self.size) / 2)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -23,19 +23,25 @@ from sapr_jax.method.generator import (
   split_by_group,
 )
 from sapr_jax.method.importance import (
+  COMPARISONS,
   IMPORTANCES,
   Scores,
   batch_norm_scale,
   l1_norm,
   l2_norm,
+  make_comparable,
   random as random_scores,
   rank_within_groups,
   relative_to_cost,
   relative_to_group_mean,
+  score_channels,
   taylor,
 )
+from sapr_jax.method.masks_in_state import RegularizationState, get_masks, set_masks
 from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
 from sapr_jax.method.progress import learned_share, overlap
+from sapr_jax.method.proposing import GeneratorOptions, Search
+from sapr_jax.method.pruner import Pruner, PrunerState
 from sapr_jax.method.regularization import (
   Weighting,
   partial_group_lasso,
@@ -44,17 +50,25 @@ from sapr_jax.method.regularization import (
   share_weights,
 )
 from sapr_jax.method.rounding import default_round_to
-from sapr_jax.method.search import SearchMetrics, SearchOptions, architecture_loss
-from sapr_jax.method.transforms import RegularizeByProxState, regularize_by_penalty, regularize_by_prox
+from sapr_jax.method.search import GeneratorState, SearchMetrics, SearchOptions, architecture_loss, learn
+from sapr_jax.method.statistics import renew_statistics
+from sapr_jax.method.strength import gamma_for, shrinkage_of
+from sapr_jax.method.transforms import regularize_by_penalty, regularize_by_prox
 
 __all__ = [
+  "COMPARISONS",
   "COSTS",
   "IMPORTANCES",
   "ArchitectureGenerator",
   "Budget",
   "Cost",
-  "RegularizeByProxState",
+  "GeneratorOptions",
+  "GeneratorState",
+  "Pruner",
+  "PrunerState",
+  "RegularizationState",
   "Scores",
+  "Search",
   "SearchMetrics",
   "SearchOptions",
   "Weighting",
@@ -65,12 +79,16 @@ __all__ = [
   "check_budget",
   "check_share",
   "default_round_to",
+  "gamma_for",
+  "get_masks",
   "keep_probability",
   "l1_norm",
   "l2_norm",
+  "learn",
   "learned_share",
   "macs_budget",
   "make_budget",
+  "make_comparable",
   "most_likely_masks",
   "outputs_of_prior",
   "overlap",
@@ -85,9 +103,13 @@ __all__ = [
   "relative_to_cost",
   "relative_to_group_mean",
   "relative_weights",
+  "renew_statistics",
   "reorder",
   "sample_masks",
+  "score_channels",
+  "set_masks",
   "share_weights",
+  "shrinkage_of",
   "split_by_group",
   "start_from",
   "taylor",

@@ -306,6 +306,38 @@ def relative_to_cost(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: 
   return result
 
 
+COMPARISONS: dict[str, Callable[[Scores], Scores]] = {
+  "group_mean": relative_to_group_mean,
+  "equal_shares": rank_within_groups,
+}
+"""Name -> what makes the scores of different groups comparable."""
+
+
+def make_comparable(scores: Scores, graph: ChannelGraph, cost: Cost, *, compare: str, cost_exponent: float) -> Scores:
+  """Makes the scores of different groups comparable, for `project_to_budget`.
+
+  Args:
+    scores: Scores of at least 0.
+    graph: The channel graph.
+    cost: What the budget limits.
+    compare: A name in `COMPARISONS`.
+    cost_exponent: See `relative_to_cost`; 0 leaves the scores as they are.
+  """
+  compared = COMPARISONS[compare](scores)
+  return relative_to_cost(compared, graph, cost, cost_exponent) if cost_exponent else compared
+
+
+def score_channels(
+  name: str, params: Any, graph: ChannelGraph, *, gradients: Callable[[], Any], key: Callable[[], jax.Array]
+) -> dict[str, jax.Array]:
+  """Computes the importance of that name; the two functions give what "taylor" and "random" take besides."""
+  if name == "random":
+    return random(params, graph, key())
+  if name == "taylor":
+    return taylor(params, graph, gradients())
+  return IMPORTANCES[name](params, graph)
+
+
 def _is_scale(member: Member) -> bool:
   return member.role == "vector" and member.path[-1] == "scale"
 

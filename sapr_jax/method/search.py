@@ -1,4 +1,4 @@
-"""Objective of the search for the sub-network, which the generator minimizes."""
+"""Objective of the search for the sub-network, and the step by which the generator minimizes it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_module, check_variables, errors_of_model
 from sapr_jax.checks import check_function, check_number, check_type
@@ -111,3 +112,60 @@ def architecture_loss(
   budget = options.budget
   share = jnp.asarray(budget.cost(graph.kept(masks)) / budget.full)
   return loss + options.budget_weight * budget_penalty(graph, masks, budget), SearchMetrics(loss, share)
+
+
+@flax.struct.dataclass
+class GeneratorState:
+  """State of the architecture generator.
+
+  Attributes:
+    step: Optimizer steps taken, int32 scalar.
+    params: Parameters.
+    constants: The fixed input z.
+    opt_state: State of its optimizer.
+    untrained: Its outputs before it learned anything, `[K, max C]`; () if nobody wants to know.
+  """
+
+  step: jax.Array
+  params: Any
+  constants: Any
+  opt_state: optax.OptState
+  untrained: Any = ()
+
+  @classmethod
+  def create(cls, variables: Any, tx: optax.GradientTransformation, untrained: Any = ()) -> GeneratorState:
+    """Makes the state of a generator that has learned nothing."""
+    return cls(
+      step=jnp.zeros((), jnp.int32),
+      params=variables["params"],
+      constants=variables["constants"],
+      opt_state=tx.init(variables["params"]),
+      untrained=untrained,
+    )
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The variables for `generator.apply`."""
+    return {"params": self.params, "constants": self.constants}
+
+
+def learn(
+  state: GeneratorState,
+  generator: ArchitectureGenerator,
+  graph: ChannelGraph,
+  tx: optax.GradientTransformation,
+  loss_fn: Callable[[Masks], jax.Array],
+  key: jax.Array,
+  options: SearchOptions,
+  *,
+  mean: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[GeneratorState, SearchMetrics]:
+  """Takes a step of the generator on `architecture_loss`; `tx` is its optimizer, `mean` averages over devices."""
+
+  def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
+    return architecture_loss(generator, {**state.variables, "params": params}, graph, loss_fn, key, options)
+
+  grads, metrics = jax.grad(objective, has_aux=True)(state.params)
+  updates, opt_state = tx.update(mean(grads), state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics

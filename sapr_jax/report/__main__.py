@@ -18,16 +18,19 @@ def main() -> int:
   )
   parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR", help="work directory of a run")
   parser.add_argument(
-    "--out", type=pathlib.Path, help="where to write report.html and the figures; unset: report/ in the first WORKDIR"
+    "--out",
+    type=pathlib.Path,
+    help="where to write report.html and figures/; unset: WORKDIR, and of several runs comparison/ in the first",
   )
   args = parser.parse_args()
   try:
     with os_errors_in_one_line(args.workdirs[0]):
-      page = write_page(read_histories(args.workdirs), args.out or args.workdirs[0] / "report")
+      unset = args.workdirs[0] / ("comparison" if len(args.workdirs) > 1 else "")
+      page = write_page(read_histories(args.workdirs), args.out or unset)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  print(f"{page} and the figures beside it are written.")
+  print(f"{page} is written; the figures are in {page.parent / 'figures'} too.")
   return 0
 
 

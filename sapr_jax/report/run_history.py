@@ -65,7 +65,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 def _labels(paths: Sequence[pathlib.Path], configs: Sequence[dict[str, Any]]) -> list[str]:
   """Names each run by the fields in which the runs differ, gamma first; else by the last parts of its path."""
   names = sorted(set().union(*configs), key=lambda name: (name != "prune.gamma", name == "seed", name))
-  differing = [n for n in names if n != "data.path" and len({json.dumps(c.get(n)) for c in configs}) > 1]
+  names = [name for name in names if name != "data.path" and not name.startswith(("checkpoint.", "report."))]
+  differing = [n for n in names if len({json.dumps(c.get(n)) for c in configs}) > 1]
   labels = [", ".join(f"{n.rsplit('.', 1)[-1]} {_short(c.get(n))}" for n in differing[:3]) for c in configs]
   if len(configs) > 1 and len(set(labels)) == len(labels):
     return labels

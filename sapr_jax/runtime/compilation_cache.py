@@ -11,13 +11,14 @@ import zlib
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 _QUIET_ON_CPU = (0, 10, 2)
 """Releases before it (0.9.1 to 0.10.1 at least) log an error for every program that they load for an AVX-512 CPU."""
 
 
 def use_compilation_cache() -> pathlib.Path | None:
-  """Lets JAX keep what it compiles in the user's cache folder, and take it from there; to be called before it compiles.
+  """Lets JAX keep what it compiles in the user's cache folder, and take it from there, from now on.
 
   Does nothing where the user has decided otherwise (`JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is
   set), with JAX releases that load programs for CPUs badly, and in runs of several processes: only one of them would
@@ -41,6 +42,7 @@ def use_compilation_cache() -> pathlib.Path | None:
     print(f"warning: no compilation cache, every run compiles again: {error}", file=sys.stderr)
     return None
   config.update("jax_compilation_cache_dir", str(folder))
+  jax_cache.reset_cache()  # which has decided at the first program of this process whether there is a cache
   # A full disk, or a file that a killed run left half written: JAX compiles instead, and would say so for each program.
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -12,7 +12,8 @@ import threading
 from types import FrameType
 from typing import Any
 
-from sapr_jax.errors import InterruptedRunError
+from sapr_jax.errors import InterruptedByUserError, InterruptedRunError
+from sapr_jax.runtime.notebook import in_notebook
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED_AT_ONCE = "stopped at once; the same command resumes the run at its last checkpoint"
@@ -43,7 +44,7 @@ class Interruption:
   def __enter__(self) -> Interruption:
     import jax
 
-    # Only the main thread may change handlers; elsewhere (some notebooks) Ctrl-C acts as it always does.
+    # Only the main thread may change handlers; in others a run is not interrupted.
     if threading.current_thread() is threading.main_thread():
       signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
       self._previous = {number: signal.signal(number, self._note) for number in signals}
@@ -57,7 +58,7 @@ class Interruption:
     import jax
 
     if self._signal is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt
+      raise KeyboardInterrupt(STOPPED_AT_ONCE)
     self._signal = number
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # which JAX takes
@@ -74,10 +75,13 @@ class Interruption:
     return bool(multihost_utils.reached_preemption_sync_point(self._questions))
 
   def stop(self) -> None:
-    """Raises `InterruptedRunError`."""
-    raise InterruptedRunError(self._message())
+    """Raises `InterruptedRunError`; after Ctrl-C one that is a `KeyboardInterrupt` too."""
+    kind = InterruptedByUserError if self._signal == signal.SIGINT else InterruptedRunError
+    raise kind(self._message())
 
   def _message(self) -> str:
+    if in_notebook():
+      return "stopped by an interrupt, all work saved; run the same cell again to go on"
     name = "a signal" if self._signal is None else signal.Signals(self._signal).name
     return f"stopped by {name}, all work saved; the same command resumes the run"
 

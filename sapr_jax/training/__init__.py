@@ -1,8 +1,10 @@
 """Training: the parts of a run, its steps, and the one loop."""
 
 from sapr_jax.training.config import check_config
+from sapr_jax.training.evaluation import evaluate
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
+from sapr_jax.training.result import RunResult, load_run
 from sapr_jax.training.run import run
 
 __all__ = [
@@ -10,8 +12,11 @@ __all__ = [
   "GeneratorProposer",
   "ImportanceProposer",
   "Proposer",
+  "RunResult",
   "build",
   "check_config",
+  "evaluate",
+  "load_run",
   "make_proposer",
   "run",
 ]

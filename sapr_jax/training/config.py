@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
-from sapr_jax.method import COSTS, IMPORTANCES
+from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
+from sapr_jax.training.inputs import default_resize, image_size
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
-from sapr_jax.training.proposers import COMPARISONS, PROPOSERS
+from sapr_jax.training.proposers import PROPOSERS
 
 _INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
 
@@ -93,6 +94,7 @@ AT_LEAST_0 = number("a number of at least 0", lambda x: x >= 0)
 SHARE = number("a number in (0, 1]", lambda x: 0 < x <= 1)
 BOOLEAN = Rule("True or False", lambda value: isinstance(value, bool))
 TEXT = Rule("text", lambda value: isinstance(value, str))
+NAME = Rule("a name", lambda value: isinstance(value, str) and value != "")
 PATH = Rule("a path", lambda value: isinstance(value, str) and value != "" and "\0" not in value)
 CHANNELS = tuple_of(
   number("", lambda x: 0 <= x <= 1), "a tuple with a number in [0, 1] for each channel, such as '(0.5, 0.5, 0.5)'"
@@ -140,8 +142,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "data.flip": BOOLEAN,
   "data.stream": BOOLEAN,
   "data.crop_padding": integer(0, 2**16),  # no format has larger images; the feed knows how large these are
-  "data.image_size": integer(1),
-  "data.eval_resize": integer(1),
+  "data.image_size": integer(1).or_unset(),
+  "data.eval_resize": integer(1).or_unset(),
   "data.workers": integer(0).or_unset(),
   "data.skip_broken": integer(0),
   "data.changed_ok": BOOLEAN,
@@ -180,6 +182,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "checkpoint.keep_every_epochs": integer(1).or_unset(),
   "report.latency_batch_sizes": tuple_of(integer(1), "a tuple of integers of at least 1, such as '(1, 128)'"),
   "report.latency_repeats": integer(1),
+  "report.page": BOOLEAN,
+  "report.wandb_project": NAME.or_unset(),
 }
 """Name of a field, with dots -> its values. `configs/default.py` says what each field means."""
 
@@ -202,7 +206,9 @@ def check_config(config: Any) -> None:
     raise InputError(f"the configuration must have no other fields than these, got {unknown[0]}; {hint}")
   for name in ("train", "finetune"):
     _check_schedule(name, config[name])
-  _check_images(config.data)
+  check_images(config.data)
+  if config.init.weights is None:
+    check_streamed(config.data)  # else it may be the inputs of that network
   _check_epochs(config)
   if config.data.validation_images is not None and config.data.test_images is not None:
     raise InputError(
@@ -260,17 +266,23 @@ def _check_schedule(name: str, phase: Any) -> None:
     )
 
 
-def _check_images(fields: Any) -> None:
+def check_images(fields: Any) -> None:
+  """Checks how images are normalized, as far as that is set."""
   if len(fields.mean or ()) != len(fields.std or ()):
     raise InputError(f"data.mean and data.std must be of one length, got {fields.mean} and {fields.std}.")
   if fields.std is not None and 0 in fields.std:
     raise InputError(f"data.std must have no zero, got {fields.std}; the images are divided by it.")
+
+
+def check_streamed(fields: Any) -> None:
+  """Checks that streamed images have a size and a normalization."""
   if not fields.stream:
     return
-  if fields.eval_resize < fields.image_size:
+  size = image_size(fields)
+  if fields.eval_resize is not None and fields.eval_resize < size:
     raise InputError(
-      f"data.eval_resize must be at least data.image_size = {fields.image_size}, got {fields.eval_resize}; such as"
-      f" {round(fields.image_size * 8 / 7)}."
+      f"data.eval_resize must be at least data.image_size = {size}, got {fields.eval_resize}; such as"
+      f" {default_resize(size)}."
     )
   if fields.mean is None or len(fields.mean) != 3:
     raise InputError(

@@ -22,13 +22,15 @@ from sapr_jax.method import (
   check_budget,
   default_round_to,
   make_budget,
+  make_comparable,
   project_to_budget,
-  relative_to_cost,
 )
 from sapr_jax.runtime import data_mesh, processes
+from sapr_jax.training.adoption import compare_images, inputs_of_weights, with_inputs
+from sapr_jax.training.config import check_streamed
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose
-from sapr_jax.training.proposers import COMPARISONS, GeneratorProposer, ImportanceProposer, Knowledge, Proposer
+from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
 from sapr_jax.training.state import first_not_finite
 
 
@@ -37,7 +39,7 @@ class Experiment:
   """Parts that both stages of a run share.
 
   Attributes:
-    config: The configuration, checked.
+    config: The configuration, checked, with what the run takes over from the network that it starts from.
     passes: Devices and images.
     model: The dense network.
     variables: Its first variables.
@@ -86,11 +88,17 @@ def build(config: Any) -> Experiment:
   """Opens the data, creates the network and traces its channels.
 
   Raises:
-    InputError: If the data or the first weights cannot be read, a batch does not fit, the network has no channels to
-      prune, or no masks can meet the budget.
+    InputError: If the data or the first weights cannot be read, the weights are of a network of other inputs, a batch
+      does not fit, the network has no channels to prune, or no masks can meet the budget.
   """
   mesh = data_mesh()
+  inputs = inputs_of_weights(config)
+  if inputs is not None:
+    config = with_inputs(config, inputs)
+  check_streamed(config.data)
   feed = open_feed(config, mesh)
+  if inputs is not None:
+    compare_images(inputs, feed.inputs, config.init.weights)
   check_batches(config, feed.num_train, mesh.devices.size)
   input_shape = (1, *feed.image_shape)
   model, variables = first_network(config, feed.num_classes, input_shape)
@@ -142,8 +150,7 @@ def make_proposer(experiment: Experiment) -> Proposer:
   model, graph = experiment.model, experiment.graph
 
   def compare(scores: Scores) -> Scores:
-    scores, exponent = COMPARISONS[config.importance.compare](scores), config.importance.cost_exponent
-    return relative_to_cost(scores, graph, experiment.budget.cost, exponent) if exponent else scores
+    return make_comparable(scores, graph, experiment.budget.cost, **config.importance)
 
   def importance(name: str) -> Proposer:
     return ImportanceProposer(name, passes, model, graph, images, fields.batch_size, compare)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from sapr_jax import data
 from sapr_jax.errors import InputError
 from sapr_jax.runtime.devices import default_steps_per_call, process_slice, replicate
-from sapr_jax.training.inputs import Preprocessing, Shared
+from sapr_jax.training.inputs import Preprocessing, Shared, default_resize, image_size
 from sapr_jax.training.skipping import SkippedImages
 
 
@@ -49,9 +49,10 @@ class Feed(abc.ABC):
   Attributes:
     num_train: Number of training images.
     num_test: Number of test images.
-    num_classes: Number of classes.
+    class_names: Names of the classes, in the order of their labels.
     image_shape: `(height, width, channels)` of the network's input.
     preprocessing: The part of it that is left to the steps.
+    resize: Length to which the shorter side of an image is resized in evaluation; None if images are of one size.
     fingerprint: See `data.fingerprint`.
     skipped: Broken images that were met so far.
     train: Training images on the devices; empty if batches bring their images.
@@ -60,13 +61,25 @@ class Feed(abc.ABC):
 
   image_shape: tuple[int, int, int]
   preprocessing: Preprocessing
+  resize: int | None = None
   train = test = Shared()
 
   def __init__(self, dataset: data.ImageDataset | data.EncodedDataset, config: Any):
     self.num_train, self.num_test = len(dataset.train), len(dataset.test)
-    self.num_classes = len(dataset.class_names)
+    self.class_names = dataset.class_names
     self.fingerprint, self.skipped = data.fingerprint(dataset), SkippedImages(config.data.skip_broken)
     self._seed, self._eval_batch_size = config.seed, config.eval_batch_size
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes."""
+    return len(self.class_names)
+
+  @property
+  def inputs(self) -> data.Inputs:
+    """What a network that is trained on these images takes."""
+    mean, std = self.preprocessing.mean, self.preprocessing.std
+    return data.Inputs(self.image_shape, mean=mean, std=std, resize=self.resize, class_names=self.class_names)
 
   def training(
     self, batch_size: int, *, purpose: int, epoch: int, first: int = 0, images: np.ndarray | None = None
@@ -105,9 +118,12 @@ class ResidentFeed(Feed):
       self.skipped.add(split, broken)
     self.image_shape = dataset.image_shape
     if fields.mean is not None and len(fields.mean) != self.image_shape[-1]:
+      cure = "leave it unset to take the mean of the images"
+      if config.init.weights is not None:
+        cure = "it is that of the network in init.weights, or given"
       raise InputError(
         f"data.mean must have one number for each of the {self.image_shape[-1]} channels of these images, got"
-        f" {len(fields.mean)}: {fields.mean}; leave it unset to take the mean of the images."
+        f" {len(fields.mean)}: {fields.mean}; {cure}."
       )
     if fields.crop_padding >= (shorter := min(self.image_shape[:2])):
       raise InputError(
@@ -149,10 +165,11 @@ class StreamedFeed(Feed):
   def __init__(self, config: Any):
     self._dataset, fields = data.open_dataset(data_spec(config)), config.data
     super().__init__(self._dataset, config)
-    self.image_shape = (fields.image_size, fields.image_size, 3)
+    size = image_size(fields)
+    self.image_shape, self.resize = (size, size, 3), int(fields.eval_resize or default_resize(size))
     self.preprocessing = Preprocessing(mean=tuple(fields.mean), std=tuple(fields.std))
-    self._train_recipe = data.TrainingRecipe(fields.image_size, flip=fields.flip)
-    self._test_recipe = data.EvaluationRecipe(fields.image_size, resize=fields.eval_resize)
+    self._train_recipe = data.TrainingRecipe(size, flip=fields.flip)
+    self._test_recipe = data.EvaluationRecipe(size, resize=self.resize)
     self._workers = _default_workers() if fields.workers is None else fields.workers
     self._skip_broken = fields.skip_broken
 

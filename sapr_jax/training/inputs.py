@@ -12,6 +12,16 @@ import jax.numpy as jnp
 from sapr_jax import data
 
 
+def image_size(fields: Any) -> int:
+  """Returns the size of streamed images, in pixels; `fields` is `config.data`."""
+  return int(fields.image_size or 224)
+
+
+def default_resize(size: int) -> int:
+  """Returns the length to which the shorter side is resized in evaluation where nothing else is said."""
+  return round(size * 8 / 7)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
   """Augmentation and normalization of uint8 images.

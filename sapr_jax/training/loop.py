@@ -34,6 +34,7 @@ class Stage:
     evaluate: (state, epoch) -> measurements after an epoch.
     renew_masks: Called before an epoch: (state, epoch) -> (state with the masks now in force, measurements); None if
       the stage has no masks.
+    phase: Epoch -> what is done in it, in words; said where it differs from what was done before.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Stage:
   weights: WeightPass
   evaluate: Callable[[TrainState, int], Record]
   renew_masks: Callable[[TrainState, int], tuple[TrainState, Record]] | None = None
+  phase: Callable[[int], str] = lambda epoch: ""
 
 
 def train(
@@ -77,8 +79,11 @@ def train(
   progress = Progress(stage.name, stage.epochs, position.steps_per_epoch, position.steps_done)
   if position.steps_done:
     in_epoch = f", step {position.step} of the next" if position.step else ""
-    progress.line(f"{stage.name}: going on after epoch {position.epoch}/{stage.epochs}{in_epoch}")
+    progress.say(f"{stage.name}: going on after epoch {position.epoch}/{stage.epochs}{in_epoch}")
+  said = ""
   while position.epoch < stage.epochs:
+    if (phase := stage.phase(position.epoch)) != said:
+      progress.say(said := phase)
     if not position.record:  # the epoch begins
       if interruption.requested():
         save()
@@ -114,8 +119,11 @@ def train(
     recorder.write(record)
     progress.line(report.format_epoch(record, stage.epochs))
     position = Position(position.steps_per_epoch, position.epoch + 1)
-    if position.epoch % every_epochs == 0 or position.epoch == stage.epochs:
-      save()
+    try:
+      recorder.publish(record)
+    finally:  # an error of a callback costs no epoch
+      if position.epoch % every_epochs == 0 or position.epoch == stage.epochs:
+        save()
   progress.close()
   return state
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import Weighting, regularize_by_penalty, regularize_by_prox, relative_weights
+from sapr_jax.method import Weighting, regularize_by_penalty, regularize_by_prox, relative_weights, shrinkage_of
 
 Schedule = Callable[[Any], Any]
 
@@ -105,9 +104,9 @@ def shrinkage(config: Any, steps_per_epoch: int, gamma: float) -> float:
 
   sum over the steps from E_start on of learning_rate / (1 - momentum) * gamma
   """
-  steps = np.arange(config.prune.start_epoch * steps_per_epoch, config.train.epochs * steps_per_epoch)
-  rates = jax.vmap(learning_rate_schedule(config.train, steps_per_epoch))(steps)
-  return float(np.sum(rates)) / (1.0 - config.train.momentum) * gamma
+  steps = range(config.prune.start_epoch * steps_per_epoch, config.train.epochs * steps_per_epoch)
+  schedule = learning_rate_schedule(config.train, steps_per_epoch)
+  return shrinkage_of(gamma, schedule, steps, momentum=config.train.momentum)
 
 
 def regularized_sgd(
@@ -121,7 +120,9 @@ def regularized_sgd(
     graph: The channel graph of the network.
     how: The regularization.
   """
+  # That masks come in time, the stage sees to; a call of the host would keep the program out of the cache on disk.
+  options: Any = {"weighting": how.weighting, "expected_from": None}
   if how.form == "penalty":
-    return optax.chain(regularize_by_penalty(graph, how.gamma, weighting=how.weighting), sgd(phase, schedule))
-  prox = regularize_by_prox(graph, schedule, how.gamma, momentum=phase.momentum, weighting=how.weighting)
+    return optax.chain(regularize_by_penalty(graph, how.gamma, **options), sgd(phase, schedule))
+  prox = regularize_by_prox(graph, schedule, how.gamma, momentum=phase.momentum, **options)
   return optax.chain(sgd(phase, schedule), prox)

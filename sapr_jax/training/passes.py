@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -79,18 +79,23 @@ class Passes:
     """
     if model not in self._evaluations:
       self._evaluations[model] = self.map(steps.evaluation_step(model, self.feed.preprocessing))
-    step = self._evaluations[model]
-    zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
     shared = dataclasses.replace(self.feed.test, variables=variables)
-    sums, _ = step.run(replicate(zeros, self.mesh), shared, self.feed.evaluation())
-    totals = {name: float(value) for name, value in jax.device_get(sums).items()}
-    metrics = {"accuracy": totals["correct"] / totals["count"], "loss": totals["loss"] / totals["count"]}
+    metrics = run_evaluation(self._evaluations[model], self.mesh, shared, self.feed.evaluation())
+    del metrics["images"]
     if not math.isfinite(metrics["loss"]):
       raise DivergedError(
         f"the loss on the test images is {metrics['loss']}: training diverged. The last checkpoint is kept; start again"
         " with a lower learning rate."
       )
     return metrics
+
+
+def run_evaluation(step: MappedStep, mesh: Mesh, shared: Shared, calls: Iterable[Any]) -> dict[str, float]:
+  """Runs an evaluation step on all calls; returns accuracy in [0, 1], mean cross-entropy ("loss"), number of images."""
+  zeros = {name: np.zeros((), np.float32) for name in ("correct", "loss", "count")}
+  sums, _ = step.run(replicate(zeros, mesh), shared, calls)
+  correct, loss, count = (float(jax.device_get(sums[name])) for name in ("correct", "loss", "count"))
+  return {"accuracy": correct / count, "loss": loss / count, "images": count}
 
 
 class WeightPass:

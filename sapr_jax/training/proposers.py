@@ -16,32 +16,24 @@ from sapr_jax.channels import ChannelGraph, Masks
 from sapr_jax.method import (
   IMPORTANCES,
   ArchitectureGenerator,
+  GeneratorState,
   Scores,
   SearchOptions,
   learned_share,
   outputs_of_prior,
   overlap,
-  random_scores,
-  rank_within_groups,
   relative_to_group_mean,
   reorder,
+  score_channels,
   split_by_group,
   start_from,
-  taylor,
 )
 from sapr_jax.runtime.devices import MappedStep, replicate
 from sapr_jax.training import steps
 from sapr_jax.training.passes import Passes, Purpose
-from sapr_jax.training.state import GeneratorState
 
 PROPOSERS = ("generator", *IMPORTANCES)
 """Values of `prune.proposer`."""
-
-COMPARISONS: dict[str, Callable[[Scores], Scores]] = {
-  "group_mean": relative_to_group_mean,
-  "equal_shares": rank_within_groups,
-}
-"""Value of `importance.compare` -> what makes the scores of different groups comparable."""
 
 _IMAGES_OF_PROGRESS = 1024
 """Training images on which the loss of the projected masks is measured: few, as the search shall stay cheap."""
@@ -221,13 +213,13 @@ class ImportanceProposer:
     return ()
 
   def propose(self, state: tuple[()], variables: Any, epoch: int) -> tuple[tuple[()], Scores, dict[str, float]]:
-    params = jax.device_get(variables["params"])
-    if self.name == "random":  # the same in every epoch
-      scores = random_scores(params, self.graph, self.passes.key(Purpose.IMPORTANCE))
-    elif self.name == "taylor":
-      scores = taylor(params, self.graph, self._gradients(variables, epoch))
-    else:
-      scores = IMPORTANCES[self.name](params, self.graph)
+    scores = score_channels(
+      self.name,
+      jax.device_get(variables["params"]),
+      self.graph,
+      gradients=lambda: self._gradients(variables, epoch),
+      key=lambda: self.passes.key(Purpose.IMPORTANCE),  # the same in every epoch
+    )
     return state, self.compare(jax.device_get(scores)), {}
 
   def _gradients(self, variables: Any, epoch: int) -> Any:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ import jax
 from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import free_name, read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
-from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, os_errors_in_one_line
+from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line, os_errors_in_one_line
 from sapr_jax.method import Budget, Weighting, relative_weights
-from sapr_jax.runtime import Interruption, processes, say
+from sapr_jax.runtime import Interruption, processes, say, use_compilation_cache
 from sapr_jax.runtime.devices import is_main_process
 from sapr_jax.training import loop, stages, workdir as layout
 from sapr_jax.training.config import check_config
@@ -26,22 +26,33 @@ from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.passes import recalibrate_batch_norm
 from sapr_jax.training.position import Position
 from sapr_jax.training.proposers import Proposer
+from sapr_jax.training.result import RunResult
 from sapr_jax.training.state import TrainState
-from sapr_jax.training.summary import describe, summarize
+from sapr_jax.training.summary import Network, describe, summarize
 
 
 def run(
   config: Any,
-  workdir: str | pathlib.Path,
+  workdir: str | os.PathLike[str],
   *,
   proposer: Callable[[Experiment], Proposer] = make_proposer,
   weighting: Weighting = relative_weights,
   interruption: Interruption | None = None,
-) -> dict[str, Any]:
+  callbacks: Sequence[artifacts.Callback] = (),
+  compilation_cache: bool = True,
+) -> RunResult:
   """Runs the experiment of `config` in `workdir`, from its beginning or from where an earlier call was stopped.
 
   Leaves there `records.jsonl` and `tensorboard/` (every epoch), `dense/` and `pruned/` (models, for `sapr_jax.load`),
-  `summary.json` and `report.txt`.
+  `summary.json`, `report.txt`, and `report.html` where the packages that draw it are installed.
+
+      from sapr_jax.configs import digits
+
+      result = sapr.run(digits.get_config(), "runs/digits", callbacks=[print])
+      model, variables = result.pruned
+
+  It may be called in a notebook, within a running event loop, and in another thread than the main one, where signals
+  do not reach it.
 
   Args:
     config: A configuration with the fields of `configs/default.py`.
@@ -49,23 +60,34 @@ def run(
     proposer: Makes the proposer that ranks the channels; by default the one that `config.prune.proposer` names.
     weighting: Weights of the groups in the regularization.
     interruption: Asks the run to stop; by default, SIGTERM and SIGINT do for as long as it lasts.
+    callbacks: Called on the main process with the record of each epoch as it is made: `stage`, `epoch`, `step`,
+      measurements. An error in one ends the run, with its work saved. A run that is resumed calls them with what
+      follows; an epoch that is done again has its record again.
+    compilation_cache: Keep compiled programs in the user's cache folder, unless JAX was told otherwise.
 
   Returns:
-    The summary: accuracy, MACs, parameters and latency of the dense network, the sub-network before fine-tuning and the
-    pruned network after it, all at the last epoch.
+    The result: summary, records, networks and figures of the finished run.
 
   Raises:
     InputError: If the configuration, the data or the work directory cannot be used.
     DivergedError: If training diverges.
-    InterruptedRunError: If it was asked to stop; its work is saved.
+    InterruptedRunError: If it was asked to stop; its work is saved. After Ctrl-C, or the interrupt of a notebook, it is
+      a `KeyboardInterrupt` too.
   """
-  path = pathlib.Path(workdir)
+  path = layout.path_of(workdir)
+  if bad := next((callback for callback in callbacks if not callable(callback)), None):
+    raise InputError(f"callbacks must be functions that take a record, got {bad!r}.")
+  if compilation_cache:
+    use_compilation_cache()
   with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
     processes.together(lambda: check_config(config))
     processes.check_equal(**_settings(config, path))
     if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
-      say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}")
-      return finished
+      say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}\n")
+      if is_main_process() and not (path / report.PAGE).exists():
+        _write_page(path, config)
+      _say_where(path)
+      return RunResult(path, finished)
     started = time.monotonic()
     # Bad data shows before anything is written.
     experiment = processes.together(lambda: build(config))
@@ -78,7 +100,10 @@ def run(
     _write_network(experiment, path, functions)
     processes.together(lambda: experiment.passes.feed.skipped.keep_in(path / layout.SKIPPED))
     say(describe(experiment))
-    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path)))
+    sinks = [*callbacks]
+    if (project := config.report.wandb_project) is not None and is_main_process():
+      sinks.append(stack.enter_context(artifacts.weights_and_biases(path, project, layout.flat_fields(config))))
+    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path, sinks)))
 
     dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
     state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
@@ -104,12 +129,31 @@ def run(
     dense, pruned = (experiment.model, variables), (small_model, tuned_variables)
     summary = summarize(experiment, masks, dense, (small_model, small_variables), pruned)
     summary["run"] |= {"seconds": round(time.monotonic() - started, 1)}  # since the run was last resumed
-    processes.together(lambda: _write_results(path, dense, pruned, summary))
+    processes.together(lambda: _write_results(path, experiment, dense, pruned, summary))
+    if is_main_process():
+      _write_page(path, config)
   say(f"\n{report.format_summary(summary)}\n")
   if (warning := report.chance_warning(summary, experiment.passes.feed.num_classes)) is not None:
     say(warning)
-  say(f"The pruned model is in {path / layout.PRUNED}; sapr_jax.load reads it.")
-  return summary
+  _say_where(path)
+  return RunResult(path, summary)
+
+
+def _write_page(path: pathlib.Path, config: Any) -> None:
+  """Writes the page of a finished run, if it can be: what was computed is saved, and counts for more."""
+  if not config.report.page:
+    return
+  try:
+    report.write_page(report.read_histories([path]), path)
+  except Exception as error:
+    print(f"note: {path / report.PAGE} is not written: {one_line(error, 300)}", file=sys.stderr)
+
+
+def _say_where(path: pathlib.Path) -> None:
+  """Names what a user looks at first."""
+  if (path / report.PAGE).exists():
+    say(f"The report, with figures:  {path / report.PAGE}")
+  say(f"The pruned model:          {path / layout.PRUNED}  (sapr_jax.load reads it)")
 
 
 def check_masks_meet(budget: Budget, graph: ChannelGraph, masks: Masks) -> None:
@@ -195,9 +239,22 @@ def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[s
     write_json(path / layout.NETWORK, network)
 
 
-def _write_results(path: pathlib.Path, dense: Any, pruned: Any, summary: dict[str, Any]) -> None:
+def _write_results(
+  path: pathlib.Path, experiment: Experiment, dense: Network, pruned: Network, summary: dict[str, Any]
+) -> None:
   if is_main_process():
-    artifacts.save(path / layout.DENSE, *dense)
-    artifacts.save(path / layout.PRUNED, *pruned)
+    feed = experiment.passes.feed
+    measured_by = {"images": feed.num_test, "device": summary["run"]["device"], "versions": summary["run"]["versions"]}
+    known: dict[str, Any] = {"inputs": feed.inputs, "config": _shared_fields(experiment.config)}
+    artifacts.save(path / layout.DENSE, *dense, metrics=summary["dense"] | measured_by, **known)
+    others = {name: summary[name] for name in ("dense", "subnetwork")}
+    artifacts.save(path / layout.PRUNED, *pruned, metrics=summary["pruned"] | measured_by | others, **known)
     write_atomically(path / layout.REPORT, report.format_summary(summary) + "\n")
     write_json(path / layout.SUMMARY, summary)
+
+
+def _shared_fields(config: Any) -> dict[str, Any]:
+  """Returns the fields of a configuration for a model that may be given away: of whole paths only the last part."""
+  fields = layout.flat_fields(config)
+  paths = {name: fields[name] for name in ("data.path", "init.weights") if fields[name] is not None}
+  return fields | {name: pathlib.Path(path).name for name, path in paths.items() if os.path.isabs(path)}

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sapr_jax import report
 from sapr_jax.channels import Masks, mask_params
 from sapr_jax.errors import DivergedError
-from sapr_jax.method import Weighting, channel_norms, relative_weights
+from sapr_jax.method import Weighting, channel_norms, relative_weights, set_masks
 from sapr_jax.runtime import replicate
 from sapr_jax.training import optimizers
 from sapr_jax.training.distillation import Distillation
@@ -35,11 +36,10 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     config.train, schedule, graph, optimizers.regularization(config, steps_per_epoch, weighting)
   )
   distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
-  # Until E_start all channels are kept, and the regularization does nothing.
+  # Until E_start the masks in the optimizer state keep all channels, and the regularization does nothing.
   state = TrainState.create(
     experiment.variables,
     tx,
-    masks=graph.full_masks(),
     proposer=proposer.init(),
     teacher=jax.tree.map(jnp.copy, experiment.variables) if distilled else (),
   )
@@ -70,7 +70,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       return dataclasses.replace(state, proposer=proposed), record
     if epoch > start:  # the first masks have no predecessor
       record["hamming_distance"] = hamming_distance(before, masks)
-    return dataclasses.replace(state, proposer=proposed, masks=replicate(masks, passes.mesh)), record
+    return dataclasses.replace(state, proposer=proposed, opt_state=set_masks(state.opt_state, masks)), record
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     evaluated = _is_evaluated(epoch, config.train.epochs, config)
@@ -90,6 +90,29 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
       "widths": {name: int(mask.sum()) for name, mask in masks.items()},
     }
 
+  def phase(epoch: int) -> str:
+    epochs = config.train.epochs
+    if epoch < min(start, searched.start):
+      return (
+        f"\nTraining, epochs 1 to {min(start, searched.start)} of {epochs}: the whole network learns as any other does."
+      )
+    if epoch < start:
+      return (
+        f"\nSearch, epochs {searched.start + 1} to {start} of {epochs}: the network learns as before, and before each"
+        " epoch its channels are ranked. None is dropped yet."
+      )
+    chosen = f"within {experiment.budget.share:.1%} of {report.cost_in_words(experiment.budget.cost.name)}"
+    if epoch not in searched:
+      return f"\nPruning, epochs {searched.stop + 1} to {epochs} of {epochs}: the choice of channels stands."
+    return (
+      f"\nPruning, epochs {start + 1} to {min(searched.stop, epochs)} of {epochs}: before each epoch the channels to"
+      f" keep are chosen, {chosen}.\nThe others are dropped: they still learn, but are pushed towards zero, so that"
+      " cutting them costs little.\n"
+      "  if cut now      accuracy without the dropped channels; should come close to that of the whole network\n"
+      "  shrunk to       size of the dropped channels' weights as a share of the kept ones'; should come close to 0\n"
+      "  choice changed  share of the channels on which it differs from the epoch before; should come close to 0"
+    )
+
   return Stage(
     name="train",
     epochs=config.train.epochs,
@@ -101,6 +124,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
     ),
     evaluate=evaluate,
     renew_masks=renew_masks,
+    phase=phase,
   )
 
 
@@ -134,6 +158,9 @@ def finetuning_stage(
     first_state=replicate(state, passes.mesh),
     weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE, distillation),
     evaluate=evaluate,
+    phase=lambda epoch: (
+      f"\nFine-tuning, {phase.epochs} epochs: the dropped channels are cut, and what is left learns on."
+    ),
   )
 
 

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sapr_jax.channels import Masks
+from sapr_jax.errors import InputError
+from sapr_jax.method import get_masks, set_masks
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -19,8 +23,7 @@ class TrainState:
     step: Optimizer steps taken, int32 scalar.
     params: Parameters of the network.
     batch_stats: Running statistics of the batch normalizations, {} if there are none.
-    opt_state: State of the optimizer.
-    masks: Group name -> 0/1 array: the masks in force; {} in fine-tuning.
+    opt_state: State of the optimizer; with the regularization, the masks in force are in it.
     proposer: State of what proposes masks, such as the architecture generator; () if there is none.
     teacher: Variables of the network that is distilled from; () if none is.
   """
@@ -29,7 +32,6 @@ class TrainState:
   params: Any
   batch_stats: Any
   opt_state: optax.OptState
-  masks: Any
   proposer: Any
   teacher: Any = ()
 
@@ -37,56 +39,29 @@ class TrainState:
   def create(
     cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = (), teacher: Any = ()
   ) -> TrainState:
-    """Makes the state of a network that has taken no step."""
+    """Makes the state of a network that has taken no step; masks are for a `tx` with the regularization."""
+    opt_state = tx.init(variables["params"])
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=variables["params"],
       batch_stats=variables.get("batch_stats", {}),
-      opt_state=tx.init(variables["params"]),
-      masks=masks or {},
+      opt_state=set_masks(opt_state, masks) if masks else opt_state,
       proposer=proposer,
       teacher=teacher,
     )
 
   @property
-  def variables(self) -> dict[str, Any]:
-    """The variables for `model.apply`."""
-    return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
-
-
-@flax.struct.dataclass
-class GeneratorState:
-  """State of the architecture generator.
-
-  Attributes:
-    step: Optimizer steps taken, int32 scalar.
-    params: Parameters.
-    constants: The fixed input z.
-    opt_state: State of its optimizer.
-    untrained: Its outputs before it learned anything, `[K, max C]`; () if nobody wants to know.
-  """
-
-  step: jax.Array
-  params: Any
-  constants: Any
-  opt_state: optax.OptState
-  untrained: Any = ()
-
-  @classmethod
-  def create(cls, variables: Any, tx: optax.GradientTransformation, untrained: Any = ()) -> GeneratorState:
-    """Makes the state of a generator that has learned nothing."""
-    return cls(
-      step=jnp.zeros((), jnp.int32),
-      params=variables["params"],
-      constants=variables["constants"],
-      opt_state=tx.init(variables["params"]),
-      untrained=untrained,
-    )
+  def masks(self) -> Masks:
+    """Group name -> 0/1 array: the masks in force; {} in fine-tuning."""
+    try:
+      return get_masks(self.opt_state)
+    except InputError:
+      return {}
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The variables for `generator.apply`."""
-    return {"params": self.params, "constants": self.constants}
+    """The variables for `model.apply`."""
+    return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
 
 
 def first_not_finite(tree: Any) -> str | None:

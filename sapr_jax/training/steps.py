@@ -8,7 +8,7 @@ training with a key named "dropout".
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, masked_apply
-from sapr_jax.method import ArchitectureGenerator, SearchMetrics, SearchOptions, architecture_loss
+from sapr_jax.data import Inputs
+from sapr_jax.method import ArchitectureGenerator, GeneratorState, SearchOptions, learn
 from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
 from sapr_jax.training.distillation import Distillation, distilled_loss
 from sapr_jax.training.inputs import Preprocessing, Shared
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -35,14 +36,13 @@ def weight_step(
   unroll: bool = True,
   distillation: Distillation | None = None,
 ) -> Step:
-  """Builds the step that trains the weights; the state is a `TrainState`, whose masks the regularization in `tx` gets.
+  """Builds the step that trains the weights; the state is a `TrainState`.
 
   The device's part of the batch goes through the network in `accumulate` pieces, one after the other, so that only one
   piece's activations are in memory (in a loop; if they are unrolled, XLA for CPUs keeps those of all). Gradients and
   metrics are means over the pieces, and batch statistics follow them. The optimizer, the regularization and the
   exchange between devices come once. With a distillation, the loss is that of `distilled_loss`.
   """
-  optimizer = optax.with_extra_args_support(tx)
 
   def gradient(state: TrainState, piece: Any) -> Any:
     images, labels, key = piece
@@ -70,7 +70,7 @@ def weight_step(
       pieces = (*pieces, jax.random.split(dropout_key, accumulate))
       grads, batch_stats, metrics = _mean_over_pieces(gradient, state, pieces, unroll)
     grads, batch_stats, metrics = mean_over_devices((grads, batch_stats, metrics))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, masks=state.masks or None)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return dataclasses.replace(
       state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
@@ -150,14 +150,7 @@ def generator_step(
       logits, _ = masked_apply(model, shared.variables, graph, masks, x, **mode)
       return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def objective(params: Any) -> tuple[jax.Array, SearchMetrics]:
-      variables = {**state.variables, "params": params}
-      return architecture_loss(generator, variables, graph, network_loss, mask_key, options)
-
-    grads, metrics = jax.grad(objective, has_aux=True)(state.params)
-    updates, opt_state = tx.update(mean_over_devices(grads), state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new_state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    new_state, metrics = learn(state, generator, graph, tx, network_loss, mask_key, options, mean=mean_over_devices)
     return new_state, mean_over_devices({"loss": metrics.loss, "cost_share": metrics.cost_share})
 
   return step
@@ -217,16 +210,20 @@ def recalibration_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   return step
 
 
-def evaluation_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
+def evaluation_step(
+  model: nn.Module, preprocessing: Preprocessing | Inputs, apply_kwargs: Mapping[str, Any] | None = None
+) -> Step:
   """Builds the step that counts correct answers; the state is {"correct", "loss", "count"}, summed over images.
 
-  A batch is (batch of images, weights); an image of weight 0 only fills the batch.
+  A batch is (batch of images, weights); an image of weight 0 only fills the batch. `apply_kwargs` tell the model that
+  it is evaluated; by default `train=False` does.
   """
+  mode: Any = {"train": False} if apply_kwargs is None else apply_kwargs
 
   def step(state: Metrics, shared: Shared, batch: Any) -> tuple[Metrics, Metrics]:
     batch, weights = batch
     images, labels = shared.read(batch)
-    logits: Any = model.apply(shared.variables, preprocessing.normalize(images), train=False)
+    logits: Any = model.apply(shared.variables, preprocessing.normalize(images), **mode)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     sums = sum_over_devices(
       {

@@ -75,13 +75,15 @@ def describe(experiment: Experiment) -> str:
   per_epoch = feed.num_train // config.train.batch_size
   gamma = regularization(config, per_epoch).gamma
   evaluated = "test" if config.data.validation_images is None else "held-out training"
-  images = f"{feed.num_train} training and {feed.num_test} {evaluated} images"
-  devices = f"{experiment.passes.mesh.devices.size} device(s): {jax.devices()[0].device_kind}"
+  images = f"{feed.num_train:,} training and {feed.num_test:,} {evaluated} images"
+  count = experiment.passes.mesh.devices.size
+  devices = f"{count} device{'s' if count > 1 else ''} ({jax.devices()[0].device_kind})"
   return (
-    f"{config.model.name} on {images}, {devices}\n"
-    f"{len(graph.groups)} channel groups, {graph.macs():,} MACs, {graph.prunable_macs():,} of them in layers that touch"
-    f" a group; the budget keeps {budget.share:.1%} of {report.cost_in_words(budget.cost.name)} (widths: multiples of"
-    f" {experiment.round_to})\n"
-    f"the regularization can take up to {shrinkage(config, per_epoch, gamma):.3g} (mean over groups) off the norm of a"
-    f" dropped channel (gamma {gamma:.3g})"
+    f"{config.model.name}, {images}, {devices}\n"
+    f"It does {graph.macs():,} multiply-accumulates (MACs) for an image; {graph.prunable_macs():,} of them are"
+    f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
+    f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
+    f"The regularization can take {shrinkage(config, per_epoch, gamma):.3g} off the norm of a dropped channel over the"
+    f" whole run (mean of the groups, gamma {gamma:.3g}).\n"
+    "The first epoch of each part takes longer, as its programs are compiled."
   )

@@ -45,6 +45,14 @@ _FREE_FIELDS = (
 )
 
 
+def path_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a work directory; raises `InputError` if it is none."""
+  try:
+    return pathlib.Path(workdir)
+  except TypeError:
+    raise InputError(f"workdir must be the path of a work directory, got {workdir!r}.") from None
+
+
 def check_workdir(path: pathlib.Path, config: Any) -> None:
   """Checks that `path` is new or belongs to a run of the same configuration; writes nothing.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import json
 import re
 import runpy
@@ -52,13 +52,17 @@ def test_a_page_of_several_runs_has_everything_in_one_file(tmp_path):
   assert [run.label for run in runs] == ["gamma 0", "gamma 0.1"]
   page = write_page(runs, tmp_path / "out").read_text()
   assert "<h1>Pruning of resnet8</h1>" in page
-  for text in ("81.25%", "0.481 M", "48.1%", "1,234", "jax 1.2.3", "test device", "prune.start_epoch"):
+  for text in ("81.25%", "0.481 M", "48.1%", "1,234", "1.00x", "jax 1.2.3", "test device", "prune.start_epoch"):
     assert text in page, text
-  assert not re.findall(r'(?:src|href)="(?!data:)', page)  # self-contained
-  images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-  files = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.png")}
-  assert sorted(files) == sorted(f"{name}.png" for name in FIGURES)
-  assert {base64.b64decode(image) for image in images} == set(files.values())
+  assert page.count('<div class="tiles">') == page.count("<h3>") == 2
+  assert not re.findall(r'(?:src|href)="(?!#)', page)  # self-contained
+  files = {file.stem: file.read_bytes() for file in (tmp_path / "out" / "figures").glob("*.png")}
+  assert sorted(files) == sorted(FIGURES)
+  assert all(content.startswith(b"\x89PNG") for content in files.values())
+  captions = [html.escape(drawing.caption) for drawing in FIGURES.values()]
+  assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == captions
+  assert re.findall(r'<svg role="img" aria-label="(.*?)"', page) == captions
+  assert not re.findall("#0072b2|#333333", page.split("<main>")[1])  # the figures have the colours of the page
   assert str(tmp_path) not in page
 
 
@@ -66,7 +70,7 @@ def test_what_the_figures_show(tmp_path):
   (run,) = read_histories([make_run(tmp_path / "run")])
 
   def lines(name):
-    (axes,) = FIGURES[name][1]([run]).axes
+    (axes,) = FIGURES[name].draw([run]).axes
     return [
       (line.get_xdata(), line.get_ydata()) for line in axes.lines if line.get_label().startswith(("run", "_child0"))
     ]
@@ -74,8 +78,8 @@ def test_what_the_figures_show(tmp_path):
   ((epochs, values),) = lines("subnetwork_accuracy")
   assert (list(epochs), list(values)) == ([2, 3], pytest.approx([20, 30]))
   ((epochs, values),) = lines("hamming_distance")
-  assert (list(epochs), list(values)) == ([3], [0.25])
-  (axes,) = FIGURES["kept_channels"][1]([run]).axes
+  assert (list(epochs), list(values)) == ([3], [25])
+  (axes,) = FIGURES["kept_channels"].draw([run]).axes
   assert [bar.get_height() for bar in axes.patches] == [4, 8, 2, 3]
   assert [label.get_text() for label in axes.get_xticklabels()] == ["a/conv", "b/conv"]
 
@@ -84,9 +88,9 @@ def test_channels_of_another_network_are_no_channels_of_the_first(tmp_path):
   first, second = make_run(tmp_path / "first", seed=0), make_run(tmp_path / "second", seed=1)
   records = (second / "records.jsonl").read_text()
   (second / "records.jsonl").write_text(records.replace("b/conv", "c/conv"))
-  (axes,) = FIGURES["kept_channels"][1](read_histories([first, second])).axes
+  (axes,) = FIGURES["kept_channels"].draw(read_histories([first, second])).axes
   assert [bar.get_height() for bar in axes.patches] == [4, 8, 2, 3]
-  assert axes.get_title() == "Kept channels (without runs of other networks)"
+  assert axes.get_title(loc="left") == "Kept channels (without runs of other networks)"
 
 
 def test_a_run_that_measured_less_is_reported_with_what_it_has(tmp_path):
@@ -97,16 +101,18 @@ def test_a_run_that_measured_less_is_reported_with_what_it_has(tmp_path):
   summary["dense"] = {"macs": 1_000_000}
   (run / "summary.json").write_text(json.dumps(summary))
   page = write_page(read_histories([run, other]), tmp_path / "out").read_text()
-  (row,) = re.findall("<tr><td>seed 0</td>.*</tr>", page)
-  assert re.findall("<td>(.*?)</td>", row)[2:] == ["81.25%", "0.481 M", "48.1%", "", ""]
-  assert page.count("<td>seed 1</td>") == 3 and "ms, batch 1" in page
+  rows = [re.findall(r"<td data-name=\"(.*?)\">(.*?)</td>", row) for row in re.findall("<tr>.*</tr>", page)]
+  (row,) = [row for row in rows if ("run", "seed 0") in row]
+  assert [cell for _, cell in row[2:]] == ["81.25%", "0.481 M", "48.1%", "", "", ""]
+  assert sum(("run", "seed 1") in row for row in rows) == 3 and row[-2][0] == "ms, batch 1"
+  assert "<b>81.25%</b><span>accuracy</span><small>of the pruned network</small>" in page
 
 
 def test_a_run_under_way_is_reported_as_far_as_it_is(tmp_path):
   runs = read_histories([make_run(tmp_path / "run", epochs=1, finished=False, searched=False)])
   page = write_page(runs, tmp_path / "out").read_text()
-  assert "Not finished yet: run." in page
-  assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["full_model_accuracy.png"]
+  assert "Not finished yet: run." in page and "Results" not in page
+  assert [file.name for file in (tmp_path / "out" / "figures").iterdir()] == ["full_model_accuracy.png"]
 
 
 def test_seeds_are_told_apart_and_text_is_escaped(tmp_path):
@@ -121,11 +127,26 @@ def test_seeds_are_told_apart_and_text_is_escaped(tmp_path):
 
 def test_a_budget_given_as_an_amount_has_no_line_of_its_share(tmp_path):
   run = make_run(tmp_path / "run")
-  (before,) = FIGURES["budget"][1](read_histories([run])).axes
+  (before,) = FIGURES["budget"].draw(read_histories([run])).axes
   config = json.loads((run / "config.json").read_text()) | {"prune.limit": 30e6}
   (run / "config.json").write_text(json.dumps(config))
-  (after,) = FIGURES["budget"][1](read_histories([run])).axes
+  (after,) = FIGURES["budget"].draw(read_histories([run])).axes
   assert [text.get_text() for text in before.texts] == ["p = 0.5"] and not after.texts
+
+
+def test_a_legend_names_only_curves_that_are_there(tmp_path):
+  run = make_run(tmp_path / "run")
+  records = (run / "records.jsonl").read_text()
+
+  def legend(name, *paths):
+    figure = FIGURES[name].draw(read_histories(paths))
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+  assert legend("budget", run) == ["chosen", "the generator's random samples"]
+  (run / "records.jsonl").write_text(records.replace("generator_cost_share", "nothing"))
+  assert legend("budget", run) == ["chosen"]
+  assert legend("full_model_accuracy", run) == []
+  assert legend("alignment", run, make_run(tmp_path / "other", seed=1)) == ["seed 0", "seed 1", "dropped", "kept"]
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
@@ -158,7 +179,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
   make_run(tmp_path / "run")
   assert status(tmp_path / "run") == 0
-  assert (tmp_path / "run" / "report" / "report.html").is_file() and not capsys.readouterr().err
+  assert (tmp_path / "run" / "report.html").is_file() and not capsys.readouterr().err
+  make_run(tmp_path / "other", seed=1)
+  assert status(tmp_path / "run", tmp_path / "other") == 0
+  assert (tmp_path / "run" / "comparison" / "report.html").is_file()
   assert status(tmp_path / "nothing") == 2
   error = capsys.readouterr().err
   assert error.startswith("error: ") and error.count("\n") == 1

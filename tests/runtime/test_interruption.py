@@ -23,6 +23,19 @@ def test_a_signal_is_a_request_that_a_loop_meets():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_ctrl_c_ends_as_a_keyboard_interrupt_that_has_saved():
+  with Interruption() as interruption:
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT, all work saved") as caught:
+      interruption.stop()
+  assert isinstance(caught.value, InterruptedRunError)
+  with Interruption() as interruption:
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(InterruptedRunError) as caught:
+      interruption.stop()
+  assert not isinstance(caught.value, KeyboardInterrupt)
+
+
 def test_a_later_one_starts_afresh():
   with Interruption():
     os.kill(os.getpid(), signal.SIGTERM)

@@ -8,14 +8,15 @@ import math
 import pytest
 from entries import entry
 
+from study.chosen import MAIN_ROW
 from study.claims import (
   CLAIMS,
-  against_all,
   beats_alternatives,
   larger_gamma,
   mean_of_epochs,
   nothing_lost,
   open_choices,
+  pretrained_claims,
   selection,
   stable_architecture,
 )
@@ -147,14 +148,22 @@ def test_of_several_changed_choices_the_last_is_the_one_that_is_compared(results
   assert last.startswith("| gamma=0.06,form=penalty,weight_decay=scaled | gamma=0.06,form=penalty | - | - | +3.00 ")
 
 
-def test_ours_is_compared_with_all_others_at_once_and_apart_from_distillation():
+def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distillation():
+  main = f"p=0.3,{MAIN_ROW}"
+  at_once = main.replace("penalty", "cut")
+  pruned = {main: 75.0, at_once: 70.0, "p=0.3,random,cut": 74.9, "p=0.3,random,penalty": 72.0}
+  pruned |= {f"{main},distilled": 80.0, f"{at_once},distilled": 78.0, f"{main},rate=0.1": 90.0}
   entries = []
   for seed, noise in enumerate((0.0, 0.2, -0.2, 0.1, -0.1)):
-    for row, pruned in (("ours", 75.0), ("l2_norm,cut", 70.0), ("random,cut", 74.9), ("ours,distilled", 80.0)):
-      mine = noise if row.startswith("ours") else 0.0
-      entries.append(entry(f"p=0.3,{row}", seed, pruned=pruned + mine))
-  claim = against_all(Results(entries, 0.0, [0.0]), "p=0.3")
-  lines = {line.split(" | ")[0].strip("| "): line for line in claim.table.splitlines()}
-  assert lines["p=0.3,l2_norm,cut"].endswith("| 0.000 | holds |")
-  assert lines["p=0.3,random,cut"].endswith("| undecided |")
-  assert "holds" not in lines["p=0.3,ours,distilled"] and claim.verdict == "undecided"
+    entries.append(entry("dense", seed, pruned=75.5))
+    for row, value in pruned.items():
+      mine = noise if row.startswith(main) else 0.0
+      entries.append(entry(row, seed, pruned=value + mine, subnetwork=75.0 + mine))
+  beaten, worth, before, distilled = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3")
+  lines = {line.split(" | ")[0].strip("| "): line for line in beaten.table.splitlines()[2:]}
+  assert lines.keys() == {main, at_once, "p=0.3,random,cut"}
+  assert lines[at_once].endswith("| 0.000 | holds |") and lines["p=0.3,random,cut"].endswith("| undecided |")
+  assert beaten.verdict == "undecided"
+  assert "| +3.00 [+2.85, +3.15] | 0.000 | holds |" in worth.table and worth.verdict == "holds"
+  assert before.verdict == "holds" and "-0.50 [-0.65, -0.35]" in before.table
+  assert distilled.verdict == "holds" and "78.00 ± 0.00" in distilled.table

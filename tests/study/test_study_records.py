@@ -72,15 +72,28 @@ def test_the_entry_of_a_run(tmp_path):
 
 
 def test_every_size_has_its_part_of_the_page():
-  assert all(page.paragraph(size).endswith(".") for size in SIZES)
+  assert set(page.SMALL) < set(SIZES)
+  assert all(page.paragraph(size).endswith(".") for size in (*(set(SIZES) - set(page.SMALL)), "small"))
+
+
+def test_small_sizes_have_one_table_and_a_line_for_each_claim(tmp_path, results):
+  write_json(tmp_path / "cifar10_study_reduced.json", {**HEAD, "rows": list(results.entries)})
+  page.renew(tmp_path, tmp_path / "results.md")
+  text = (tmp_path / "results.md").read_text()
+  assert "| **main row** | 62.00 ± 1.00 (56.00 ± 1.00) |" in text and "| uniform_width | 60.00 ± 1.00 |" in text
+  assert (
+    "(b) Partial regularization makes a sub-network that is good before fine-tuning: reduced **undecided**." in text
+  )
+  assert text.count("\n| row |") == 1 and not (tmp_path / "images").exists()
 
 
 def test_the_page_says_which_size_it_is_and_shows_every_claim(tmp_path, results):
   pytest.importorskip("matplotlib", reason="figures need pip install 'sapr_jax[report]'")
-  write_json(tmp_path / "cifar10_study_reduced.json", {**HEAD, "rows": list(results.entries)})
+  head = {**HEAD, "size": "full"}
+  write_json(tmp_path / "cifar10_study_full.json", {**head, "rows": list(results.entries)})
   page.renew(tmp_path, tmp_path / "results.md")
   text = (tmp_path / "results.md").read_text()
-  assert "no reproduction of the paper's numbers" in text and "gamma=0.02" in text
+  assert "## Size: full" in text and "gamma=0.02" in text
   assert all(f"({letter})" in text for letter in "abcdef")
   for line in text.splitlines():
     if "](images/" in line:

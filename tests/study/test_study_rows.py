@@ -9,6 +9,7 @@ import pytest
 import sapr_jax as sapr
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
+from study.chosen import CANDIDATES, DISTILLED, MAIN_ROW
 from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
 from study.variants import VARIANTS, Sampled, Variant, uniform_weights, variant_of
@@ -104,6 +105,21 @@ def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_
   names = {row.name for row in rows}
   for p in ("0.3", "0.5"):
     assert {f"p={p},{way}{how}" for way in ("l2_norm", "random") for how in (",cut", ",penalty")} <= names
+    assert {f"p={p},{MAIN_ROW}", f"p={p},{MAIN_ROW},distilled", f"p={p},torch_pruning=group_taylor"} <= names
+
+
+def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
+  rows = {row.name: row for row in grid(SIZES["pretrained_choice"])}
+  main = rows[f"p=0.5,{MAIN_ROW}"]
+  changed = {
+    name.removeprefix(f"{main.name},"): {
+      field: value for field, value in row.overrides.items() if value != main.overrides.get(field)
+    }
+    for name, row in rows.items()
+    if name.startswith(f"{main.name},")
+  }
+  assert changed == {**CANDIDATES, "distilled": DISTILLED}
+  assert all(rows[f"{main.name},{name}"].overrides.keys() >= main.overrides.keys() for name in changed)
 
 
 def test_what_was_chosen_was_chosen_with_other_seeds_and_no_test_images():

@@ -27,8 +27,8 @@ def whole_and_log(tmp_path_factory, compilation_cache):
   # Optimized, as runs are that others do: those that must equal it bit for bit run other programs too.
   optimized = jax_options(jax_disable_most_optimizations=False)
   with optimized, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    summary = training.run(small_config(), workdir)
-  return workdir, summary, out.getvalue(), err.getvalue()
+    result = training.run(small_config(), workdir)
+  return workdir, result.summary, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,11 @@ import optax
 from jax.sharding import Mesh
 
 import sapr_jax as sapr
+from sapr_jax.method import GeneratorState
 from sapr_jax.runtime import devices
 from sapr_jax.training import steps
 from sapr_jax.training.inputs import Preprocessing, Shared
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
 SHAPE = (4, 4, 1)

@@ -24,6 +24,7 @@ SMALL = {
   "finetune.decay_epochs": (1,),
   "report.latency_batch_sizes": (1,),
   "report.latency_repeats": 1,
+  "report.page": False,  # it takes longer than the run
 }
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -92,6 +92,8 @@ REFUSED = {
   "checkpoint.keep": (0,),
   "checkpoint.every_steps": (0,),
   "report.latency_batch_sizes": ((), (1.5,), (0,)),
+  "report.page": ("yes",),
+  "report.wandb_project": ("",),
 }
 
 

@@ -40,6 +40,7 @@ STREAMED = {
   "checkpoint.every_steps": 2,
   "report.latency_batch_sizes": (1,),
   "report.latency_repeats": 1,
+  "report.page": False,
 }
 
 
@@ -119,7 +120,7 @@ def test_streamed_batches_bring_their_images(photos):
 @pytest.fixture(scope="module")
 def streamed_run(photos, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("streamed") / "run"
-  return workdir, training.run(streamed_config(photos), workdir)
+  return workdir, training.run(streamed_config(photos), workdir).summary
 
 
 def test_a_run_on_streamed_images(streamed_run):
@@ -180,7 +181,7 @@ def test_a_broken_image_is_named_and_the_run_can_go_on(photos, tmp_path):
   with pytest.raises(sapr.InputError, match=r"other images: .*data\.changed_ok=True"):
     training.run(config, tmp_path / "run")
   config.data.changed_ok = True
-  assert 0 <= training.run(config, tmp_path / "run")["pruned"]["accuracy"] <= 1
+  assert 0 <= training.run(config, tmp_path / "run").summary["pruned"]["accuracy"] <= 1
 
 
 def test_broken_images_are_skipped_named_once_and_counted_over_all_starts(photos, tmp_path, capsys):

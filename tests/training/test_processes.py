@@ -36,6 +36,7 @@ TINY = [
   "--config.checkpoint.every_steps=2",
   "--config.report.latency_batch_sizes=(1,)",
   "--config.report.latency_repeats=1",
+  "--config.report.page=False",
 ]
 
 

@@ -114,7 +114,7 @@ def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_pa
     init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__p=1.0, train__epochs=1,
     train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
-  summary = training.run(config, tmp_path / "run")
+  summary = training.run(config, tmp_path / "run").summary
   assert summary["run"]["statistics_batches"] == 7
   (_, dense), (_, pruned) = (sapr.load(tmp_path / "run" / name) for name in ("dense", "pruned"))
   jax.tree.map(np.testing.assert_array_equal, dense["params"], pruned["params"])  # nothing was cut
@@ -123,7 +123,7 @@ def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_pa
 
 def test_a_finished_run_is_not_run_again(whole, capsys, monkeypatch):
   monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: pytest.fail("the run was started again"))
-  assert training.run(small_config(), whole[0]) == whole[1]
+  assert training.run(small_config(), whole[0]).summary == whole[1]
   assert "holds a finished run" in capsys.readouterr().out
 
 
@@ -171,7 +171,7 @@ def test_other_images_may_be_allowed_and_are_then_those_of_the_run(whole, tmp_pa
       with pytest.raises(sapr.InputError, match="the number of classes was 8 and is now 10"):
         training.run(small_config(), path)
     assert (
-      training.run(small_config(data__changed_ok=images is not None), path)["pruned"]["accuracy"]
+      training.run(small_config(data__changed_ok=images is not None), path).summary["pruned"]["accuracy"]
       == whole[1]["pruned"]["accuracy"]
     )
     assert ("goes on with other images" in capsys.readouterr().out) == (images is not None)
@@ -191,7 +191,7 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
     init__weights=str(whole[0] / "pruned"), prune__p=0.7, prune__start_epoch=0, train__epochs=1,
     train__decay_epochs=(), train__learning_rate=1e-6, finetune__epochs=0, finetune__decay_epochs=(),
   )  # fmt: skip
-  summary = training.run(config, tmp_path / "further")
+  summary = training.run(config, tmp_path / "further").summary
   params, want = (sapr.load(path)[1]["params"] for path in (tmp_path / "further" / "dense", whole[0] / "pruned"))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, want)  # the learning rate is tiny
   assert summary["dense"]["macs"] == whole[1]["pruned"]["macs"]
@@ -210,7 +210,7 @@ def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, quick_co
     prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
     evaluate__every_epochs=2, data__test_images=None, data__validation_images=50,
   )  # fmt: skip
-  summary = training.run(config, tmp_path / "run")
+  summary = training.run(config, tmp_path / "run").summary
   records = artifacts.read_records(tmp_path / "run")
   assert [record["stage"] for record in records] == ["finetune"] * 3
   assert ["test_accuracy" in record for record in records] == [False, True, True]  # every second, and the last
@@ -267,7 +267,8 @@ SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "
 
 def test_the_other_choices_run_too(quick_compilation, tmp_path):
   config = small_config(fast_cpu=False, prune__form="penalty", prune__round_to=4, prune__statistics_batches=0, **SHORT)
-  summary = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)
+  result = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)
+  summary = result.summary
   assert all(width % 4 == 0 or width == 6 for width in summary["run"]["widths"].values())
   assert summary["run"]["round_to"] == 4
   assert summary["pruned"]["accuracy"] == summary["subnetwork"]["accuracy"]
@@ -281,7 +282,7 @@ def test_the_other_choices_run_too(quick_compilation, tmp_path):
 )
 def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(quick_compilation, tmp_path, cost, limit, unit):
   config = small_config(prune__proposer="l1_norm", prune__cost=cost, prune__limit=limit, prune__p=0.6, **SHORT)
-  summary = training.run(config, tmp_path / "run")
+  summary = training.run(config, tmp_path / "run").summary
   most = 0.6 * summary["dense"][unit] if limit is None else limit
   counted = summary["pruned"]["macs"]
   if cost == "params":  # without running statistics
@@ -337,7 +338,7 @@ def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(
   first = records[0]  # of one pass: the ranking before it is the untrained one
   assert first["generator_overlap_untrained"] == first["generator_overlap_last"]
   assert 0 <= first["generator_learned"] < 0.5 and first["generator_cost_share"] > 0.9
-  warned = [line for line in capsys.readouterr().out.splitlines() if "mostly that of its random start" in line]
+  warned = [line for line in capsys.readouterr().out.splitlines() if "mostly that of a random start" in line]
   assert len(warned) == sum(record.get("generator_learned", 1) < 0.5 for record in records[2:])
 
 

@@ -12,12 +12,12 @@ import pytest
 
 import sapr_jax as sapr
 from sapr_jax.configs import default
-from sapr_jax.method import share_weights, split_by_group
+from sapr_jax.method import GeneratorState, share_weights, split_by_group
 from sapr_jax.runtime import devices
 from sapr_jax.training import optimizers, steps
 from sapr_jax.training.distillation import Distillation
 from sapr_jax.training.inputs import Preprocessing, Shared
-from sapr_jax.training.state import GeneratorState, TrainState
+from sapr_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

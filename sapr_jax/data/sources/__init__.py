@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 from sapr_jax.data.dataset import DataSpec, EncodedDataset, ImageDataset
 from sapr_jax.data.sources import digits, folder, tfds
+from sapr_jax.data.sources.folder import open_split
 from sapr_jax.errors import InputError
+
+__all__ = ["SOURCES", "Source", "load_dataset", "open_dataset", "open_split"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,32 @@ def open(spec: DataSpec) -> EncodedDataset:
   return _list_files(spec, "test" if has_test and not has_val else "val")
 
 
+def open_split(path: str, splits: Sequence[str]) -> tuple[EncodedSource, tuple[str, ...]]:
+  """Lists the files of the first of `splits` that the folder has, and no others.
+
+  Returns:
+    Its images and the names of its classes, in the order of their labels.
+
+  Raises:
+    InputError: If there is no such folder, or no class or image in it.
+  """
+  root = Path(path)
+  expected = f"expected {' or '.join(f'{split}/<class>/*' for split in splits)} in it"
+  if not os.path.isdir(root):
+    raise InputError(f"there is no folder {path!r}; {expected}")
+  found = _visible_folders(root)
+  split = next((split for split in splits if split in found), None)
+  if split is None:
+    names = " or ".join(map(repr, splits))
+    raise InputError(f"folder {path!r} has no {names} folder; {expected}, found {_listed(found)}")
+  class_names = tuple(sorted(_visible_folders(root / split)))
+  if not class_names:
+    raise InputError(f"folder {str(root / split)!r} has no class folder; {expected}, so sort its files into them")
+  (source,) = _choose_files(root / split, class_names, lambda labels: (balanced_indices(labels, None, 0),))
+  assert source is not None
+  return source, class_names
+
+
 class FolderSource:
   """Image files on disk: paths that begin with `root`, and their labels, int32 `[N]`."""
 

@@ -1,0 +1,409 @@
+"""Pruning in somebody's own training loop: a transform around the optimizer, a call before each epoch, and the cut.
+
+All that changes is one pytree in the optimizer state, so that whatever saves and places that state does it for the
+pruning too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sapr_jax.channels import ChannelGraph, Masks, check_variables, mask_params, prune, trace_channels
+from sapr_jax.channels.graph import Selection
+from sapr_jax.checks import check_function, check_integer, check_number, check_type, shown
+from sapr_jax.errors import InputError
+from sapr_jax.method.budget import Budget, check_budget, macs_budget, project_to_budget
+from sapr_jax.method.generator import ArchitectureGenerator, split_by_group
+from sapr_jax.method.importance import Scores, make_comparable, score_channels
+from sapr_jax.method.masks_in_state import (
+  RegularizationState,
+  find_states,
+  get_masks,
+  placed_like,
+  replace_states,
+  set_masks,
+  warn_if,
+)
+from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
+from sapr_jax.method.proposing import Search
+from sapr_jax.method.regularization import Weighting, relative_weights
+from sapr_jax.method.rounding import default_round_to
+from sapr_jax.method.search import GeneratorState, SearchOptions, learn
+from sapr_jax.method.statistics import renew_statistics, some
+from sapr_jax.method.transforms import regularize_by_penalty, regularize_by_prox
+
+Tree = TypeVar("Tree")
+LossFn = Callable[[Any, Any], jax.Array]
+"""(variables of the dense network, batch) -> the loss, scalar."""
+
+_CURE = "make it by tx = pruner.regularize(optimizer) and tx.init(params)"
+
+
+class PrunerState(NamedTuple):
+  """State of `Pruner.regularize`.
+
+  Attributes:
+    epoch: Number of calls of `Pruner.update`, int32 scalar.
+    key: Randomness of the search, uint32 `[2]`.
+    generator: Arrays of a `GeneratorState` by their path; {} without a generator. The paths are single names, so that
+      none is taken for a parameter of the network where the state is cut by `prune_tree`.
+    regularization: The masks in force.
+    optimizer: State of the optimizer that was given to `Pruner.regularize`.
+  """
+
+  epoch: jax.Array
+  key: jax.Array
+  generator: dict[str, jax.Array]
+  regularization: RegularizationState
+  optimizer: Any
+
+
+class Pruner:
+  """Prunes a network while somebody's own loop trains it.
+
+  An object of this class is a description and never changes. What changes lies in the optimizer state, in which
+  `regularize` has put it; every method that takes `opt_state` finds it there, however deep other transforms of optax
+  have nested it, and takes a whole `TrainState` of Flax too.
+
+  Attributes:
+    model: The dense network.
+    graph: Its channel graph.
+    budget: The most that the pruned network may cost.
+    gamma: Strength of the partial regularization.
+    search: Who chooses the channels, and when.
+    round_to: A number that widths are multiples of.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sapr_jax as sapr
+    >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(1)]), jnp.ones((4, 3))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> pruner = sapr.Pruner(model, variables, x, budget=0.5, gamma=0.1, select="unjoined")
+    >>> tx = pruner.regularize(optax.sgd(0.1))
+    >>> opt_state = tx.init(variables["params"])
+    >>> for epoch in range(2):
+    ...   opt_state = pruner.update(opt_state, variables)
+    ...   grads = jax.grad(lambda params: jnp.mean(model.apply({"params": params}, x) ** 2))(variables["params"])
+    ...   updates, opt_state = tx.update(grads, opt_state, variables["params"])
+    ...   variables = {"params": optax.apply_updates(variables["params"], updates)}
+    >>> small_model, small_variables = pruner.prune(variables, opt_state)
+    >>> small_variables["params"]["layers_0"]["kernel"].shape
+    (3, 4)
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    variables: Mapping[str, Any],
+    inputs: Any,
+    *,
+    budget: float | Budget | Callable[[ChannelGraph], Budget],
+    gamma: float,
+    search: Search | None = None,
+    select: Selection = "blocks",
+    apply_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+  ):
+    """Traces the channels of a network, and checks that the budget can be met.
+
+    Args:
+      model: A Flax linen module.
+      variables: Its variables, or their shapes.
+      inputs: What the model is applied to: an array, or its shape; the size of the batch does not matter.
+      budget: Share of the MACs to keep, in (0, 1], in the layers that can be cut; or a function of the channel graph,
+        such as `lambda graph: sapr.macs_budget(graph, amount=30e6, of="network")`.
+      gamma: Strength of the regularization. `gamma_for(4, learning_rate, steps)` finds one that suits a schedule.
+      search: Who chooses the channels, and when; by default `Search()`.
+      select: Which channel groups are offered, see `trace_channels`; "unjoined" for a flat network.
+      apply_kwargs: Arguments of `model.apply` that choose the evaluation mode, such as `{"train": False}`.
+      seed: Seed of the generator and of random importances.
+
+    Raises:
+      InputError: If an argument cannot be used; see `trace_channels` and `check_budget`.
+    """
+    check_number("gamma", gamma, "at least 0", lambda x: x >= 0)
+    check_integer("seed", seed, 0)
+    self.search = Search() if search is None else search
+    check_type("search", self.search, Search, "Search(start=5, importance='l2_norm') makes one")
+    # An array has a dtype beside its shape.
+    traced = {"input_dtype": inputs.dtype} if hasattr(inputs, "dtype") and hasattr(inputs, "shape") else {}
+    shape = inputs.shape if traced else inputs
+    self.model, self.gamma = model, gamma
+    self.graph = trace_channels(model, variables, shape, select=select, apply_kwargs=apply_kwargs, **traced)
+    self.budget = self._budget(budget)
+    min_width, round_to = self.search.min_width, self.search.round_to
+    if round_to is None:
+      round_to = default_round_to(self.graph, self.budget, jax.default_backend(), min_width=min_width)
+    self.round_to = round_to
+    check_budget(self.graph, self.budget, min_width=min_width, round_to=round_to)
+    self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    if self.search.generator is not None:
+      self._prepare_generator()
+
+  def _budget(self, budget: Any) -> Budget:
+    if isinstance(budget, Budget):
+      return budget
+    if not callable(budget):
+      return macs_budget(self.graph, budget)
+    made = budget(self.graph)
+    check_type("What budget returns", made, Budget, "sapr_jax.macs_budget(graph, 0.5) makes one")
+    return made
+
+  def _prepare_generator(self) -> None:
+    options = self.search.generator
+    assert options is not None
+    self._generator = ArchitectureGenerator.for_graph(self.graph)
+    self._generator_tx = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
+    self._options = SearchOptions(self.budget, options.budget_weight, options.bias, options.temperature)
+    first = jax.eval_shape(self._first_generator, self._key)
+    self._structure = jax.tree.structure(first)
+    places = jax.tree_util.tree_leaves_with_path(first)
+    self._paths = [jax.tree_util.keystr(place, simple=True, separator="/") for place, _ in places]
+
+  # In the loop -------------------------------------------------------------------------------------------------------
+
+  def regularize(
+    self,
+    optimizer: optax.GradientTransformation,
+    *,
+    form: Literal["penalty", "proximal"] = "penalty",
+    learning_rate: float | Callable[[Any], Any] | None = None,
+    momentum: float = 0.0,
+    weighting: Weighting = relative_weights,
+  ) -> optax.GradientTransformationExtraArgs:
+    """Adds the partial regularization, and the state of the pruning, to an optimizer.
+
+    Args:
+      optimizer: Any transform of optax.
+      form: "penalty" adds the gradient of the group lasso before the optimizer, see `regularize_by_penalty`; "proximal"
+        shrinks weights after it, see `regularize_by_prox`, and suits optimizers that rescale gradients, as Adam does.
+      learning_rate: That of the optimizer, a number or a schedule of the step; for "proximal" alone.
+      momentum: That of SGD; for "proximal" alone.
+      weighting: Weights of the groups, see `partial_group_lasso`.
+
+    Returns:
+      A transform for `tx.init(params)` and `tx.update(grads, opt_state, params)`, or for any `TrainState`. It logs a
+      warning in its first step if `update` was not called before.
+
+    Raises:
+      InputError: If an argument cannot be used.
+    """
+    check_type("optimizer", optimizer, optax.GradientTransformation, "optax.sgd(0.1) is one")
+    options: Any = {"weighting": weighting, "expected_from": None}
+    if form == "penalty":
+      regularization = regularize_by_penalty(self.graph, self.gamma, **options)
+    elif form == "proximal":
+      if learning_rate is None:
+        raise InputError("learning_rate must be that of the optimizer where form='proximal', got None.")
+      regularization = regularize_by_prox(self.graph, learning_rate, self.gamma, momentum=momentum, **options)
+    else:
+      raise InputError(f"form must be 'penalty' or 'proximal', got {shown(form)}.")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Any) -> PrunerState:
+      key = jnp.asarray(self._key)
+      first = {} if self.search.generator is None else self._flat(jax.jit(self._first_generator)(key))
+      return PrunerState(jnp.zeros((), jnp.int32), key, first, regularization.init(params), inner.init(params))
+
+    def update(updates: Any, state: PrunerState, params: Any = None, **extra: Any) -> tuple[Any, PrunerState]:
+      check_type("state", state, PrunerState, "tx.init(params) makes it")
+      warn_if(
+        jnp.logical_and(jnp.asarray(state.regularization.step) == 0, jnp.asarray(state.epoch) == 0),
+        "the first step of training came before pruner.update: call opt_state = pruner.update(opt_state, variables,"
+        " batches, loss_fn) before every epoch, or nothing is ever pruned.",
+      )
+      steps = [("regularization", regularization), ("optimizer", inner)]
+      for name, transform in steps if form == "penalty" else reversed(steps):
+        updates, part = transform.update(updates, getattr(state, name), params, **extra)
+        state = state._replace(**{name: part})
+      return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+  def update(
+    self,
+    opt_state: Tree,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+  ) -> Tree:
+    """Counts an epoch that begins; searches if it is time, and puts new masks into the optimizer state.
+
+    Call it before every epoch, outside of `jax.jit`. It is deterministic, and goes on from a saved state bit for bit.
+
+    Args:
+      opt_state: The optimizer state.
+      variables: Variables of the network, all collections; they stay as they are.
+      batches: Pytrees of arrays, of one shape, that the generator learns on, or "taylor" reads: a tenth of the training
+        images is enough. Arrays may be cut over several devices. Not read by other importances.
+      loss_fn: (variables, batch) -> mean loss over the batch, a scalar; the network best in evaluation mode. It is
+        compiled once: pass the same function every time.
+
+    Returns:
+      The new optimizer state; shapes, dtypes and placement stay, so that a compiled step is not compiled again.
+
+    Raises:
+      InputError: If there is no state of a pruner in `opt_state`, an argument is missing, or scores hold a NaN.
+    """
+    check_variables(variables)
+    state = self._state(opt_state)
+    epoch = int(state.epoch)
+    changed = state._replace(epoch=placed_like(state.epoch, epoch + 1))
+    if self.search.is_on(epoch):
+      generator, scores = self._propose(state, variables, batches, loss_fn)
+      generator = {name: placed_like(old, generator[name]) for name, old in state.generator.items()}
+      changed = changed._replace(generator=generator)
+      if self.search.is_in_force(epoch):
+        changed = set_masks(changed, self._project(scores))
+    return replace_states(opt_state, PrunerState, lambda _: changed, _CURE)
+
+  def masks(self, opt_state: Any) -> dict[str, Any]:
+    """Returns the masks in force: group name -> 0/1 array `[group.size]`; 1 keeps the channel."""
+    return get_masks(self._state(opt_state))
+
+  def prune(
+    self,
+    variables: Mapping[str, Any],
+    opt_state: Any,
+    batches: Iterable[Any] | None = None,
+    renew: Callable[[Any, Any, Any], Mapping[str, Any]] | None = None,
+  ) -> tuple[Any, dict[str, Any]]:
+    """Cuts the channels that the masks drop.
+
+    Args:
+      variables: Variables of the dense network, all collections.
+      opt_state: The optimizer state.
+      batches: Pytrees of arrays on which running statistics are measured again; None keeps those of the dense network.
+      renew: (model, variables, batch) -> the new statistics, see `renew_statistics`.
+
+    Returns:
+      (the small model, its variables), to be fine-tuned like any other.
+
+    Raises:
+      InputError: If the masks do not meet the budget, as `update` was never called or not until the search; or if only
+        one of `batches` and `renew` is given.
+    """
+    if (batches is None) != (renew is None):
+      raise InputError("batches and renew must be given together: renew says how a batch changes the statistics.")
+    masks = jax.device_get(self.masks(opt_state))
+    cost = self.budget.cost(self.graph.kept(masks))
+    if cost > self.budget.limit:
+      epochs, first = int(self._state(opt_state).epoch), self.search.first_in_force
+      raise InputError(
+        f"the masks must cost at most {self.budget.limit:,.0f} {self.budget.cost.name}, got {cost:,.0f}:"
+        f" pruner.update was called {epochs} times, and masks come into force in call {first + 1}; call it before every"
+        " epoch."
+      )
+    small_model, small_variables = prune(self.model, variables, self.graph, masks)
+    if batches is not None and renew is not None:
+      small_variables = renew_statistics(small_model, small_variables, batches, renew)
+    return small_model, small_variables
+
+  def report(self, opt_state: Any) -> str:
+    """Returns what the masks in force leave, in a few lines to be printed: costs, and widths of the channel groups."""
+    masks = jax.device_get(self.masks(opt_state))
+    cost, kept = self.budget.cost(self.graph.kept(masks)), self.graph.macs(masks)
+    widths = ", ".join(f"{group.name} {int(masks[group.name].sum())}/{group.size}" for group in self.graph.groups)
+    return (
+      f"{kept:,} of {self.graph.macs():,} MACs ({kept / self.graph.macs():.1%}),"
+      f" {cost / self.budget.full:.1%} of {self.budget.cost.name} (budget {self.budget.share:.1%}),"
+      f" after {int(self._state(opt_state).epoch)} epochs\n{widths}"
+    )
+
+  # The search --------------------------------------------------------------------------------------------------------
+
+  def _state(self, opt_state: Any) -> PrunerState:
+    """Returns the one state of a pruner in a tree."""
+    found = find_states(opt_state, PrunerState, _CURE)
+    if len(found) > 1:
+      raise InputError(f"opt_state must hold one PrunerState, got {len(found)}; use one pruner.regularize in it.")
+    return found[0]
+
+  def _project(self, scores: Scores) -> Masks:
+    min_width = self.search.min_width
+    return project_to_budget(self.graph, scores, self.budget, min_width=min_width, round_to=self.round_to)
+
+  def _propose(
+    self, state: PrunerState, variables: Mapping[str, Any], batches: Iterable[Any] | None, loss_fn: LossFn | None
+  ) -> tuple[dict[str, jax.Array], Scores]:
+    """Returns the generator's new state, {} if there is none, and the scores of all channels."""
+    options = self.search.generator
+    if options is None:
+      return {}, self._importance(self.search.importance, state, variables, batches, loss_fn)
+    batches, loss_fn = _needed(batches, loss_fn)
+    generator = jax.tree.unflatten(self._structure, [state.generator[path] for path in self._paths])
+    if options.prior is not None and int(generator.step) == 0:
+      generator = self._of_prior(generator, self._importance(options.prior, state, variables, None, None))
+    for batch in some(batches):
+      generator = self._learn(loss_fn, generator, state.key, dict(variables), batch)
+    outputs: Any = jax.jit(self._generator.apply)(generator.variables)
+    scores: Scores = split_by_group(jax.device_get(outputs), self.graph)
+    if options.order is not None:
+      scores = reorder(scores, self._importance(options.order, state, variables, None, None))
+    return self._flat(generator), scores
+
+  def _importance(
+    self, name: str, state: PrunerState, variables: Mapping[str, Any], batches: Any, loss_fn: LossFn | None
+  ) -> Scores:
+    def gradients() -> Any:
+      given, function = _needed(batches, loss_fn)
+      total = None
+      for batch in some(given):
+        slope = self._slope(function, dict(variables), batch)
+        total = slope if total is None else jax.tree.map(jnp.add, total, slope)
+      return jax.device_get(total)
+
+    params = jax.device_get(variables.get("params"))
+    scores = score_channels(name, params, self.graph, gradients=gradients, key=lambda: jax.device_get(state.key))
+    compare, exponent = self.search.compare, self.search.cost_exponent
+    return make_comparable(
+      jax.device_get(scores), self.graph, self.budget.cost, compare=compare, cost_exponent=exponent
+    )
+
+  def _of_prior(self, generator: GeneratorState, scores: Scores) -> GeneratorState:
+    """Returns a generator that has learned nothing but knows these importances."""
+    assert self.search.generator is not None
+    strength, bias = self.search.generator.prior_strength, self._options.bias
+    outputs = outputs_of_prior(self.graph, scores, self.budget, strength=strength, bias=bias)
+    return GeneratorState.create(start_from(generator.variables, self.graph, outputs), self._generator_tx)
+
+  def _first_generator(self, key: jax.Array) -> GeneratorState:
+    return GeneratorState.create(self._generator.init(key), self._generator_tx)
+
+  def _flat(self, generator: GeneratorState) -> dict[str, jax.Array]:
+    return dict(zip(self._paths, jax.tree.leaves(generator), strict=True))
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def _learn(
+    self, loss_fn: LossFn, state: GeneratorState, key: jax.Array, variables: Any, batch: Any
+  ) -> GeneratorState:
+    """Takes a step of the generator, with the weights fixed."""
+
+    def network_loss(masks: Masks) -> jax.Array:
+      return loss_fn({**variables, "params": mask_params(variables["params"], self.graph, masks)}, batch)
+
+    key = jax.random.fold_in(key, state.step + 1)
+    return learn(state, self._generator, self.graph, self._generator_tx, network_loss, key, self._options)[0]
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def _slope(self, loss_fn: LossFn, variables: Any, batch: Any) -> Any:
+    return jax.grad(lambda params: loss_fn({**variables, "params": params}, batch))(variables["params"])
+
+
+def _needed(batches: Iterable[Any] | None, loss_fn: LossFn | None) -> tuple[Iterable[Any], LossFn]:
+  """Returns what a search that learns needs; raises `InputError` if it was not given."""
+  if batches is None or loss_fn is None:
+    missing = "batches" if batches is None else "loss_fn"
+    raise InputError(f"{missing} must be given to this search: pruner.update(opt_state, variables, batches, loss_fn).")
+  check_function("loss_fn", loss_fn, "it takes (variables, batch) and returns the loss")
+  return batches, loss_fn
