@@ -30,7 +30,7 @@ bench: $(VENV)/.bench
 
 # The site, in site/; a link that leads nowhere is an error.
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Wheel and source distribution, in dist/, each tried in a clean environment.
 package: $(VENV)/.dev

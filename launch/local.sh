@@ -50,7 +50,7 @@ if [[ -z $PYTHON ]]; then
   PYTHON=python3
   [[ ! -x $CHECKOUT/.venv/bin/python ]] || PYTHON=$CHECKOUT/.venv/bin/python
 fi
-# Relative names are the caller's; the command runs in the checkout, from where configurations import each other.
+# Relative names are the caller's; the command runs in the checkout, where CONFIG is.
 [[ $WORKDIR == /* ]] || WORKDIR=$PWD/$WORKDIR
 [[ $LOG == /* ]] || LOG=$PWD/$LOG
 [[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON

@@ -46,7 +46,7 @@ def run(
   Leaves there `records.jsonl` and `tensorboard/` (every epoch), `dense/` and `pruned/` (models, for `sapr_jax.load`),
   `summary.json`, `report.txt`, and `report.html` where the packages that draw it are installed.
 
-      from configs import digits
+      from sapr_jax.configs import digits
 
       result = sapr.run(digits.get_config(), "runs/digits", callbacks=[print])
       model, variables = result.pruned

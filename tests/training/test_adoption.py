@@ -9,7 +9,7 @@ import pytest
 from small_run import small_config
 
 import sapr_jax as sapr
-from configs import default_imagenet
+from sapr_jax.configs import default_imagenet
 from sapr_jax.training import adoption, build, check_config
 
 NAMES = tuple(map(str, range(10)))
