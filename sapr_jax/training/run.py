@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,12 +76,12 @@ def run(
       a `KeyboardInterrupt` too.
   """
   path = layout.path_of(workdir)
-  if bad := next((callback for callback in callbacks if not callable(callback)), None):
-    raise InputError(f"callbacks must be functions that take a record, got {bad!r}.")
-  if compilation_cache:
-    use_compilation_cache()
+  if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+    raise InputError(f"callbacks must be a list of functions that take a record, got {reprlib.repr(callbacks)}.")
   with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
     processes.together(lambda: check_config(config))
+    if compilation_cache:
+      use_compilation_cache()
     processes.check_equal(**_settings(config, path))
     if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
       say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}\n")
