@@ -77,7 +77,7 @@ def run(
   """
   path = layout.path_of(workdir)
   if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-    raise InputError(f"callbacks must be a list of functions that take a record, got {reprlib.repr(callbacks)}.")
+    raise InputError(f"callbacks must be a list of functions that take a record, got {reprlib.repr(callbacks)[:200]}.")
   with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
     processes.together(lambda: check_config(config))
     if compilation_cache:

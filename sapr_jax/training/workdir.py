@@ -51,7 +51,7 @@ def path_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
   try:
     return pathlib.Path(workdir)
   except TypeError:
-    raise InputError(f"workdir must be the path of a work directory, got {reprlib.repr(workdir)}.") from None
+    raise InputError(f"workdir must be the path of a work directory, got {reprlib.repr(workdir)[:200]}.") from None
 
 
 def check_workdir(path: pathlib.Path, config: Any) -> None:
