@@ -101,10 +101,8 @@ def run(
     _write_network(experiment, path, functions)
     processes.together(lambda: experiment.passes.feed.skipped.keep_in(path / layout.SKIPPED))
     say(describe(experiment))
-    sinks = [*callbacks]
-    if (project := config.report.wandb_project) is not None and is_main_process():
-      sinks.append(stack.enter_context(artifacts.weights_and_biases(path, project, layout.flat_fields(config))))
-    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path, sinks)))
+    dashboards = processes.together(lambda: _open_dashboards(path, config, stack))
+    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path, [*callbacks, *dashboards])))
 
     dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
     state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
@@ -138,6 +136,14 @@ def run(
     say(warning)
   _say_where(path)
   return RunResult(path, summary)
+
+
+def _open_dashboards(path: pathlib.Path, config: Any, stack: contextlib.ExitStack) -> list[artifacts.Callback]:
+  """Returns the callbacks that the configuration asks for, which `stack` closes."""
+  project = config.report.wandb_project
+  if project is None or not is_main_process():
+    return []
+  return [stack.enter_context(artifacts.weights_and_biases(path, project, layout.flat_fields(config)))]
 
 
 def _write_page(path: pathlib.Path, config: Any) -> None:
