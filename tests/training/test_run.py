@@ -389,9 +389,7 @@ def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):
   assert len(lines) == 6
   assert re.match(r"train 1/4: loss \d\.\d+, test accuracy [\d.]+%, [\d.]+ s; (\d+ min )?\d+ s left$", lines[0])
   assert "% if cut now), dropped channels shrunk to" in lines[1] and "choice changed" in lines[2]
-  phases = [
-    line.split(":")[0] for line in out.splitlines() if re.match(r"(Training|Search|Pruning|Fine-tuning), ", line)
-  ]
+  phases = re.findall(r"^((?:Training|Search|Pruning|Fine-tuning), .*?):", out, re.MULTILINE)
   assert phases == ["Training, epochs 1 to 1 of 4", "Pruning, epochs 2 to 4 of 4", "Fine-tuning, 2 epochs"]
   assert lines[5].startswith("finetune 2/2") and not lines[5].endswith("left")
   assert "\r" not in out + err and "\x1b" not in out + err
