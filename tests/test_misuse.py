@@ -276,6 +276,13 @@ def test_every_argument_may_be_absurd(here, name):
   assert not wrong, "\n".join(wrong)
 
 
+def test_absurd_runs(here):
+  for value in absurd():
+    assert outcome(lambda value=value: sapr.load_run(value)), value
+    assert outcome(lambda value=value: sapr.run(value, "run")), value
+  assert not (here / "run").exists()
+
+
 def test_every_public_name_is_called():
   from_types = {
     "ChannelGraph",
@@ -286,7 +293,8 @@ def test_every_public_name_is_called():
     "InterruptedRunError",
     "ModelInfo",
   }
-  others = {"COSTS", "IMPORTANCES", "__version__", "register_rule"}
+  from_types |= {"RunResult"}
+  others = {"COSTS", "IMPORTANCES", "__version__", "register_rule", "run", "load_run"}  # the last two: see below
   names = {name for name in sapr.__all__ if not inspect.ismodule(getattr(sapr, name))}
   assert names <= CALLS.keys() | from_types | others
 

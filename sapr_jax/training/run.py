@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,12 +76,12 @@ def run(
       a `KeyboardInterrupt` too.
   """
   path = layout.path_of(workdir)
-  if bad := next((callback for callback in callbacks if not callable(callback)), None):
-    raise InputError(f"callbacks must be functions that take a record, got {bad!r}.")
-  if compilation_cache:
-    use_compilation_cache()
+  if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+    raise InputError(f"callbacks must be a list of functions that take a record, got {reprlib.repr(callbacks)[:200]}.")
   with os_errors_in_one_line(path), contextlib.ExitStack() as stack:
     processes.together(lambda: check_config(config))
+    if compilation_cache:
+      use_compilation_cache()
     processes.check_equal(**_settings(config, path))
     if (finished := processes.decided_by_main(lambda: _finished(path, config))) is not None:
       say(f"{path} holds a finished run.\n\n{report.format_summary(finished)}\n")
@@ -100,10 +101,8 @@ def run(
     _write_network(experiment, path, functions)
     processes.together(lambda: experiment.passes.feed.skipped.keep_in(path / layout.SKIPPED))
     say(describe(experiment))
-    sinks = [*callbacks]
-    if (project := config.report.wandb_project) is not None and is_main_process():
-      sinks.append(stack.enter_context(artifacts.weights_and_biases(path, project, layout.flat_fields(config))))
-    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path, sinks)))
+    dashboards = processes.together(lambda: _open_dashboards(path, config, stack))
+    recorder = stack.enter_context(contextlib.closing(artifacts.Recorder(path, [*callbacks, *dashboards])))
 
     dense_stage = stages.training_stage(experiment, proposer(experiment), weighting)
     state = run_stage(dense_stage, config, path / "checkpoints" / "train", recorder, interruption)
@@ -137,6 +136,14 @@ def run(
     say(warning)
   _say_where(path)
   return RunResult(path, summary)
+
+
+def _open_dashboards(path: pathlib.Path, config: Any, stack: contextlib.ExitStack) -> list[artifacts.Callback]:
+  """Returns the callbacks that the configuration asks for, which `stack` closes."""
+  project = config.report.wandb_project
+  if project is None or not is_main_process():
+    return []
+  return [stack.enter_context(artifacts.weights_and_biases(path, project, layout.flat_fields(config)))]
 
 
 def _write_page(path: pathlib.Path, config: Any) -> None:

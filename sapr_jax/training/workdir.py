@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pathlib
+import reprlib
 import socket
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def path_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
   try:
     return pathlib.Path(workdir)
   except TypeError:
-    raise InputError(f"workdir must be the path of a work directory, got {workdir!r}.") from None
+    raise InputError(f"workdir must be the path of a work directory, got {reprlib.repr(workdir)[:200]}.") from None
 
 
 def check_workdir(path: pathlib.Path, config: Any) -> None:

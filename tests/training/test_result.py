@@ -57,8 +57,9 @@ def test_what_is_no_finished_run_is_refused(whole, tmp_path):
   for function in (sapr.load_run, lambda path: sapr.run(small_config(), path)):
     with pytest.raises(sapr.InputError, match="workdir must be the path of a work directory, got 3"):
       function(3)
-  with pytest.raises(sapr.InputError, match="callbacks must be functions that take a record, got 3"):
-    sapr.run(small_config(), tmp_path / "new", callbacks=[3])
+  for callbacks in (3, [3], print):
+    with pytest.raises(sapr.InputError, match="callbacks must be a list of functions that take a record, got"):
+      sapr.run(small_config(), tmp_path / "new", callbacks=callbacks)
   assert not (tmp_path / "new").exists()
 
 

@@ -387,8 +387,10 @@ def test_a_log_that_is_no_terminal_has_one_plain_line_an_epoch(whole_and_log):
   _, _, out, err = whole_and_log
   lines = [line for line in out.splitlines() if line.startswith(("train ", "finetune "))]
   assert len(lines) == 6
-  assert re.match(r"train 1/4: loss \d\.\d+, test [\d.]+%, [\d.]+ s, \d:\d\d:\d\d left$", lines[0])
-  assert "sub-network" in lines[1] and "dropped" in lines[1]
+  assert re.match(r"train 1/4: loss \d\.\d+, test accuracy [\d.]+%, [\d.]+ s; (\d+ min )?\d+ s left$", lines[0])
+  assert "% if cut now), dropped channels shrunk to" in lines[1] and "choice changed" in lines[2]
+  phases = re.findall(r"^((?:Training|Search|Pruning|Fine-tuning), .*?):", out, re.MULTILINE)
+  assert phases == ["Training, epochs 1 to 1 of 4", "Pruning, epochs 2 to 4 of 4", "Fine-tuning, 2 epochs"]
   assert lines[5].startswith("finetune 2/2") and not lines[5].endswith("left")
   assert "\r" not in out + err and "\x1b" not in out + err
 
