@@ -6,7 +6,13 @@ from . import (
   models as models,
   version as version,
 )
-from .artifacts import export_torch as export_torch, import_torch as import_torch, load as load, save as save
+from .artifacts import (
+  export as export,
+  export_torch as export_torch,
+  import_torch as import_torch,
+  load as load,
+  save as save,
+)
 from .channels import (
   ChannelGraph as ChannelGraph,
   ChannelGroup as ChannelGroup,

@@ -17,7 +17,7 @@ ARROWS = {
   "models": {"checks", "errors"},
   "method": {"channels", "checks", "errors"},
   "data": {"errors"},
-  "artifacts": {"channels", "checks", "models", "errors"},
+  "artifacts": {"channels", "checks", "models", "errors", "version"},
   "report": {"artifacts", "errors", "version"},
   "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "data", "errors", "method", "models", "report", "runtime"},
