@@ -50,9 +50,9 @@ def export(
   - `.onnx`: for ONNX Runtime and others, operators of version 17; needs `pip install 'sapr_jax[onnx]'`.
   - `.safetensors`: weights in PyTorch's names, as `export_torch` writes them. (`save` writes those in Flax's.)
 
-  The first two hold the weights and map images `[batch, height, width, channels]` to what the model returns. In ONNX the
-  input is called "images", and the output "logits". Beside them, `NAME.SUFFIX.json` says what goes in, what comes out,
-  and how wide the layers are.
+  The first two hold the weights and map images `[batch, height, width, channels]` to what the model returns. In ONNX the input
+  is called "images", and the output "logits". Beside them, `NAME.SUFFIX.json` says what goes in, what comes out, and how
+  wide the layers are.
 
   Args:
     path: File to write; an older one is replaced, and parents are made.
@@ -61,16 +61,16 @@ def export(
     input_shape: `[batch, height, width, channels]`; the batch in it does not count.
     batch: Number of images in a call; None: any.
     platforms: Where StableHLO is to run: of "cpu", "cuda", "rocm", "tpu".
-    dtype: Dtype to compute in, such as jnp.bfloat16, instead of the model's own; kernels are stored in it, so the file is
-      half as large. The model must have the field `dtype`. ONNX takes float32 and float16.
+    dtype: Dtype to compute in, such as jnp.bfloat16, instead of the model's own; kernels are stored in it, so the
+      file is half as large. The model must have the field `dtype`. ONNX takes float32 and float16.
     preprocess: Function that is run on the images before the model, such as a normalization of uint8 images.
     input_dtype: Dtype of the images; None: uint8 with `preprocess`, else float32.
     apply_kwargs: As in `trace_channels`.
     class_names: Written beside the program.
 
   Raises:
-    InputError: If the suffix, an option or the path cannot be used, something does not fit `model`, the model does not run
-      with any number of images (give `batch`), or has an operation that is not known for ONNX.
+    InputError: If the suffix, an option or the path cannot be used, something does not fit `model`, the model does not
+      run with any number of images (give `batch`), or has an operation that is not known for ONNX.
 
   Example:
     >>> import pathlib, tempfile
