@@ -50,9 +50,9 @@ def export(
   - `.onnx`: for ONNX Runtime and others, operators of version 17; needs `pip install 'sapr_jax[onnx]'`.
   - `.safetensors`: weights in PyTorch's names, as `export_torch` writes them. (`save` writes those in Flax's.)
 
-  The first two hold the weights and map images `[batch, height, width, channels]` to what the model returns. In ONNX the input
-  is called "images", and the output "logits". Beside them, `NAME.SUFFIX.json` says what goes in, what comes out, and how
-  wide the layers are.
+  The first two hold the weights and map images `[batch, height, width, channels]` to what the model returns. In ONNX
+  the input is called "images", and the output "logits". Beside them, `NAME.SUFFIX.json` says what goes in, what comes
+  out, and how wide the layers are.
 
   Args:
     path: File to write; an older one is replaced, and parents are made.
