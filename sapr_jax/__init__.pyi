@@ -9,6 +9,7 @@ from . import (
 )
 from .artifacts import (
   ModelInfo as ModelInfo,
+  export as export,
   export_torch as export_torch,
   import_torch as import_torch,
   load as load,

@@ -17,7 +17,7 @@ ARROWS = {
   "models": {"checks", "errors"},
   "method": {"channels", "checks", "errors"},
   "data": {"checks", "errors"},
-  "artifacts": {"channels", "checks", "data", "models", "errors"},
+  "artifacts": {"channels", "checks", "data", "errors", "models", "version"},
   "report": {"artifacts", "errors", "version"},
   "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "checks", "data", "errors", "method", "models", "report", "runtime"},

@@ -1,8 +1,9 @@
-"""Files: saved models, checkpoints, records, and weights from and to PyTorch."""
+"""Files: saved models, checkpoints, records, programs to serve, and weights from and to PyTorch."""
 
 from sapr_jax.artifacts.checkpoint import Checkpointer
 from sapr_jax.artifacts.model_card import model_card
 from sapr_jax.artifacts.model_info import ModelInfo
+from sapr_jax.artifacts.program_files import export
 from sapr_jax.artifacts.records import Callback, Recorder, read_records
 from sapr_jax.artifacts.saved_model import count_params, load, load_info, save
 from sapr_jax.artifacts.torch_weights import export_torch, import_torch
@@ -14,6 +15,7 @@ __all__ = [
   "ModelInfo",
   "Recorder",
   "count_params",
+  "export",
   "export_torch",
   "import_torch",
   "load",
