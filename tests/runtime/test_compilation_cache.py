@@ -99,9 +99,13 @@ def test_without_xdg_cache_home_it_is_in_the_home_directory(monkeypatch):
 DRIVER = """
 import sys, jax
 from absl import app
-from sapr_jax import main, training
+import sapr_jax.training
+from sapr_jax import main
 from sapr_jax.runtime import compilation_cache
-training.run = lambda config, workdir, interruption: print(jax.config.jax_compilation_cache_dir)
+def begin(config, path):
+  print(jax.config.jax_compilation_cache_dir)
+  sys.exit()
+sys.modules["sapr_jax.training.run"]._settings = begin
 compilation_cache._QUIET_ON_CPU = (0, 0, 0)
 assert jax.config.jax_compilation_cache_dir is None  # importing the package changes nothing
 app.run(main.main, flags_parser=main._parse_flags)
