@@ -258,6 +258,7 @@ def config_of(row: Row, seed: int, data: str | None, settings: Overrides, weight
   config.update_from_flattened_dict({**row.overrides, "seed": seed})
   if data is not None:
     config.update_from_flattened_dict({"data.source": "folder", "data.path": data})
+  config.report.page = False  # the study draws figures of its own
   if row.name == ADAPTED:
     config.init.weights = weights
   return config
