@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from sapr_jax.channels import check_variables
-from sapr_jax.checks import check_function, shown
+from sapr_jax.checks import check_function, is_real, shown
 from sapr_jax.errors import InputError
 
 
@@ -54,8 +54,14 @@ def renew_statistics(
 
 def some(batches: Iterable[Any]) -> Iterator[Any]:
   """Yields the batches; raises `InputError` if there is none."""
+  # An array has `__iter__` even if it has no axis.
+  is_array = hasattr(batches, "dtype")
+  if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping) or is_array:
+    raise InputError(f"batches must be an iterable of trees of arrays, such as a list, got {shown(batches)}.")
   found = False
   for batch in batches:
+    if not all(map(is_real, jax.tree.leaves(batch))):
+      raise InputError(f"batches must hold trees of arrays of numbers, got {shown(batch)}.")
     found = True
     yield batch
   if not found:
