@@ -213,7 +213,6 @@ NONE_IS_RIGHT = {
   "generator of Search",
   "prior of GeneratorOptions",
   "order of GeneratorOptions",
-  "model of renew_statistics",
 }
 FUNCTIONS = {"select", "weighting", "loss_fn", "layer_names", "function", "learning_rate", "renew", "budget of Pruner"}
 """Arguments that may be any function, so that Flax modules are too."""

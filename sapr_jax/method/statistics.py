@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sapr_jax.channels import check_variables
+from sapr_jax.channels import check_module, check_variables, errors_of_model
 from sapr_jax.checks import check_function, is_real, shown
 from sapr_jax.errors import InputError
 
@@ -33,6 +33,7 @@ def renew_statistics(
   Raises:
     InputError: If there is no batch, or `renew` returns something else.
   """
+  check_module(model)
   check_variables(variables)
   check_function("renew", renew, "it takes (model, variables, batch) and returns the new batch_stats")
 
@@ -48,7 +49,8 @@ def renew_statistics(
 
   renewed = dict(variables)
   for batch in some(batches):
-    renewed = step(renewed, batch)
+    with errors_of_model("renew, the model, its variables and a batch"):
+      renewed = step(renewed, batch)
   return renewed
 
 
