@@ -199,15 +199,15 @@ class Pruner:
       InputError: If an argument cannot be used.
     """
     check_type("optimizer", optimizer, optax.GradientTransformation, "optax.sgd(0.1) is one")
+    if not isinstance(form, str) or form not in ("penalty", "proximal"):
+      raise InputError(f"form must be 'penalty' or 'proximal', got {shown(form)}.")
     options: Any = {"weighting": weighting, "expected_from": None}
     if form == "penalty":
       regularization = regularize_by_penalty(self.graph, self.gamma, **options)
-    elif form == "proximal":
-      if learning_rate is None:
-        raise InputError("learning_rate must be that of the optimizer where form='proximal', got None.")
-      regularization = regularize_by_prox(self.graph, learning_rate, self.gamma, momentum=momentum, **options)
+    elif learning_rate is None:
+      raise InputError("learning_rate must be that of the optimizer where form='proximal', got None.")
     else:
-      raise InputError(f"form must be 'penalty' or 'proximal', got {shown(form)}.")
+      regularization = regularize_by_prox(self.graph, learning_rate, self.gamma, momentum=momentum, **options)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> PrunerState:

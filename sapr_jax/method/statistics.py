@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from sapr_jax.channels import check_variables
-from sapr_jax.checks import check_function, shown
+from sapr_jax.channels import check_module, check_variables, errors_of_model
+from sapr_jax.checks import check_function, is_real, shown
 from sapr_jax.errors import InputError
 
 
@@ -33,6 +33,7 @@ def renew_statistics(
   Raises:
     InputError: If there is no batch, or `renew` returns something else.
   """
+  check_module(model)
   check_variables(variables)
   check_function("renew", renew, "it takes (model, variables, batch) and returns the new batch_stats")
 
@@ -48,14 +49,21 @@ def renew_statistics(
 
   renewed = dict(variables)
   for batch in some(batches):
-    renewed = step(renewed, batch)
+    with errors_of_model("renew, the model, its variables and a batch"):
+      renewed = step(renewed, batch)
   return renewed
 
 
 def some(batches: Iterable[Any]) -> Iterator[Any]:
   """Yields the batches; raises `InputError` if there is none."""
+  # An array has `__iter__` even if it has no axis.
+  is_array = hasattr(batches, "dtype")
+  if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping) or is_array:
+    raise InputError(f"batches must be an iterable of trees of arrays, such as a list, got {shown(batches)}.")
   found = False
   for batch in batches:
+    if not all(map(is_real, jax.tree.leaves(batch))):
+      raise InputError(f"batches must hold trees of arrays of numbers, got {shown(batch)}.")
     found = True
     yield batch
   if not found:

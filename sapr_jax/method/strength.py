@@ -33,9 +33,9 @@ def shrinkage_of(
   """
   check_number("gamma", gamma, "at least 0", lambda x: x >= 0)
   check_number("momentum", momentum, "in [0, 1)", lambda x: 0 <= x < 1)
-  if is_integer(steps):
+  if is_integer(steps) and 0 <= steps < 2**31:  # type: ignore[operator]
     steps = range(int(steps))  # type: ignore[arg-type]
-  if not isinstance(steps, range) or (steps and min(steps) < 0):
+  if not isinstance(steps, range) or (steps and min(steps[0], steps[-1]) < 0):
     raise InputError(f"steps must be a number of steps or a range of them, got {shown(steps)}.")
   if callable(learning_rate):
     total = float(np.sum(jax.vmap(learning_rate)(np.arange(steps.start, steps.stop, steps.step))))
