@@ -1,6 +1,6 @@
 """Prunes a ResNet in the idiom of Flax's ImageNet example: a `TrainState` with batch statistics, one jitted step.
 
-    python examples/train_state.py                       # scikit-learn's digits: about half a minute on one CPU core
+    python examples/train_state.py                       # scikit-learn's digits: about a minute on one CPU core
     python examples/train_state.py --data DIR --epochs 5 # a folder of images: DIR/train/<class>/*, DIR/test/<class>/*
 
 The lines added for pruning are marked "# +"; `apply_gradients` is Flax's own, and whatever saves the `TrainState` saves
@@ -75,8 +75,8 @@ def main(argv=None):
   parser.add_argument("--test_images", type=int)
   parser.add_argument("--model", default=None, help="a name in sapr_jax.models.MODELS")
   parser.add_argument("--weights", help="first weights: a saved model (directory) or PyTorch weights (file)")
-  parser.add_argument("--epochs", type=int, default=8)
-  parser.add_argument("--finetune_epochs", type=int, default=1)
+  parser.add_argument("--epochs", type=int, default=10)
+  parser.add_argument("--finetune_epochs", type=int, default=2)
   parser.add_argument("--batch_size", type=int, default=64)
   parser.add_argument("--learning_rate", type=float)
   parser.add_argument("--weight_decay", type=float, default=1e-4)
@@ -94,7 +94,7 @@ def main(argv=None):
   crop, flip = (1, False) if args.data is None else (4, True)
   epoch_of_batches = lambda: batches_of(dataset.train, normalize, rng, args.batch_size, crop, flip)  # noqa: E731
   name = args.model or ("resnet8" if args.data is None else "resnet20")
-  narrow = {"width_multiplier": 0.25} if args.data is None else {}
+  narrow = {"width_multiplier": 0.5} if args.data is None else {}
   model = sapr.models.create(name, num_classes=len(dataset.class_names), **narrow)
   image = normalize(dataset.train.images[:1])
   if args.weights is None:
