@@ -33,9 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     parser = build_parser()
     if argv[:1] == ["train"]:
-      args, args.more = parser.parse_known_args(argv)
-      args.interruption = interruption
-      return int(args.run(args))
+      args, more = parser.parse_known_args(argv)
+      args.run(args, more, interruption)  # which ends the program
     args = parser.parse_args(argv)
     for name in ("absl", "jax"):  # they report every file that is written, and every device that is not found
       logging.getLogger(name).setLevel(logging.WARNING)

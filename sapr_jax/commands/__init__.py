@@ -32,14 +32,21 @@ class _Parser(argparse.ArgumentParser):
     raise InputError(f"{message.replace(chr(10), ' ')}; see {self.prog} --help.")
 
 
+class _Form(argparse.RawDescriptionHelpFormatter):
+  """Leaves the examples as they are written, and little space before what options mean."""
+
+  def __init__(self, prog: str) -> None:
+    super().__init__(prog, max_help_position=28, width=96)
+    self._action_max_length = 13  # it forgets that names of commands are indented
+
+
 def build_parser() -> argparse.ArgumentParser:
   """Returns the parser of all commands; what it parses has `run`, the function of the command that was asked for."""
-  form = argparse.RawDescriptionHelpFormatter
   parser = _Parser(
     prog="sapr",
     description="Structured pruning for JAX and Flax: convolutional networks made truly smaller and faster.",
     epilog="sapr COMMAND --help has examples. Bad input: one line on standard error, and exit status 2.",
-    formatter_class=form,
+    formatter_class=_Form,
     allow_abbrev=False,
   )
   parser.add_argument("--version", action="version", version=f"sapr {__version__}")
@@ -52,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
       help=module.SUMMARY,
       description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
       epilog=module.EXAMPLES,
-      formatter_class=form,
+      formatter_class=_Form,
       allow_abbrev=False,
     )
     module.add_arguments(command)

@@ -9,15 +9,15 @@ from sapr_jax.commands.answer import Answer, size_of, table
 from sapr_jax.commands.networks import add_shape, count, open_saved, written
 from sapr_jax.errors import InputError
 
-SUMMARY = "measure latency and memory of a pruned network against the dense one, on the device at hand"
+SUMMARY = "measure latency and memory, pruned against dense, on this device"
 EXAMPLES = """\
 examples:
   sapr benchmark runs/digits/dense runs/digits/pruned
   sapr benchmark dense pruned --batch-size 1 32 256 --repeats 50 --json
 
-The two take turns, so that other load on the machine affects them alike. Latency is the median, with the middle half
-of all calls in brackets; compilation does not count. Memory is what the compiled program holds at once: weights, images,
-outputs and all between.
+The two take turns, so that other load on the machine affects them alike. Latency is the
+median, with the middle half of all calls in brackets; compilation does not count. Memory is
+what the compiled program holds at once: weights, images, outputs and all between.
 """
 
 

@@ -9,7 +9,7 @@ from sapr_jax.commands import images
 from sapr_jax.commands.answer import Answer, accuracy_of
 from sapr_jax.errors import InputError
 
-SUMMARY = "measure the accuracy of a saved model, with its own normalization and classes"
+SUMMARY = "measure the accuracy of a saved model, on images as it takes them"
 EXAMPLES = """\
 examples:
   sapr evaluate runs/digits/pruned                       # on the data set of its run

@@ -10,15 +10,15 @@ from sapr_jax.commands.answer import Answer, size_of
 from sapr_jax.commands.networks import add_shape, open_saved
 from sapr_jax.errors import InputError
 
-SUMMARY = "write a saved model as one file that runs without this package: StableHLO, ONNX, PyTorch's names"
+SUMMARY = "write a saved model as one file to serve: StableHLO, ONNX, PyTorch"
 EXAMPLES = """\
 examples:
   sapr export runs/digits/pruned digits.onnx
   sapr export runs/resnet50/pruned net.stablehlo --dtype bfloat16 --uint8
   sapr export runs/resnet56/pruned weights --format safetensors
 
-Without --uint8 the program takes normalized images, as the network does. Beside it, FILE.json says what goes in and
-what comes out. ONNX needs pip install 'sapr_jax[onnx]'.
+The file runs without this package. Without --uint8 it takes normalized images, as the network
+does. Beside it, FILE.json says what goes in and comes out. ONNX needs pip install 'sapr_jax[onnx]'.
 """
 FORMATS = ("stablehlo", "onnx", "safetensors")
 

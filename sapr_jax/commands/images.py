@@ -8,7 +8,7 @@ from typing import Any
 from sapr_jax.errors import InputError
 
 
-def add_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+def add_arguments(parser: argparse._ActionsContainer, folder: str) -> None:
   """Adds --data, whose folder holds `folder`, and --source."""
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--data", metavar="DIR", help=f"folder of images: {folder}")

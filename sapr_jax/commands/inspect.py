@@ -16,7 +16,7 @@ from sapr_jax.errors import InputError, one_line
 if TYPE_CHECKING:
   from sapr_jax.channels import ChannelGraph, ChannelGroup
 
-SUMMARY = "show a network: its channel groups, what each costs, what cannot be cut and why"
+SUMMARY = "show a network: channel groups, their cost, what cannot be cut"
 EXAMPLES = """\
 examples:
   sapr inspect resnet56                  # a network of this package
@@ -24,8 +24,8 @@ examples:
   sapr inspect resnet56_cifar10          # an experiment, by its name or its file
   sapr inspect runs/digits/pruned        # a saved model: also widths, inputs, metrics
 
-A group is a set of channels that can only be cut together. Its share of the MACs is that of all layers that read or
-write it, so that shares may add up to more than 100 %.
+A group is a set of channels that can only be cut together. Its share of the MACs is that of
+all layers that read or write it, so that shares may add up to more than 100 %.
 """
 _WIDTH = 100
 _SHAPES = {"digits": ((8, 8, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
@@ -136,7 +136,8 @@ def _saved(args: argparse.Namespace) -> Answer:
   info, inputs, metrics = saved.info, saved.inputs, saved.info.metrics
   select = args.select or info.config.get("prune.select") or "blocks"
   graph = _graph(saved.model, saved.variables, inputs.shape, select, inputs.dtype)
-  dense = metrics.get("dense") if isinstance(metrics.get("dense"), dict) else {}
+  dense: Any = metrics.get("dense")
+  dense = dense if isinstance(dense, dict) else {}
   known = {key: value for key in ("macs", "params") if isinstance(value := dense.get(key), int)}
   facts = {
     "target": args.target,
@@ -168,7 +169,7 @@ def _saved(args: argparse.Namespace) -> Answer:
   return Answer(facts, "\n".join([*lines, "", *_text(graph, info.widths)]))
 
 
-def _graph(model: Any, variables: Any, shape: tuple[int, ...], select: str, dtype: str) -> ChannelGraph:
+def _graph(model: Any, variables: Any, shape: tuple[int, ...], select: Any, dtype: str) -> ChannelGraph:
   from sapr_jax.channels import evaluation_kwargs, trace_channels
 
   kwargs = evaluation_kwargs(model)
@@ -222,14 +223,14 @@ def _text(graph: ChannelGraph, widths: Any) -> list[str]:
   left = sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[:3])
   for row, group in zip(rows[1:], graph.groups, strict=True):
     scope = "".join(f"{name}/" for name in group.scope)
-    both = [[name.removeprefix(scope) for name in names] for names in _layers(group)]
-    row[3] = _in_short(*both, _WIDTH - left)
+    writers, readers = ([name.removeprefix(scope) for name in names] for names in _layers(group))
+    row[3] = _in_short(writers, readers, _WIDTH - left)
   lines = [f"{len(graph.groups)} channel groups", table(rows, [1, 2])]
   if graph.fixed:
     lines += ["", "channels that stay"]
     reasons: dict[str, list[str]] = {}
     for key, _, reason in graph.fixed:
-      reasons.setdefault(reason, []).append("/".join(key[:-1]))
+      reasons.setdefault(reason, []).append("/".join(key[1:-1]))
     for reason, layers in reasons.items():
       names = f"{layers[0]} and {len(layers) - 1} more" if len(layers) > 2 else " and ".join(layers)
       lines.append(textwrap.fill(f"{names}: {reason}", _WIDTH, initial_indent="  ", subsequent_indent="    "))

@@ -15,16 +15,16 @@ from sapr_jax.errors import InputError
 if TYPE_CHECKING:
   from sapr_jax.data import Inputs
 
-SUMMARY = "cut a trained network in one shot; with images, measure, renew its statistics and fine-tune it"
+SUMMARY = "cut a trained network in one shot; with images, fine-tune it too"
 EXAMPLES = """\
 examples:
   sapr prune runs/digits/dense small --keep 0.4
   sapr prune runs/digits/dense small --source digits --finetune-epochs 10
-  sapr prune resnet50.pth small --network resnet50 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 \\
-      --resize 256 --data /data/imagenet --finetune-epochs 5
+  sapr prune resnet50.pth small --network resnet50 --mean 0.485 0.456 0.406 \\
+      --std 0.229 0.224 0.225 --resize 256 --data /data/imagenet --finetune-epochs 5
 
-Without images the network is cut as it is, and its accuracy is not known. With them the cut and the fine-tuning are one
-run in OUT.run (or --workdir), which the same command resumes.
+Without images the network is cut as it is, and its accuracy is not known. With them the cut
+and the fine-tuning are one run in OUT.run (or --workdir), which the same command resumes.
 """
 
 
@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   of.add_argument("--classes", type=int, metavar="N", help="its outputs; unset: as usual for it")
   of.add_argument("--mean", type=float, nargs="+", metavar="X", help="of the pixels in [0, 1] that it was trained on")
   of.add_argument("--std", type=float, nargs="+", metavar="X", help="their deviation")
-  of.add_argument(
-    "--resize", type=int, metavar="N", help="images have any size: shorter side, before the centre is cut"
-  )
+  of.add_argument("--resize", type=int, metavar="N", help="of images of any size: their shorter side")
   networks.add_shape(parser, "for images of another size than usual, or of a model saved without its inputs")
 
 
@@ -133,15 +131,15 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   if round_to is None:
     round_to = method.default_round_to(graph, budget, jax.devices()[0].platform, min_width=args.min_width)
   method.check_budget(graph, budget, min_width=args.min_width, round_to=round_to)
-  scores = method.score_channels(
+  importance = method.score_channels(
     args.importance, variables["params"], graph, gradients=dict, key=lambda: jax.random.key(args.seed)
   )
   scores = method.make_comparable(
-    jax.device_get(scores), graph, budget.cost, compare=args.compare, cost_exponent=args.cost_exponent
+    jax.device_get(importance), graph, budget.cost, compare=args.compare, cost_exponent=args.cost_exponent
   )
   masks = method.project_to_budget(graph, scores, budget, min_width=args.min_width, round_to=round_to)
   small = channels.prune(model, variables, graph, masks)
-  before = {name: dense.metrics[name] for name in ("accuracy", "images") if name in dense.metrics}
+  before: dict[str, Any] = {name: dense.metrics[name] for name in ("accuracy", "images") if name in dense.metrics}
   before |= {"macs": graph.macs(), "params": artifacts.count_params(variables)}
   metrics = {"macs": graph.macs(masks), "params": artifacts.count_params(small[1]), "dense": before}
   names = ("keep", "cost", "importance", "compare", "cost_exponent", "select", "min_width", "seed")
@@ -159,7 +157,8 @@ def _run(args: argparse.Namespace, dense: _Dense, out: pathlib.Path, fields: dic
     raise InputError(
       "--mean and --std are missing: on images normalized otherwise than it learned a network is of no use."
       if args.network
-      else f"{args.model} was saved without its normalization; save it again with sapr_jax.Inputs(shape, mean=..., std=...)."
+      else f"{args.model} was saved without its normalization; save it again with"
+      " inputs=sapr_jax.Inputs(shape, mean=..., std=...)."
     )
   workdir = args.workdir or f"{os.fspath(out).rstrip(os.sep)}.run"
   result = training.run(_config(args, dense, fields), workdir)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from sapr_jax.errors import InputError
+from sapr_jax.runtime.interruption import ProgramInterruption
 
-SUMMARY = "train, prune and fine-tune a network: one experiment, resumed by the same command"
+SUMMARY = "run an experiment, or go on with it: train, prune, fine-tune"
 EXAMPLES = """\
 examples:
   sapr train digits runs/digits
@@ -37,17 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(args: argparse.Namespace) -> int:
-  """Runs the experiment; returns the exit status, or ends the program with it."""
+def run(args: argparse.Namespace, more: Sequence[str], interruption: ProgramInterruption | None) -> NoReturn:
+  """Runs the experiment, and ends the program with its exit status; `more` are other options of it."""
   for setting in args.set:
     name, equals, _ = setting.partition("=")
     if not name or not equals:
       raise InputError(f"--set must be NAME=VALUE, such as --set train.epochs=10, got {setting!r}.")
-  if wrong := next((argument for argument in args.more if not argument.startswith("--")), None):
+  if wrong := next((argument for argument in more if not argument.startswith("--")), None):
     raise InputError(f"unexpected argument {wrong!r}; write --set NAME=VALUE, and other options as --NAME=VALUE.")
   fields = [f"--config.{setting.removeprefix('config.')}" for setting in args.set]
   from sapr_jax import main
 
-  main.start(
-    [sys.argv[0], f"--config={args.config}", f"--workdir={args.workdir}", *fields, *args.more], args.interruption
-  )
+  main.start([sys.argv[0], f"--config={args.config}", f"--workdir={args.workdir}", *fields, *more], interruption)
