@@ -38,7 +38,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -58,6 +58,15 @@ _COMPILATION_CACHE = flags.DEFINE_bool(
   "compilation_cache", True, "Keep compiled programs in the user's cache folder, for later runs."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for checkpoints, records and the pruned model.")
+
+
+def start(argv: Sequence[str], interruption: ProgramInterruption | None) -> NoReturn:
+  """Runs the program with these arguments, of which the first is its name; ends this process with the exit status."""
+  global _interruption
+  _interruption = interruption
+  sys.argv = list(argv)  # where the fields of the configuration are looked for
+  app.run(main, argv=sys.argv, flags_parser=_parse_flags)
+  raise AssertionError("app.run ends the process")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,10 +111,11 @@ def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInter
   """Runs the experiment; returns the exit status."""
   try:
     from sapr_jax import runtime, training  # start slowly; bad flags fail before
+    from sapr_jax.runtime.devices import start_jax
 
     if config.get("fast_cpu"):
       runtime.keep_memory()  # the process is ours; JAX has not started yet
-    _start_jax()
+    start_jax()
     if interruption is not None:
       interruption.listen()  # the runtime of a TPU takes SIGTERM
     training.run(config, workdir, interruption=interruption, compilation_cache=_COMPILATION_CACHE.value)
@@ -123,22 +133,6 @@ def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInter
     print(STOPPED_AT_ONCE, file=sys.stderr)
     return 130
   return 0
-
-
-def _start_jax() -> None:
-  """Lets JAX find its devices.
-
-  Raises:
-    InputError: If it cannot use those that it is told to.
-  """
-  import jax
-
-  try:
-    jax.devices()
-  except RuntimeError as error:
-    raise InputError(
-      f"JAX cannot start: {one_line(error, 200)}; set JAX_PLATFORMS to what this machine has, or leave it unset."
-    ) from error
 
 
 def _fail(message: str, status: int = 2) -> int:

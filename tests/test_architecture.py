@@ -23,6 +23,11 @@ ARROWS = {
   "training": {"artifacts", "channels", "checks", "data", "errors", "method", "models", "report", "runtime"},
   "configs": {"errors"},
   "main": {"configs", "errors", "runtime", "training"},
+  "commands": {
+    *("artifacts", "channels", "configs", "data", "errors", "main", "method", "models", "report", "runtime"),
+    *("training", "version"),
+  },
+  "__main__": {"commands", "errors", "runtime"},
   "__init__": {"artifacts", "channels", "configs", "data", "errors", "method", "models", "training", "version"},
 }
 """Folder or file of `sapr_jax` -> those that it may import."""

@@ -5,10 +5,22 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.report.page import write_page
 from sapr_jax.report.run_history import read_histories
+
+
+def make_page(workdirs: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> pathlib.Path:
+  """Writes the page of these runs, by default beside them; returns its path.
+
+  Raises:
+    InputError: If a folder is not that of a run, or the page cannot be written.
+  """
+  with os_errors_in_one_line(workdirs[0]):
+    unset = workdirs[0] / ("comparison" if len(workdirs) > 1 else "")
+    return write_page(read_histories(workdirs), out or unset)
 
 
 def main() -> int:
@@ -24,9 +36,7 @@ def main() -> int:
   )
   args = parser.parse_args()
   try:
-    with os_errors_in_one_line(args.workdirs[0]):
-      unset = args.workdirs[0] / ("comparison" if len(args.workdirs) > 1 else "")
-      page = write_page(read_histories(args.workdirs), args.out or unset)
+    page = make_page(args.workdirs, args.out)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -11,13 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 AXIS = "data"
 """Name of the mesh axis, for `jax.lax.pmean` and the like inside a step."""
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(state, shared, batch of this device) -> (state, metrics), both equal on all devices."""
+
+
+def start_jax() -> None:
+  """Lets JAX find its devices.
+
+  Raises:
+    InputError: If it cannot use those that it is told to.
+  """
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise InputError(
+      f"JAX cannot start: {one_line(error, 200)}; set JAX_PLATFORMS to what this machine has, or leave it unset."
+    ) from error
 
 
 def data_mesh() -> Mesh:
