@@ -2,7 +2,7 @@
 
     python notebooks/execute.py quickstart your_own_model
 
-Needs the extras `demo` and `notebook`. The notebook for a GPU is stored without outputs, as it takes hours.
+Needs the extra `dev`. The notebook for a GPU is stored without outputs, as it takes hours.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def execute(name: str, workdir: str | pathlib.Path, parameters: str = "", then: 
   if then:
     notebook.cells.append(nbformat.v4.new_code_cell(then))
   resources: Any = {"metadata": {"path": str(workdir)}}
-  nbclient.NotebookClient(notebook, timeout=_SECONDS, kernel_name="python3", coalesce_streams=True, resources=resources).execute()
+  nbclient.NotebookClient(
+    notebook, timeout=_SECONDS, kernel_name="python3", coalesce_streams=True, resources=resources
+  ).execute()
   return notebook
 
 
