@@ -183,9 +183,9 @@ def as_svg(figure: MatplotlibFigure) -> str:
 
 
 def _figure(title: str, x: str, y: str, width: float = _WIDTH) -> tuple[MatplotlibFigure, Axes]:
-  from matplotlib.figure import Figure  # an extra, and slow to import
+  from sapr_jax.report.shown_figure import ShownFigure  # matplotlib is an extra, and slow to import
 
-  figure = Figure(figsize=(width, _HEIGHT), layout="constrained")
+  figure = ShownFigure(figsize=(width, _HEIGHT), layout="constrained")
   axes = figure.add_subplot()
   axes.set_title(title, color=_INK, fontsize=10, loc="left", fontweight="bold")
   axes.set_xlabel(x, color=_INK, fontsize=9)

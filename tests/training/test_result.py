@@ -46,6 +46,8 @@ def test_the_figures_of_a_run(whole):
   figures = sapr.load_run(whole[0]).figures()
   assert "alignment" in figures and "kept_channels" in figures
   assert figures._repr_html_().count("<svg") == len(figures)
+  # IPython asks the objects of a class without a printer of its own.
+  assert figures["alignment"]._repr_png_().startswith(b"\x89PNG")
 
 
 def test_what_is_no_finished_run_is_refused(whole, tmp_path):
