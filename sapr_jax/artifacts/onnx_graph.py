@@ -162,7 +162,8 @@ class _Writer:
     elif len(operands) > 1:  # lax wants equal shapes
       operands = list(np.broadcast_arrays(*operands))
     if (quick := _IN_NUMPY.get(eqn.primitive.name)) is not None:  # nothing to compile
-      return quick(*operands, **eqn.params) if eqn.primitive.name in _WITH_PARAMS else quick(*operands)
+      # NumPy makes numbers of arrays without axes.
+      return np.asarray(quick(*operands, **eqn.params) if eqn.primitive.name in _WITH_PARAMS else quick(*operands))
     return np.asarray(eqn.primitive.bind(*map(jax.numpy.asarray, operands), **eqn.params))
 
   def _broadcast(self, eqn: Any, operand: _Value) -> _Value:
@@ -183,7 +184,7 @@ class _Writer:
   def elementwise(self, op: str, operands: list[_Value]) -> _Node:
     order = max((o.order for o in operands if isinstance(o, _Node)), key=lambda order: order != tuple(sorted(order)))
     if op == "Sub" and isinstance(operands[1], np.ndarray):
-      op, operands = "Add", [operands[0], -operands[1]]  # which runtimes fold into a convolution
+      op, operands = "Add", [operands[0], np.asarray(-operands[1])]  # which runtimes fold into a convolution
     return _Node(self.node(op, [self.stored(operand, order) for operand in operands]), order)
 
   def node(self, op: str, inputs: Sequence[str], name: str | None = None, **attributes: Any) -> str:
@@ -354,8 +355,10 @@ def _slice(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
 
 
 def _gather(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
-  """Writes `x[:, ::2, ::2]` with any number of images, which is a gather along each axis in turn."""
+  """Writes `x[:, ::2, ::2]` with any number of images, which is a gather along each axis in turn, and `x[:, 1:]`."""
   (value, places), numbers, shape = operands, eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+  if (piece := _piece(writer, eqn, value, places)) is not None:
+    return piece
   axes = numbers.collapsed_slice_dims
   rest = tuple(axis for axis in range(len(shape)) if axis not in axes)
   good = isinstance(value, _Node) and isinstance(places, np.ndarray) and numbers.start_index_map == axes
@@ -372,6 +375,26 @@ def _gather(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
         value = _Node(writer.node("Gather", gathered, axis=value.order.index(axis)), value.order)
       return value
   raise InputError("ONNX: the model picks entries in a way that has no rule for ONNX; export it to .stablehlo.")
+
+
+def _piece(writer: _Writer, eqn: Any, value: _Value, places: _Value) -> _Node | None:
+  """Writes a gather of one piece at a known place as a slice; None if it is another one."""
+  numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+  if not isinstance(value, _Node) or not isinstance(places, np.ndarray) or places.ndim != 1:
+    return None
+  if numbers.collapsed_slice_dims or numbers.operand_batching_dims:
+    return None
+  axes = numbers.start_index_map
+  whole = all(sizes[axis] == size for axis, size in enumerate(shape) if axis not in axes)
+  inside = all(
+    isinstance(shape[axis], int) and 0 <= start <= shape[axis] - sizes[axis]
+    for axis, start in zip(axes, places, strict=True)
+  )
+  if not whole or not inside:
+    return None
+  ends = [start + sizes[axis] for axis, start in zip(axes, places, strict=True)]
+  where = writer.integers([value.order.index(axis) for axis in axes])
+  return _Node(writer.node("Slice", [value.name, writer.integers(places), writer.integers(ends), where]), value.order)
 
 
 def _concatenate(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -188,11 +189,23 @@ def _any_batch_failed(spec: jax.ShapeDtypeStruct, error: Exception) -> InputErro
 
 def _to_stablehlo(serve: Any, spec: jax.ShapeDtypeStruct, platforms: Sequence[str]) -> tuple[bytes, dict[str, Any]]:
   try:
-    exported = jax.export.export(jax.jit(serve), platforms=platforms)(spec)
+    with _without_source_paths():
+      exported = jax.export.export(jax.jit(serve), platforms=platforms)(spec)
   except Exception as error:  # the model's code may fail in any way
     raise _any_batch_failed(spec, error) from error
   about = {"platforms": list(platforms), "calling_convention_version": exported.calling_convention_version}
   return bytes(exported.serialize(vjp_order=0)), about
+
+
+@contextlib.contextmanager
+def _without_source_paths() -> Iterator[None]:
+  """Lets programs that are traced in the block say nothing of the files of this machine."""
+  before = jax.config.jax_traceback_in_locations_limit
+  jax.config.update("jax_traceback_in_locations_limit", 0)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _to_onnx(

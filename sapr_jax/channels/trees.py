@@ -132,7 +132,10 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
   sizes = {group.name: (group.size,) for group in graph.groups}
 
   def is_by_group(node: Any) -> bool:
-    return isinstance(node, dict) and {name: getattr(leaf, "shape", None) for name, leaf in node.items()} == sizes
+    """Says whether a node maps groups to arrays of numbers, as masks in the state of a regularization do."""
+    if not isinstance(node, dict) or {n: getattr(leaf, "shape", None) for n, leaf in node.items()} != sizes:
+      return False
+    return not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in node.values())
 
   def suspect(place: Any, leaf: Any, reason: str) -> Any:
     suspects.append(f"tree{jax.tree_util.keystr(place)} of shape {np.shape(leaf)} seems to {reason}")

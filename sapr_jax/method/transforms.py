@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_params
-from sapr_jax.channels.trees import path_of
+from sapr_jax.channels.trees import check_tree, path_of
 from sapr_jax.checks import check_number, check_type
 from sapr_jax.errors import InputError, one_line
 from sapr_jax.method.channel_norms import is_kernel
@@ -206,6 +206,7 @@ def _begin(
 
 def _present(graph: ChannelGraph, params: Any) -> ChannelGraph:
   """Returns the graph of those members whose parameters `optax.masked` left in `params`; all groups stay."""
+  check_tree("params", params)
   places = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
   away = [path_of(place) for place, leaf in places if _is_masked(leaf)]
   if not away:

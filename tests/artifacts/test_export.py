@@ -103,6 +103,7 @@ def test_stablehlo_runs_without_the_package(resnet, tmp_path):
   for batch in (1, 3):
     served = np.load(tmp_path / f"logits_{batch}.npy")
     np.testing.assert_allclose(served, logits(model, variables, images(batch, 8)), rtol=1e-5, atol=1e-5)
+  assert b".py" not in (tmp_path / "net.stablehlo").read_bytes()  # nothing is said of the exporting machine
   about = json.loads((tmp_path / "net.stablehlo.json").read_text())
   assert about["platforms"] == ["cpu", "cuda", "tpu"] and about["class_names"] == classes
   assert about["widths"] == {layer: dict(fields) for layer, fields in model.widths} != {}
