@@ -16,7 +16,8 @@ examples:
   sapr evaluate runs/resnet50/pruned --data /data/imagenet --split val
   sapr evaluate runs/resnet56/pruned --source tfds:cifar10 --json
 
-A folder of images has test/<class>/*, or val/ or train/ in place of test/. Its classes are found by name.
+A folder of images has test/<class>/*, or val/ or train/ in place of test/. Its classes are
+found by name.
 """
 
 

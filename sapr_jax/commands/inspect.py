@@ -181,7 +181,7 @@ def _counts(graph: ChannelGraph, params: int, dense: Any = ()) -> str:
     return f"{value:,} (of {dense[name]:,}, {value / dense[name]:.1%})" if name in dense else f"{value:,}"
 
   prunable = f"{graph.prunable_macs() / graph.macs():.1%} of them in layers that can be cut"
-  return f"{of('macs', graph.macs())} MACs for an input, {prunable}; {of('params', params)} parameters"
+  return f"{of('macs', graph.macs())} MACs for an input, {prunable}\n{of('params', params)} parameters"
 
 
 def _facts(graph: ChannelGraph, widths: Any) -> dict[str, Any]:
