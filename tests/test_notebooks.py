@@ -24,10 +24,11 @@ REDUCED = """
 WORKDIR = "runs/reduced"
 CHANGES = {
   "model.name": "resnet8", "data.source": "digits", "data.crop_padding": 1, "data.flip": False,
-  "train.epochs": 8, "train.batch_size": 64, "train.decay_epochs": (6,),
-  "finetune.epochs": 3, "finetune.batch_size": 64, "finetune.learning_rate": 0.02, "finetune.decay_epochs": (),
-  "prune.start_epoch": 2, "prune.gamma": 3e-2, "generator.data_share": 0.5, "generator.batch_size": 64,
-  "generator.learning_rate": 1e-2, "report.latency_repeats": 3,
+  "train.epochs": 6, "train.batch_size": 64, "train.decay_epochs": (5,),
+  "finetune.epochs": 2, "finetune.batch_size": 64, "finetune.learning_rate": 0.02, "finetune.decay_epochs": (),
+  "prune.start_epoch": 2, "prune.gamma": 5e-2, "prune.statistics_batches": 18, "eval_batch_size": 304,
+  "generator.data_share": 0.2, "generator.batch_size": 64, "generator.learning_rate": 2e-2,
+  "report.latency_batch_sizes": (1,), "report.latency_repeats": 1, "report.page": False,
 }
 """
 
