@@ -130,7 +130,10 @@ class _Writer:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(np.asarray, consts), *args], strict=True))
 
     def read(atom: Any) -> _Value:
-      return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+      if not isinstance(atom, Literal):
+        return values[atom]
+      aval: Any = atom.aval
+      return np.asarray(atom.val, aval.dtype)
 
     for eqn in jaxpr.eqns:
       results = self._equation(eqn, [read(atom) for atom in eqn.invars])
@@ -394,7 +397,9 @@ def _piece(writer: _Writer, eqn: Any, value: _Value, places: _Value) -> _Node | 
     return None
   ends = [start + sizes[axis] for axis, start in zip(axes, places, strict=True)]
   where = writer.integers([value.order.index(axis) for axis in axes])
-  return _Node(writer.node("Slice", [value.name, writer.integers(places), writer.integers(ends), where]), value.order)
+  return _Node(
+    writer.node("Slice", [value.name, writer.integers(list(places)), writer.integers(ends), where]), value.order
+  )
 
 
 def _concatenate(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:

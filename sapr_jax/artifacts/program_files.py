@@ -200,12 +200,13 @@ def _to_stablehlo(serve: Any, spec: jax.ShapeDtypeStruct, platforms: Sequence[st
 @contextlib.contextmanager
 def _without_source_paths() -> Iterator[None]:
   """Lets programs that are traced in the block say nothing of the files of this machine."""
-  before = jax.config.jax_traceback_in_locations_limit
-  jax.config.update("jax_traceback_in_locations_limit", 0)
+  option = "jax_traceback_in_locations_limit"
+  before = getattr(jax.config, option)
+  jax.config.update(option, 0)
   try:
     yield
   finally:
-    jax.config.update("jax_traceback_in_locations_limit", before)
+    jax.config.update(option, before)
 
 
 def _to_onnx(
