@@ -67,8 +67,9 @@ def main() -> None:
     run("-c", PROGRAM)
     run("-m", "sapr_jax.main", "--config=digits", "--workdir=run", *SHORT)
     run("-m", "sapr_jax.report", "run")
+    subprocess.run([python.parent / "sapr", "inspect", "run/pruned"], cwd=folder / "empty", env=environment, check=True)
     assert (folder / "empty" / "run" / "pruned" / "model.json").is_file()
-    assert (folder / "empty" / "run" / "report" / "report.html").is_file()
+    assert (folder / "empty" / "run" / "report.html").is_file()
 
 
 if __name__ == "__main__":
