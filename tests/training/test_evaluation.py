@@ -34,32 +34,32 @@ LABELS = np.array([0, 0, 1, 1, 1])  # the last is wrong
 
 
 @pytest.fixture(scope="module")
-def test_split():
+def digits_split():
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   return data.load_dataset(data.DataSpec("digits", test_images=SMALL["data.test_images"])).test
 
 
 @pytest.mark.parametrize("network", ["dense", "pruned"])
-def test_a_saved_model_is_as_accurate_as_its_metrics_say(whole, test_split, network):
+def test_a_saved_model_is_as_accurate_as_its_metrics_say(whole, digits_split, network):
   path = whole[0] / network
   metrics = sapr.load_info(path).metrics
-  got = sapr.evaluate(path, data=test_split)
+  got = sapr.evaluate(path, data=digits_split)
   assert got["accuracy"] == metrics["accuracy"] == whole[1][network]["accuracy"]
   assert got["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
   assert got["images"] == metrics["images"] == 100
 
 
-def test_images_that_are_normalized_already_give_the_same(whole, test_split):
+def test_images_that_are_normalized_already_give_the_same(whole, digits_split):
   path = whole[0] / "pruned"
   inputs = sapr.load_info(path).inputs
-  normalized = inputs.prepare(test_split.images)
-  got = sapr.evaluate(*sapr.load(path), data=(normalized, test_split.labels), batch_size=64)
+  normalized = inputs.prepare(digits_split.images)
+  got = sapr.evaluate(*sapr.load(path), data=(normalized, digits_split.labels), batch_size=64)
   assert got["accuracy"] == sapr.load_info(path).metrics["accuracy"]
 
 
-def test_another_normalization_shows_or_is_refused(whole, test_split):
+def test_another_normalization_shows_or_is_refused(whole, digits_split):
   path = whole[0] / "pruned"
-  images, labels = test_split.images, test_split.labels
+  images, labels = digits_split.images, digits_split.labels
   inputs = sapr.load_info(path).inputs
   wrong = dataclasses.replace(inputs, mean=(0.9,), std=(0.05,))
   got = sapr.evaluate(*sapr.load(path), data=(images, labels), inputs=wrong)
