@@ -265,7 +265,7 @@ def test_a_whole_way_from_training_to_a_fine_tuned_network(tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   short = ["train.epochs=1", "train.decay_epochs=()", "prune.start_epoch=0", "finetune.epochs=1", "report.page=False"]
   short += ["finetune.decay_epochs=()", "report.latency_repeats=1", "model.width_multiplier=0.5"]
-  settings = [part for setting in short for part in ("--set", setting)]
+  settings = ["--set", *short]
   done = started("train", "digits", "run", *settings, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   given = ["prune", "run/dense", "small", "--source", "digits", "--finetune-epochs", "1", "--json"]

@@ -14,7 +14,7 @@ SUMMARY = "run an experiment, or go on with it: train, prune, fine-tune"
 EXAMPLES = """\
 examples:
   sapr train digits runs/digits
-  sapr train resnet56_cifar10 runs/half --set prune.p=0.5 --set seed=1
+  sapr train resnet56_cifar10 runs/half --set prune.p=0.5 seed=1
   sapr train my_experiment.py runs/mine --distributed
 
 Other options are those of python -m sapr_jax.main, whose --help lists the experiments.
@@ -33,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("workdir", metavar="WORKDIR", help="folder for checkpoints, records and the pruned model")
   parser.add_argument(
     "--set",
-    action="append",
+    action="extend",
+    nargs="+",
     default=[],
     metavar="NAME=VALUE",
-    help="another value for a field of the configuration, such as train.epochs=10; may be repeated",
+    help="other values for fields of the configuration, such as train.epochs=10 seed=1",
   )
 
 
