@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from sapr_jax.commands.answer import Answer, size_of, table
-from sapr_jax.commands.networks import add_shape, count, open_saved, written
+from sapr_jax.commands.networks import add_shape, open_saved, written
 from sapr_jax.errors import InputError
 
 SUMMARY = "measure latency and memory, pruned against dense, on this device"
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Answer:
   for name, network in saved.items():
     facts[name] = {
       "macs": channels.count_macs(network.model, network.variables, shapes[0]),
-      "params": count(network.variables),
+      "params": network.info.params,
       "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(network.variables)),
     }
   pairs = {name: (network.model, network.variables) for name, network in saved.items()}

@@ -117,11 +117,13 @@ def _fresh(
   args: argparse.Namespace, model: Any, shape: Any, facts: dict[str, Any], select: str, head: str | None = None
 ) -> Answer:
   """Answers for a network without weights."""
+  from sapr_jax.artifacts import count_params
+
   shape = args.input_shape or shape or networks.usual_shape(model)
   variables = networks.abstract_variables(model, shape)
   graph = _graph(model, variables, shape, select, "float32")
   facts = {"target": args.target, "class": type(model).__name__, "input_shape": list(shape), **facts}
-  facts |= {"params": networks.count(variables), **_facts(graph, {})}
+  facts |= {"params": count_params(variables), **_facts(graph, {})}
   what = f"{type(model).__name__}, inputs of {networks.written(shape)}"
   lines = [f"{head}\n{what}" if head else f"{args.target}: {what}", _counts(graph, facts["params"]), ""]
   return Answer(facts, "\n".join([*lines, *_text(graph, {})]))

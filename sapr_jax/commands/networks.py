@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -83,13 +82,6 @@ def abstract_variables(model: Any, input_shape: tuple[int, ...]) -> Any:
 
   with errors_of_model(f"The network and an input of {written(input_shape)}"):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *input_shape)))
-
-
-def count(variables: Any) -> int:
-  """Returns the number of parameters, of arrays or of their shapes."""
-  import jax
-
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
 
 
 def name_of(base: Any) -> str:
