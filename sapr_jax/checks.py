@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 
 def shown(value: Any, limit: int = 100) -> str:
@@ -32,6 +32,14 @@ def check_type(name: str, value: Any, kind: type, cure: str) -> None:
   """Raises `InputError` unless `value` is a `kind`; `cure` says where one comes from."""
   if not isinstance(value, kind):
     raise InputError(f"{name} must be a {kind.__name__}, got {shown(value)}; {cure}.")
+
+
+def check_tree(name: str, tree: Any) -> None:
+  """Raises `InputError` if JAX cannot go through `tree`, as its names do not compare."""
+  try:
+    jax.tree.structure(tree)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{name} must be a tree of arrays whose names are text, got {one_line(error, 100)}.") from error
 
 
 def check_function(name: str, value: Any, cure: str) -> None:

@@ -1,5 +1,6 @@
 """Channels that must be cut together in a network, and the cutting. Knows nothing of training, data or the paper."""
 
+from sapr_jax.channels.call import Call, abstract_image, checked_kwargs
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
 from sapr_jax.channels.linen import (
   NarrowModule,
@@ -12,11 +13,11 @@ from sapr_jax.channels.linen import (
   prune,
   trace_channels,
 )
-from sapr_jax.channels.pruning import abstract_image
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
 __all__ = [
+  "Call",
   "ChannelGraph",
   "ChannelGroup",
   "Masks",
@@ -28,6 +29,7 @@ __all__ = [
   "check_module",
   "check_params",
   "check_variables",
+  "checked_kwargs",
   "count_macs",
   "dense_features",
   "errors_of_model",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import sapr_jax.channels.contractions
 import sapr_jax.channels.primitives  # noqa: F401
 from sapr_jax.channels.atoms import Axis, atoms, channel_index, find, fix, fix_repeated_factors
+from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import ChannelGroup, ChannelPolynomial, Layer, Member, Role, polynomial
 from sapr_jax.channels.program import Program
 from sapr_jax.channels.rules import AxisInterpreter, Contraction, ParamKey, Place, Value, fixed_axes
@@ -45,15 +46,14 @@ class Analysis:
   groups: Sequence[tuple[Axis, ChannelGroup]]
 
 
-def interpret(
-  program: Program, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct
-) -> tuple[Axes, AxisInterpreter]:
+def interpret(program: Program, variables: Mapping[str, Any], call: Call) -> tuple[Axes, AxisInterpreter]:
   """Returns the axes of all variables, and the interpreter after it ran the program."""
   axes: dict[ParamKey, tuple[Axis, ...]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
     axes[path_of(path)] = tuple(map(Axis, jnp.shape(leaf)))
   operands = [Value(variable, zeroed_by=frozenset({key})) for key, variable in axes.items()]
-  operands.append(Value(fixed_axes(inputs.shape, "it is the network's input"), producers=frozenset({0})))
+  for array in call.arrays:
+    operands.append(Value(fixed_axes(array.shape, "it is the network's input"), producers=frozenset({0})))
   interpreter = AxisInterpreter()
   for value in interpreter.run(program.closed.jaxpr, operands):
     for axis in value.axes:
@@ -61,9 +61,9 @@ def interpret(
   return axes, interpreter
 
 
-def analyze(program: Program, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct) -> Analysis:
+def analyze(program: Program, variables: Mapping[str, Any], call: Call) -> Analysis:
   """Fixes what cannot be cut exactly, and gathers the rest in groups."""
-  axes, interpreter = interpret(program, variables, inputs)
+  axes, interpreter = interpret(program, variables, call)
   found = interpreter.contractions
   _fix_unmaskable(found, axes)
   roles = _roles(found, axes)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sapr_jax.channels.call import Call
 from sapr_jax.channels.rules import ParamKey
 from sapr_jax.checks import check_array, check_type
 from sapr_jax.errors import InputError
@@ -166,10 +167,9 @@ class ChannelGraph:
     fixed: (variable, axis, reason) for each output axis of a kernel that is not offered.
     layers: Module path -> layer, for all modules that can be narrowed.
     shapes: Variable -> its shape in the dense network.
-    costs: Costs of a sub-network by name: "macs" of all convolutions and matrix products for one image, "prunable_macs"
+    costs: Costs of a sub-network by name: "macs" of all convolutions and matrix products for `call`, "prunable_macs"
       of those that touch a group, and the number of "params".
-    inputs: Shape and dtype of the input that was traced, batch size 1.
-    apply_kwargs: Keyword arguments that the model was applied with.
+    call: Arguments that the model was applied to.
   """
 
   groups: tuple[ChannelGroup, ...]
@@ -177,26 +177,21 @@ class ChannelGraph:
   layers: Mapping[tuple[str, ...], Layer]
   shapes: Mapping[ParamKey, tuple[int, ...]]
   costs: Mapping[str, ChannelPolynomial]
-  inputs: jax.ShapeDtypeStruct
-  apply_kwargs: Mapping[str, Any]
+  call: Call
 
   def to_json(self) -> dict[str, Any]:
     """Returns the graph in JSON types, for `json.dump`.
 
     Raises:
-      InputError: If JSON cannot represent a value of `apply_kwargs`.
+      InputError: If JSON cannot represent an argument of the model.
     """
-    for name, value in self.apply_kwargs.items():
-      if not _is_json(value):
-        raise InputError(f"apply_kwargs[{name!r}] must be a JSON value to be written, got a {type(value).__name__}.")
     document = {
       "groups": [group.to_json() for group in self.groups],
       "fixed": self.fixed,
       "layers": [(path, dataclasses.asdict(layer)) for path, layer in self.layers.items()],
       "shapes": list(self.shapes.items()),
       "costs": {name: [c.coefficients.tolist(), c.factors.tolist()] for name, c in self.costs.items()},
-      "inputs": {"shape": self.inputs.shape, "dtype": self.inputs.dtype.name},
-      "apply_kwargs": dict(self.apply_kwargs),
+      "call": self.call.to_json(),
     }
     return json.loads(json.dumps(document))
 
@@ -217,8 +212,7 @@ class ChannelGraph:
           name: ChannelPolynomial(*(np.array(part, np.int64) for part in parts))
           for name, parts in document["costs"].items()
         },
-        inputs=jax.ShapeDtypeStruct(tuple(document["inputs"]["shape"]), jnp.dtype(document["inputs"]["dtype"])),
-        apply_kwargs=dict(document["apply_kwargs"]),
+        call=Call.from_json(document["call"]),
       )
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
       reason = f"{type(error).__name__}: {str(error)[:200]}"
@@ -242,7 +236,7 @@ class ChannelGraph:
     return sums.astype(np.int64) if all(np.isin(mask, (0, 1)).all() for mask in concrete) else sums
 
   def macs(self, masks: Masks | None = None) -> Any:
-    """Counts the multiply-accumulates of convolutions and matrix products for one image.
+    """Counts the multiply-accumulates of convolutions and matrix products for one call, or one image by `input_shape`.
 
     Args:
       masks: Which channels are kept; None for the dense network.
@@ -336,13 +330,6 @@ def polynomial(terms: Sequence[tuple[int, tuple[int, ...]]], num_groups: int) ->
   return ChannelPolynomial(
     np.array(list(merged.values()), np.int64), np.array(rows, np.int64).reshape(len(merged), degree)
   )
-
-
-def _is_json(value: Any) -> bool:
-  try:
-    return bool(json.loads(json.dumps(value)) == value)
-  except (TypeError, ValueError):
-    return False
 
 
 Selection = Literal["blocks", "unjoined", "exact"] | Callable[[ChannelGroup], bool]

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from sapr_jax.channels.analysis import interpret
+from sapr_jax.channels.call import Call, call_of
 from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
 from sapr_jax.channels.program import FrontEnd, Program
-from sapr_jax.channels.pruning import Dense, abstract_image, cut, find_graph
+from sapr_jax.channels.pruning import Dense, cut, find_graph
 from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
 from sapr_jax.checks import is_integer, shown
 from sapr_jax.errors import InputError, one_line
@@ -30,58 +31,64 @@ _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_g
 def trace_channels(
   model: nn.Module,
   variables: Mapping[str, Any],
-  input_shape: Sequence[int],
-  *,
+  *args: Any,
+  input_shape: Sequence[int] | None = None,
   select: Selection = "blocks",
   apply_kwargs: Mapping[str, Any] | None = None,
   input_dtype: Any = jnp.float32,
+  **kwargs: Any,
 ) -> ChannelGraph:
   """Finds the channels of `model` that can be cut together without changing what is computed from the others.
 
-  `model.apply(variables, x, **apply_kwargs)` is traced abstractly (nothing is computed, and `variables` may be
+  `model.apply(variables, *args, **kwargs)` is traced abstractly (nothing is computed, and all arrays may be
   `jax.ShapeDtypeStruct`s). Channels that go through an operation without a rule are fixed: the graph is never
   wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons. A narrower model is traced too, and
   channels are fixed that the model's own code cannot do without (a reshape to a constant number of channels).
 
   Args:
-    model: A Flax linen module that maps images to any pytree of arrays, in evaluation mode.
+    model: A Flax linen module.
     variables: Its variables: `{"params": ..., "batch_stats": ...}`.
-    input_shape: Shape of its input, `[batch, height, width, channels]`; the batch is traced as 1.
+    *args: What the model is applied to in evaluation mode, any pytrees: `trace_channels(model, variables, tokens)`.
+      Costs are those of this call, so a batch of one is best. A tuple of integers alone is taken as `input_shape`.
+    input_shape: The short form for images, `[batch, height, width, channels]`; the batch is traced as 1.
     select: Which of the groups that can be cut exactly are offered. "blocks" is the paper's choice: groups inside one
       sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
       head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
       `ChannelGroup`.
-    apply_kwargs: Further arguments of `apply` that choose the evaluation mode, such as `{"train": False}`.
-    input_dtype: Dtype of the input.
+    apply_kwargs: Further arguments of `apply`, such as `{"train": False}`; in particular those that have the names of
+      arguments of this function.
+    input_dtype: Dtype of the array with `input_shape`.
+    **kwargs: Further arguments of `apply`: `mask=mask, train=False`, or `rngs` where it needs them.
 
   Returns:
     The graph of the groups offered.
 
   Raises:
-    InputError: If `variables` or `input_shape` does not fit `model`, `select` is unknown, or it offers no group; the
+    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, or it offers no group; the
       message says which choice would.
 
   References:
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
-  inputs = abstract_image(input_shape, input_dtype)
-  return find_graph(Dense(LINEN, model, variables, inputs, _checked_kwargs(apply_kwargs)), select)
+  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
+  return find_graph(Dense(LINEN, model, variables, call), select)
 
 
 def count_macs(
   model: nn.Module,
   variables: Mapping[str, Any],
-  input_shape: Sequence[int],
-  *,
+  *args: Any,
+  input_shape: Sequence[int] | None = None,
   apply_kwargs: Mapping[str, Any] | None = None,
   input_dtype: Any = jnp.float32,
+  **kwargs: Any,
 ) -> int:
-  """Counts the multiply-accumulates of all convolutions and matrix products of `model` for one image.
+  """Counts the multiply-accumulates of all convolutions and matrix products of `model` for one call, or one image.
 
   Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
   """
-  inputs = abstract_image(input_shape, input_dtype)
-  _, interpreter = interpret(_trace(model, variables, inputs, _checked_kwargs(apply_kwargs)), variables, inputs)
+  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
+  _, interpreter = interpret(_trace(model, variables, call), variables, call)
   return sum(contraction.macs for contraction in interpreter.contractions)
 
 
@@ -264,9 +271,7 @@ def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule
   return NarrowModule(base, tuple((path, tuple(sorted(fields.items()))) for path, fields in sorted(widths.items())))
 
 
-def _trace(
-  model: nn.Module, variables: Mapping[str, Any], inputs: jax.ShapeDtypeStruct, apply_kwargs: Mapping[str, Any]
-) -> Program:
+def _trace(model: nn.Module, variables: Mapping[str, Any], call: Call) -> Program:
   """Traces `model.apply`, and notes the field `features` of its modules."""
   features: dict[tuple[str, ...], int] = {}
 
@@ -276,22 +281,15 @@ def _trace(
       features[context.module.path] = value
     return next_fun(*args, **kwargs)
 
-  def apply(variables, x):
+  def apply(variables, *arrays):
+    args, kwargs = call.filled(arrays)
     with nn.intercept_methods(note_features):
-      return model.apply(variables, x, **apply_kwargs)
+      return model.apply(variables, *args, **kwargs)
 
   check_module(model)
   check_variables(variables)
-  with errors_of_model(f"The model, its variables and an input of shape {inputs.shape}"):
-    return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), inputs), features)
-
-
-def _checked_kwargs(apply_kwargs: Any) -> dict[str, Any]:
-  if apply_kwargs is None:
-    return {}
-  if not isinstance(apply_kwargs, Mapping) or not all(isinstance(name, str) for name in apply_kwargs):
-    raise InputError(f"apply_kwargs must map names to values, such as {{'train': False}}, got {shown(apply_kwargs)}.")
-  return dict(apply_kwargs)
+  with errors_of_model(f"The model, its variables and the inputs ({call})"):
+    return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), *call.arrays), features)
 
 
 def check_module(model: Any) -> None:
@@ -309,13 +307,14 @@ def errors_of_model(parts: str, kinds: type[Exception] = Exception) -> Iterator[
     yield
   except kinds as error:
     reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
-    raise InputError(
-      f"{parts} do not fit together: {reason}. Pass the variables of this model, all collections, made for such inputs."
-    ) from error
+    cure = "Pass the variables of this model, all collections, made for such inputs"
+    if isinstance(error, TypeError) and "required" in reason and "missing" in reason:
+      cure = "Pass these arguments too, as in model.apply"
+    raise InputError(f"{parts} do not fit together: {reason}. {cure}.") from error
 
 
-def _apply(model: nn.Module, variables: Mapping[str, Any], inputs: jax.Array, apply_kwargs: Mapping[str, Any]) -> Any:
-  return model.apply(variables, inputs, **apply_kwargs)
+def _apply(model: nn.Module, variables: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+  return model.apply(variables, *args, **kwargs)
 
 
 LINEN = FrontEnd(_trace, _apply, _narrow)

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import ChannelGraph, Masks
 from sapr_jax.channels.rules import Place, inner_jaxprs, shape_of
 
@@ -19,7 +19,7 @@ class Program:
   """A traced network.
 
   Attributes:
-    closed: Its closed jaxpr. The inputs are the leaves of the variables, then the image.
+    closed: Its closed jaxpr. The inputs are the leaves of the variables, then the arrays of the call.
     features: Module path -> number of output channels, for all modules that have it as a field.
   """
 
@@ -32,14 +32,13 @@ class FrontEnd:
   """The functions that a module library provides; all else in `channels` is the same for each.
 
   Attributes:
-    trace: (model, variables, inputs, apply_kwargs) -> its program in evaluation mode. Variables and inputs may be
-      `jax.ShapeDtypeStruct`s.
-    apply: (model, variables, inputs, apply_kwargs) -> its outputs, any pytree of arrays.
+    trace: (model, variables, call) -> its program. Variables may be `jax.ShapeDtypeStruct`s.
+    apply: (model, variables, args, kwargs) -> its outputs, any pytree of arrays.
     narrow: (model, graph, masks) -> the model with the layers that `masks` leaves.
   """
 
-  trace: Callable[[Any, Mapping[str, Any], jax.ShapeDtypeStruct, Mapping[str, Any]], Program]
-  apply: Callable[[Any, Mapping[str, Any], jax.Array, Mapping[str, Any]], Any]
+  trace: Callable[[Any, Mapping[str, Any], Call], Program]
+  apply: Callable[[Any, Mapping[str, Any], Sequence[Any], Mapping[str, Any]], Any]
   narrow: Callable[[Any, ChannelGraph, Masks], Any]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from sapr_jax.channels.analysis import Analysis, analyze, costs, reasons_left_out, shapes_after_cut
 from sapr_jax.channels.atoms import Axis, fix
+from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection, check_graph
 from sapr_jax.channels.program import FrontEnd, Program, ProgramError, difference
 from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of, prune_tree
-from sapr_jax.checks import check_concrete, check_dtype, is_integer, shown
+from sapr_jax.checks import check_concrete, shown
 from sapr_jax.errors import InputError
 
 
@@ -27,29 +28,20 @@ class Dense:
   front_end: FrontEnd
   model: Any
   variables: Mapping[str, Any]
-  inputs: jax.ShapeDtypeStruct
-  apply_kwargs: Mapping[str, Any]
+  call: Call
 
   @functools.cached_property
   def program(self) -> Program:
-    return self.front_end.trace(self.model, self.variables, self.inputs, self.apply_kwargs)
+    return self.front_end.trace(self.model, self.variables, self.call)
 
   @functools.cached_property
   def analysis(self) -> Analysis:
-    return analyze(self.program, self.variables, self.inputs)
+    return analyze(self.program, self.variables, self.call)
 
   @functools.cached_property
   def groups(self) -> dict[str, tuple[Axis, ChannelGroup]]:
     """Name of a group -> its atom and the group, for all that can be cut exactly."""
     return {group.name: (atom, group) for atom, group in self.analysis.groups}
-
-
-def abstract_image(input_shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-  """Returns the abstract input of batch size 1."""
-  shape = tuple(input_shape) if isinstance(input_shape, Sequence | np.ndarray) else ()
-  if len(shape) < 2 or not all(is_integer(size) and 0 < size < 2**31 for size in shape):
-    raise InputError(f"input_shape must be positive sizes, such as (1, 32, 32, 3), got {shown(input_shape)}.")
-  return jax.ShapeDtypeStruct((1, *map(int, shape[1:])), check_dtype("input_dtype", dtype))
 
 
 def find_graph(dense: Dense, select: Selection) -> ChannelGraph:
@@ -78,8 +70,7 @@ def _offer(dense: Dense, select: Selection) -> ChannelGraph:
     layers=dense.analysis.layers,
     shapes={key: tuple(axis.size for axis in variable) for key, variable in dense.analysis.axes.items()},
     costs=costs(dense.analysis, atoms),
-    inputs=dense.inputs,
-    apply_kwargs=dense.apply_kwargs,
+    call=dense.call,
   )
 
 
@@ -138,7 +129,7 @@ def cut(
   check_concrete("variables", dict(variables), "prune")
   _check_fit(variables, graph)
   small_variables = prune_tree(dict(variables), graph, masks)
-  dense = Dense(front_end, model, variables, graph.inputs, graph.apply_kwargs)
+  dense = Dense(front_end, model, variables, graph.call)
   _check_same_groups(dense, graph)
   if (reason := _wrong(dense, graph, masks)) is not None:
     culprit = _culprit(dense, graph, masks)
@@ -171,9 +162,7 @@ def _difference_after_cut(dense: Dense, graph: ChannelGraph, masks: Masks) -> st
   """Traces the small model and compares it with the dense one (see `difference`)."""
   small = dense.front_end.narrow(dense.model, graph, masks)
   try:
-    program = dense.front_end.trace(
-      small, prune_tree(abstract(dict(dense.variables)), graph, masks), dense.inputs, dense.apply_kwargs
-    )
+    program = dense.front_end.trace(small, prune_tree(abstract(dict(dense.variables)), graph, masks), dense.call)
   except Exception as error:  # the model's own code may fail in any way
     cause = error.__cause__ or error
     reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
@@ -193,10 +182,10 @@ def _wrong(dense: Dense, graph: ChannelGraph, masks: Masks) -> str | None:
   small = dense.front_end.narrow(dense.model, graph, masks)
   # The variables as they are may hide a difference: a scale that is zero at first, units that are dead.
   for drawn in (dense.variables, _draw_variables(dense.variables)):
-    inputs = _draw_inputs(graph)
+    args, kwargs = graph.call.filled(_draw_inputs(graph.call))
     masked = {**drawn, "params": mask_params(drawn["params"], graph, masks)}
-    want = dense.front_end.apply(dense.model, masked, inputs, graph.apply_kwargs)
-    got = dense.front_end.apply(small, prune_tree(dict(drawn), graph, masks), inputs, graph.apply_kwargs)
+    want = dense.front_end.apply(dense.model, masked, args, kwargs)
+    got = dense.front_end.apply(small, prune_tree(dict(drawn), graph, masks), args, kwargs)
     if not all(map(_close, jax.tree.leaves(got), jax.tree.leaves(want))):
       return found
   return None
@@ -215,9 +204,17 @@ def _draw_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
   return jax.tree.map(draw, dict(variables))
 
 
-def _draw_inputs(graph: ChannelGraph) -> jax.Array:
-  draws = np.random.default_rng(1).normal(size=(2, *graph.inputs.shape[1:]))
-  return jnp.asarray(draws, graph.inputs.dtype)
+def _draw_inputs(call: Call) -> list[jax.Array]:
+  """Draws the inputs; integers are 0 or 1, as they may be tokens of any vocabulary."""
+  rng = np.random.default_rng(1)
+
+  def draw(array: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+      return jnp.broadcast_to(jax.random.key(1), array.shape)
+    is_real = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(rng.normal(size=array.shape) if is_real else rng.integers(2, size=array.shape), array.dtype)
+
+  return list(map(draw, call.arrays))
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.graph import ChannelGraph, Masks, Member, check_graph, check_masks
-from sapr_jax.checks import check_concrete, is_real, shown
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.checks import check_concrete, check_tree, is_real, shown
+from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")
 
@@ -176,14 +176,6 @@ def kept_entries(graph: ChannelGraph, masks: Masks) -> dict[tuple[str, ...], dic
       entries = np.append(mask, True)[member.channels]
       axes[member.axis] = axes.get(member.axis, np.ones_like(entries)) & entries
   return {key: {axis: np.flatnonzero(kept) for axis, kept in axes.items()} for key, axes in keep.items()}
-
-
-def check_tree(name: str, tree: Any) -> None:
-  """Raises `InputError` if JAX cannot go through `tree`, as its names do not compare."""
-  try:
-    jax.tree.structure(tree)
-  except (TypeError, ValueError) as error:
-    raise InputError(f"{name} must be a tree of arrays whose names are text, got {one_line(error, 100)}.") from error
 
 
 def check_variables(variables: Any) -> None:

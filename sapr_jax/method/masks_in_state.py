@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels import ChannelGraph, Masks
-from sapr_jax.channels.trees import check_tree
-from sapr_jax.checks import check_array, shown
+from sapr_jax.checks import check_array, check_tree, shown
 from sapr_jax.errors import InputError
 
 Tree = TypeVar("Tree")

@@ -65,6 +65,10 @@ class PrunerState(NamedTuple):
   optimizer: Any
 
 
+def _is_array(leaf: Any) -> bool:
+  return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
 class Pruner:
   """Prunes a network while somebody's own loop trains it.
 
@@ -119,7 +123,8 @@ class Pruner:
     Args:
       model: A Flax linen module.
       variables: Its variables, or their shapes.
-      inputs: What the model is applied to: an array, or its shape; the size of the batch does not matter.
+      inputs: What the model is applied to: an array, or its shape; the size of the batch does not matter. Or a tuple of
+        several arrays, or trees of them; costs are those of such a call.
       budget: Share of the MACs to keep, in (0, 1], in the layers that can be cut; or a function of the channel graph,
         such as `lambda graph: sapr.macs_budget(graph, amount=30e6, of="network")`.
       gamma: Strength of the regularization. `gamma_for(4, learning_rate, steps)` finds one that suits a schedule.
@@ -135,11 +140,11 @@ class Pruner:
     check_integer("seed", seed, 0)
     self.search = Search() if search is None else search
     check_type("search", self.search, Search, "Search(start=5, importance='l2_norm') makes one")
-    # An array has a dtype beside its shape.
-    traced = {"input_dtype": inputs.dtype} if hasattr(inputs, "dtype") and hasattr(inputs, "shape") else {}
-    shape = inputs.shape if traced else inputs
     self.model, self.gamma = model, gamma
-    self.graph = trace_channels(model, variables, shape, select=select, apply_kwargs=apply_kwargs, **traced)
+    args, traced = inputs if isinstance(inputs, tuple) and any(map(_is_array, inputs)) else (inputs,), {}
+    if len(args) == 1 and _is_array(args[0]) and args[0].ndim > 1:  # the cost of one example, whatever the batch
+      args, traced = (args[0].shape,), {"input_dtype": args[0].dtype}
+    self.graph = trace_channels(model, variables, *args, select=select, apply_kwargs=apply_kwargs, **traced)
     self.budget = self._budget(budget)
     min_width, round_to = self.search.min_width, self.search.round_to
     if round_to is None:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_params
-from sapr_jax.channels.trees import check_tree, path_of
-from sapr_jax.checks import check_number, check_type
+from sapr_jax.channels.trees import path_of
+from sapr_jax.checks import check_number, check_tree, check_type
 from sapr_jax.errors import InputError, one_line
 from sapr_jax.method.channel_norms import is_kernel
 from sapr_jax.method.masks_in_state import RegularizationState, check_extra_arguments, first_state, warn_if_idle

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax import artifacts
-from sapr_jax.channels import check_module, check_variables, errors_of_model, evaluation_kwargs
+from sapr_jax.channels import check_module, check_variables, checked_kwargs, errors_of_model, evaluation_kwargs
 from sapr_jax.checks import check_array, check_concrete, check_integer, check_path, check_type, shown
 from sapr_jax.data import EncodedSource, ImageSplit, Inputs, decode_exactly, evaluation_batches, open_split
 from sapr_jax.errors import InputError
@@ -158,11 +158,7 @@ def _mapped_step(model: nn.Module, taken: Inputs, mode: tuple[tuple[str, Any], .
 
 
 def _checked_mode(model: nn.Module, apply_kwargs: Any) -> dict[str, Any]:
-  if apply_kwargs is None:
-    return evaluation_kwargs(model)
-  if not isinstance(apply_kwargs, Mapping) or not all(isinstance(name, str) for name in apply_kwargs):
-    raise InputError(f"apply_kwargs must map names to values, such as {{'train': False}}, got {shown(apply_kwargs)}.")
-  return dict(apply_kwargs)
+  return evaluation_kwargs(model) if apply_kwargs is None else checked_kwargs(apply_kwargs)
 
 
 def _check_outputs(model: nn.Module, variables: Mapping[str, Any], images: _Images, mode: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from sapr_jax import models
-from sapr_jax.channels import ChannelGraph, NarrowModule, mask_params, prune, prune_tree, trace_channels
+from sapr_jax.channels import Call, ChannelGraph, NarrowModule, mask_params, prune, prune_tree, trace_channels
 from sapr_jax.errors import InputError
 
 
@@ -302,7 +302,7 @@ def test_a_stored_graph_prunes_like_the_first(concatenated, way):
   stored = WAYS[way](graph)
   assert stored.to_json() == graph.to_json()
   assert str(stored) == str(graph) and stored.explain() == graph.explain()
-  assert (stored.layers, stored.shapes, stored.inputs) == (graph.layers, graph.shapes, graph.inputs)
+  assert (stored.layers, stored.shapes, stored.call) == (graph.layers, graph.shapes, graph.call)
   assert (stored.macs(masks), stored.num_params(masks)) == (graph.macs(masks), graph.num_params(masks))
   small, small_variables = prune(model, variables, stored, masks)
   want, want_variables = prune(model, variables, graph, masks)
@@ -311,8 +311,8 @@ def test_a_stored_graph_prunes_like_the_first(concatenated, way):
 
 
 def test_only_json_values_can_be_written(resnet):
-  graph = dataclasses.replace(resnet[2], apply_kwargs={"train": False, "axes": (0, 1)})
-  with pytest.raises(InputError, match=r"apply_kwargs\['axes'\] must be a JSON value to be written, got a tuple"):
+  graph = dataclasses.replace(resnet[2], call=Call((), {"train": False, "noise": {1, 2}}))
+  with pytest.raises(InputError, match="noise must be of arrays and JSON values to be written, got a set"):
     graph.to_json()
   with pytest.raises(
     InputError, match=r"must be what ChannelGraph\.to_json returned; reading it gave KeyError: 'groups'"
