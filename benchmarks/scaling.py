@@ -276,7 +276,7 @@ def abstract_state(network: str) -> tuple[ChannelGraph, TrainState]:
   model = models.create(config.model.name, num_classes=classes)
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
   graph = trace_channels(model, variables, (1, size, size, 3))
-  tx = optimizers.regularized_sgd(
+  tx = optimizers.regularized_optimizer(
     config.train, optax.constant_schedule(0.1), graph, optimizers.regularization(config, 1)
   )
   generator = ArchitectureGenerator.for_graph(graph)

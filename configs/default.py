@@ -117,8 +117,9 @@ def get_config() -> ConfigDict:
 
 
 def phase() -> ConfigDict:
-  """Returns the fields of training or fine-tuning with SGD."""
+  """Returns the fields of training or fine-tuning."""
   config = ConfigDict()
+  config.optimizer = "sgd"  # sgd or adamw
   config.batch_size = 128  # of all devices together
   config.accumulate = 1  # pieces in which a device takes its part of the batch, to need less memory
   config.learning_rate = 0.1
@@ -126,7 +127,7 @@ def phase() -> ConfigDict:
   config.warmup_epochs = 0.0  # the learning rate first rises linearly for so long
   config.schedule = "step"  # step: multiply by decay_factor after each of decay_epochs; cosine: to zero
   config.decay_factor = 0.1
-  config.momentum = 0.9
+  config.momentum = 0.9  # for adamw: beta_1
   config.nesterov = False
   config.weight_decay = 1e-4
   config.distillation = ConfigDict()

@@ -105,7 +105,7 @@ CALLS = {
   "prune_tree": (sapr.prune_tree, {"tree": VARIABLES, **CUT}),
   "mask_params": (sapr.mask_params, {"params": PARAMS, **CUT}),
   "masked_apply": (masked_apply, {**NETWORK, **CUT}),
-  "NarrowModule": (sapr.NarrowModule, {"base": MODEL, "widths": (("up", (("features", 3),)),)}),
+  "NarrowModule": (sapr.NarrowModule, {"base": MODEL, "widths": (("up", (("features", 3),)),), "cuts": ()}),
   "macs_budget": (sapr.macs_budget, {"graph": GRAPH, "p": 0.5, "of": "network"}),
   "params_budget": (sapr.params_budget, {"graph": GRAPH, "amount": 10}),
   "make_budget": (sapr.make_budget, {"graph": GRAPH, "cost": "macs", "share": 0.5}),

@@ -1,6 +1,6 @@
 """A model as a directory: definition as JSON, weights as safetensors, checksums. Nothing in it is executed on loading.
 
-model.json            class and fields of the module, widths of pruned layers or cuts of variables, their shapes and dtypes,
+model.json            class and fields of the module, widths of pruned layers or cuts, variables with shapes and dtypes,
                       SHA-256 of the weights
 weights.safetensors   every variable under its path: "params/stage1_block1/conv1/kernel"
 info.json             what it takes, what was measured, how it was made, if that was given; see model_info.py

@@ -113,17 +113,21 @@ class _Dense:
       args, kwargs = call.filled(arrays)
       return apply(variables, rngs, *args, **kwargs)
 
-    self.closed, shapes = jax.make_jaxpr(flat, return_shape=True)(variables, abstract(rngs), *call.arrays)
+    trace = jax.make_jaxpr(flat, return_shape=True)
+    self.closed, shapes = trace(variables, abstract(rngs), *call.arrays)
+    # Sizes that are symbols, in an export for any batch, do not compare: their identities are found with numbers.
+    arrays = list(map(_with_numbers, call.arrays))
+    numbered = self.closed if arrays == call.arrays else trace(variables, abstract(rngs), *arrays)[0]
     self.structure = jax.tree.structure(shapes)
     self.axes: dict[ParamKey, tuple[Axis, ...]] = {
       path_of(place): tuple(map(Axis, leaf.shape)) for place, leaf in jax.tree_util.tree_leaves_with_path(variables)
     }
     operands = [Value(axes, zeroed_by=frozenset({key})) for key, axes in self.axes.items()]
-    for leaf in (*jax.tree.leaves(rngs), *call.arrays):
+    for leaf in (*jax.tree.leaves(rngs), *arrays):
       operands.append(Value(fixed_axes(leaf.shape, "it is the network's input"), producers=frozenset({0})))
     self.operands = [operand.axes for operand in operands]
     self.interpreter = AxisInterpreter(training=bool(rngs))
-    results = self.interpreter.run(self.closed.jaxpr, operands)
+    results = self.interpreter.run(numbered.jaxpr, operands)
     for value in results[: len(jax.tree.leaves(shapes[0]))]:  # the others are variables
       for axis in value.axes:
         fix(axis, "it is the network's output")
@@ -161,6 +165,10 @@ class _Dense:
         if found.setdefault(id(atom), (atom, kept))[1] != kept:
           raise ProgramError(f"axis {i} of {path} has the channels of another variable, of which {kept} stay")
     return [(atom, kept) for atom, kept in found.values() if kept < atom.size]
+
+
+def _with_numbers(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(tuple(n if is_integer(n) else 2 for n in array.shape), array.dtype)
 
 
 def _grown(variables: Any, cuts: Sequence[Cut]) -> Any:

@@ -67,10 +67,11 @@ class NarrowProgram:
 
     for i, eqn in enumerate(jaxpr.eqns):
       here = (*place, i)
-      found = self.interpreter.results[here]
-      equation = _Equation(
-        eqn, here, list(map(read, eqn.invars)), list(map(axes_of, eqn.invars)), [self._shape(a) for a in found]
-      )
+      found = self.interpreter.results.get(here, ())
+      if len(found) != len(eqn.outvars):
+        raise ProgramError("the model's code takes another way where the size of the batch is not known")
+      shapes = [self._shape(a, var) for a, var in zip(found, eqn.outvars, strict=True)]
+      equation = _Equation(eqn, here, list(map(read, eqn.invars)), list(map(axes_of, eqn.invars)), shapes)
       results = self._evaluate(equation)
       for result, shape in zip(results, equation.shapes, strict=True):
         if np.shape(result) != shape:
@@ -79,8 +80,10 @@ class NarrowProgram:
       known.update(zip(eqn.outvars, found, strict=True))
     return list(map(read, jaxpr.outvars))
 
-  def _shape(self, axes: Sequence[Axis]) -> tuple[int, ...]:
-    return tuple(map(self.size, axes))
+  def _shape(self, axes: Sequence[Axis], var: Var) -> tuple[int, ...]:
+    """Returns the narrow shape of a result. A size may be a symbol in `var`, which the interpreter saw as a number."""
+    sizes = zip(axes, map(self.size, axes), shape_of(var), strict=True)
+    return tuple(dense if n == axis.size else dense // axis.size * n for axis, n, dense in sizes)
 
   def _evaluate(self, equation: _Equation) -> list[Any]:
     name = equation.eqn.primitive.name

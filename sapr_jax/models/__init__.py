@@ -1,4 +1,4 @@
-"""Networks of the paper's experiments: ordinary Flax modules that know nothing of pruning."""
+"""Networks of the paper's experiments, and a transformer: ordinary Flax modules that know nothing of pruning."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sapr_jax.models import mobilenet_v2, resnet
 from sapr_jax.models.fast_layers import with_fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual, MobileNetV2
 from sapr_jax.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
+from sapr_jax.models.vit import EncoderBlock, VisionTransformer
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
   **{f"resnet{depth}": functools.partial(CifarResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -24,13 +25,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "resnet152": functools.partial(ResNet, blocks=(3, 8, 36, 3), bottleneck=True),
   "mobilenetv2": MobileNetV2,
   "mobilenetv2_cifar": functools.partial(MobileNetV2, num_classes=10, small_images=True, dropout=0.0),
+  "vit_tiny": VisionTransformer,
 }
 """Name -> constructor, for `create` and the config field `model.name`.
 
 ResNets of depth 8, 14, 20, 32, 44, 56 and 110 are for CIFAR, those of depth 18, 34, 50, 101 and 152 for ImageNet.
 """
 
-CLASSES: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (CifarResNet, ResNet, MobileNetV2)}
+CLASSES: dict[str, type[nn.Module]] = {
+  cls.__name__: cls for cls in (CifarResNet, ResNet, MobileNetV2, VisionTransformer)
+}
 """Class name -> class, for definitions of models on disk."""
 
 TORCH_NAMES: dict[type[nn.Module], Callable[[Iterable[str]], dict[str, str]]] = {
@@ -66,9 +70,11 @@ __all__ = [
   "BasicBlock",
   "Bottleneck",
   "CifarResNet",
+  "EncoderBlock",
   "InvertedResidual",
   "MobileNetV2",
   "ResNet",
+  "VisionTransformer",
   "create",
   "with_fast_layers",
 ]

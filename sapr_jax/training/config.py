@@ -18,7 +18,7 @@ from sapr_jax.errors import InputError
 from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
 from sapr_jax.models import MODELS
 from sapr_jax.training.inputs import default_resize, image_size
-from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, SCHEDULES
+from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, OPTIMIZERS, SCHEDULES
 from sapr_jax.training.proposers import PROPOSERS
 
 _INT32_MAX = 2**31 - 1  # steps and images are int32 on the devices
@@ -104,6 +104,7 @@ CHANNELS = tuple_of(
 def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
   return {
     f"{name}.epochs": integer(least_epochs),
+    f"{name}.optimizer": OneOf(OPTIMIZERS),
     f"{name}.batch_size": integer(1),
     f"{name}.accumulate": integer(1),
     f"{name}.learning_rate": POSITIVE,
@@ -214,6 +215,11 @@ def check_config(config: Any) -> None:
     raise InputError(
       f"data.test_images must be unset where data.validation_images={config.data.validation_images} are evaluated in"
       f" their place, got {config.data.test_images}."
+    )
+  if config.train.optimizer != "sgd" and config.prune.form == "penalty":
+    raise InputError(
+      f"prune.form must be proximal where train.optimizer={config.train.optimizer}, which would rescale a penalty's"
+      " gradient, got penalty."
     )
   distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
   if distilled and config.prune.start_epoch == 0 and config.init.weights is None:

@@ -60,20 +60,33 @@ MIN_NDIM_OF_DECAYED: Mapping[str, int] = {"all": 0, "kernels": 2, "convolutions"
 
 
 def sgd(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
-  """SGD with momentum and weight decay, by default on all parameters, as in PyTorch's training examples (supplement A).
-
-  Args:
-    phase: `config.train` or `config.finetune`.
-    schedule: The learning rate as a function of the step.
-
-  Returns:
-    The optimizer; `phase.weight_decay_of` says which parameters are decayed, see `MIN_NDIM_OF_DECAYED`.
-  """
-  ndim = MIN_NDIM_OF_DECAYED[phase.weight_decay_of]
-  decay = optax.add_decayed_weights(
-    phase.weight_decay, mask=lambda params: jax.tree.map(lambda w: w.ndim >= ndim, params)
-  )
+  """SGD with momentum and weight decay, by default on all parameters, as in PyTorch's examples (supplement A)."""
+  decay = optax.add_decayed_weights(phase.weight_decay, mask=_decayed(phase))
   return optax.chain(decay, optax.sgd(schedule, phase.momentum or None, nesterov=phase.nesterov))
+
+
+def adamw(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter, ICLR 2019); `phase.momentum` is its beta_1."""
+  return optax.adamw(
+    schedule, b1=phase.momentum, weight_decay=phase.weight_decay, mask=_decayed(phase), nesterov=phase.nesterov
+  )
+
+
+def _decayed(phase: Any) -> Callable[[Any], Any]:
+  ndim = MIN_NDIM_OF_DECAYED[phase.weight_decay_of]
+  return lambda params: jax.tree.map(lambda w: w.ndim >= ndim, params)
+
+
+OPTIMIZERS: Mapping[str, Callable[[Any, Schedule], optax.GradientTransformation]] = {"sgd": sgd, "adamw": adamw}
+"""Name -> function of (phase, learning rate as a function of the step); a phase is `config.train` or `config.finetune`.
+
+`phase.weight_decay_of` says which parameters are decayed, see `MIN_NDIM_OF_DECAYED`.
+"""
+
+
+def optimizer(phase: Any, schedule: Schedule) -> optax.GradientTransformation:
+  """Returns the optimizer that `phase.optimizer` names."""
+  return OPTIMIZERS[phase.optimizer](phase, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +122,10 @@ def shrinkage(config: Any, steps_per_epoch: int, gamma: float) -> float:
   return shrinkage_of(gamma, schedule, steps, momentum=config.train.momentum)
 
 
-def regularized_sgd(
+def regularized_optimizer(
   phase: Any, schedule: Schedule, graph: ChannelGraph, how: Regularization
 ) -> optax.GradientTransformationExtraArgs:
-  """SGD with the partial regularization: a penalty before it, or a proximal step after it.
+  """The optimizer with the partial regularization: a penalty before it, or a proximal step after it.
 
   Args:
     phase: `config.train`.
@@ -123,6 +136,6 @@ def regularized_sgd(
   # That masks come in time, the stage sees to; a call of the host would keep the program out of the cache on disk.
   options: Any = {"weighting": how.weighting, "expected_from": None}
   if how.form == "penalty":
-    return optax.chain(regularize_by_penalty(graph, how.gamma, **options), sgd(phase, schedule))
+    return optax.chain(regularize_by_penalty(graph, how.gamma, **options), optimizer(phase, schedule))
   prox = regularize_by_prox(graph, schedule, how.gamma, momentum=phase.momentum, **options)
-  return optax.chain(sgd(phase, schedule), prox)
+  return optax.chain(optimizer(phase, schedule), prox)

@@ -32,7 +32,7 @@ def training_stage(experiment: Experiment, proposer: Proposer, weighting: Weight
   """
   config, passes, graph = experiment.config, experiment.passes, experiment.graph
   schedule, steps_per_epoch = _schedule(config.train, passes), passes.feed.num_train // config.train.batch_size
-  tx = optimizers.regularized_sgd(
+  tx = optimizers.regularized_optimizer(
     config.train, schedule, graph, optimizers.regularization(config, steps_per_epoch, weighting)
   )
   distilled = any(config[name].distillation.weight for name in ("train", "finetune"))
@@ -139,7 +139,7 @@ def finetuning_stage(
   config, passes = experiment.config, experiment.passes
   phase = config.finetune if phase is None else phase
   schedule = _schedule(phase, passes)
-  tx = optimizers.sgd(phase, schedule)
+  tx = optimizers.optimizer(phase, schedule)
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     if not _is_evaluated(epoch, phase.epochs, config):

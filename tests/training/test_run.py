@@ -238,7 +238,7 @@ def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
 def test_the_optimizer_of_training_regularizes_in_the_form_that_is_asked_for(tiny, form):
   config = small_config(prune__form=form, train__weight_decay=0.0)
   params, graph, phase, gamma = tiny.params, tiny.graph, config.train, config.prune.gamma
-  tx = optimizers.regularized_sgd(
+  tx = optimizers.regularized_optimizer(
     phase, lambda step: phase.learning_rate, graph, optimizers.Regularization(form, gamma)
   )
   masks = {name: np.arange(len(mask)) % 2 for name, mask in graph.full_masks().items()}
