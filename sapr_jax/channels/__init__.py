@@ -5,14 +5,12 @@ from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, c
 from sapr_jax.channels.linen import (
   NarrowModule,
   check_module,
-  count_macs,
   dense_features,
   errors_of_model,
   evaluation_kwargs,
   masked_apply,
-  prune,
-  trace_channels,
 )
+from sapr_jax.channels.networks import count_macs, prune, trace_channels
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
