@@ -124,9 +124,7 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
   if isinstance(variables, ChannelGraph):
     variables, graph, masks = None, variables, masks if graph is None else graph
   if variables is not None:
-    raise InputError(
-      f"An NNX module is cut by prune(module, graph, masks), got {shown(variables)} in place of the graph."
-    )
+    raise InputError(f"graph must be a ChannelGraph in prune(module, graph, masks) of NNX, got {shown(variables)}.")
   return prune_module(model, graph, masks)
 
 

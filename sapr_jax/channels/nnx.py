@@ -1,4 +1,4 @@
-"""The front end for Flax NNX. A module holds its variables, and its layers take their sizes from them: no path is named."""
+"""The front end for Flax NNX: a module holds its variables, and the fields of its layers are set by their shapes."""
 
 from __future__ import annotations
 
@@ -99,11 +99,12 @@ def _sizes_of_conv(layer: nnx.Conv) -> dict[str, Any]:
 
 
 def _sizes_of_norm(layer: Any) -> dict[str, Any]:
-  held = [getattr(layer, name, None) for name in ("scale", "bias", "mean")]
-  sizes = {"num_features": math.prod(variable.shape) for variable in held if variable is not None}
-  if sizes and isinstance(layer, nnx.GroupNorm):
-    sizes["num_groups"] = sizes["num_features"] // layer.group_size
-  return sizes
+  held = [variable for name in ("scale", "bias", "mean") if (variable := getattr(layer, name, None)) is not None]
+  if not held:
+    return {}
+  num_features = math.prod(held[0].shape)
+  groups = {"num_groups": num_features // layer.group_size} if isinstance(layer, nnx.GroupNorm) else {}
+  return {"num_features": num_features, **groups}
 
 
 def _sizes_of_attention(layer: nnx.MultiHeadAttention) -> dict[str, Any]:

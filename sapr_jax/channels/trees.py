@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -113,9 +114,9 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
 
   def cut(place: Any, leaf: Any) -> Any:
     if is_by_group(leaf):
-      kept = {name: {0: np.flatnonzero(np.asarray(mask))} for name, mask in masks.items()}
+      kept = {name: {0: np.flatnonzero(np.asarray(masks[name]))} for name in leaf}
       # An array may be boxed, as in the optimizer state of NNX.
-      return {name: jax.tree.map(lambda array: _take(array, kept[name]), box) for name, box in leaf.items()}
+      return {name: jax.tree.map(functools.partial(_take, kept=kept[name]), box) for name, box in leaf.items()}
     names = path_of(place)
     # The longest path that is a variable's: `block1/conv/kernel` is not `conv/kernel`.
     for start in range(len(names)):

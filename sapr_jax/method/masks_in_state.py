@@ -82,8 +82,8 @@ def set_masks(opt_state: Tree, masks: Masks) -> Tree:
   def put(state: RegularizationState) -> RegularizationState:
     _check_fit(state.masks, masks)
     # An array may be boxed, as in the optimizer state of NNX.
-    new = {name: jax.tree.map(lambda array: placed_like(array, masks[name]), box) for name, box in state.masks.items()}
-    return state._replace(masks=new)
+    placed = {name: functools.partial(placed_like, new=masks[name]) for name in state.masks}
+    return state._replace(masks={name: jax.tree.map(placed[name], box) for name, box in state.masks.items()})
 
   return replace_states(opt_state, RegularizationState, put, _CURE)
 
