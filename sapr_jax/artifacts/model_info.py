@@ -42,8 +42,8 @@ class ModelInfo:
     config: How it was made; of a run, name of a field with dots -> value.
     macs: Multiply-accumulates for one input; None if its inputs were not saved.
     params: Number of trainable parameters.
-    widths: Path of a pruned layer -> (features in the dense network, features kept). The first is None if it is not
-      known.
+    widths: Path of a pruned layer -> (features or heads in the dense network, those kept). The first is None if it is
+      not known.
   """
 
   module: str
@@ -139,9 +139,22 @@ def _fields(value: Any) -> dict[str, Any]:
   return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
 
 
+def _widths_of_cuts(definition: Mapping[str, Any]) -> dict[str, tuple[int | None, int]]:
+  """Returns the widths of the layers whose kernels were cut along an axis of their outputs."""
+  shapes = {name: entry["shape"] for name, entry in definition["variables"].items()}
+  found: dict[str, tuple[int | None, int]] = {}
+  for name, axis, size, _ in definition.get("cuts", ()):
+    shape = shapes.get(name, ())
+    is_output = axis == len(shape) - 1 or (len(shape) == 3 and axis == 1)
+    if name.startswith("params/") and len(shape) > 1 and axis > 0 and is_output:
+      found.setdefault(name.removeprefix("params/").rpartition("/")[0], (size, shape[axis]))
+  return found
+
+
 def info_from_json(document: Any, definition: Mapping[str, Any]) -> ModelInfo:
   """Returns what `info.json` (None if there is none) and `model.json` say; raises `InputError` if they cannot be."""
   layers = {layer: fields["features"] for layer, fields in definition["widths"].items() if "features" in fields}
+  cut = _widths_of_cuts(definition)
   # A model without parameters has none in its definition either.
   params = sum(
     int(np.prod(entry["shape"], dtype=np.int64))
@@ -150,7 +163,7 @@ def info_from_json(document: Any, definition: Mapping[str, Any]) -> ModelInfo:
   )
   module = definition["base"]["class"]
   if document is None:
-    return ModelInfo(module, None, {}, {}, None, params, {layer: (None, kept) for layer, kept in layers.items()})
+    return ModelInfo(module, None, {}, {}, None, params, cut | {layer: (None, kept) for layer, kept in layers.items()})
   if not isinstance(document, dict) or document.get("format") != FORMAT:
     version = document.get("format") if isinstance(document, dict) else None
     raise InputError(f"it has format {shown(version)}; this version reads format {FORMAT}.")
@@ -159,7 +172,7 @@ def info_from_json(document: Any, definition: Mapping[str, Any]) -> ModelInfo:
   if not all(isinstance(part, dict) for part in parts) or not (macs is None or is_integer(macs)):
     raise InputError("entries are missing or of the wrong kind.")
   metrics, config, widths = parts
-  found: dict[str, tuple[int | None, int]] = {}
+  found: dict[str, tuple[int | None, int]] = {**cut}
   for layer, kept in layers.items():
     entry = widths.get(layer)
     dense = entry.get("dense") if isinstance(entry, dict) else None

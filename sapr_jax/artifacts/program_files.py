@@ -121,6 +121,7 @@ def export(
     "jax": jax.__version__,
     "class": type(_base(model)).__name__,
     "widths": {layer: dict(fields) for layer, fields in model.widths} if isinstance(model, NarrowModule) else {},
+    "cuts": list(model.cuts) if isinstance(model, NarrowModule) else [],
     "input": {"shape": [batch or "batch", *images.shape[1:]], "dtype": images.dtype.name},
     "output": jax.tree.map(
       lambda leaf: {"shape": [batch or "batch", *leaf.shape[1:]], "dtype": leaf.dtype.name}, output
@@ -172,7 +173,7 @@ def _with_dtype(model: nn.Module, dtype: Any) -> nn.Module:
       " leave it out, or build the model for it."
     )
   base = base.clone(dtype=dtype)
-  return NarrowModule(base, model.widths) if isinstance(model, NarrowModule) else base
+  return NarrowModule(base, model.widths, model.cuts) if isinstance(model, NarrowModule) else base
 
 
 def _symbolic_batch() -> Any:

@@ -1,6 +1,6 @@
 """A model as a directory: definition as JSON, weights as safetensors, checksums. Nothing in it is executed on loading.
 
-model.json            class and fields of the module, widths of the pruned layers, variables with shapes and dtypes,
+model.json            class and fields of the module, widths of pruned layers or cuts of variables, their shapes and dtypes,
                       SHA-256 of the weights
 weights.safetensors   every variable under its path: "params/stage1_block1/conv1/kernel"
 info.json             what it takes, what was measured, how it was made, if that was given; see model_info.py
@@ -31,7 +31,7 @@ from sapr_jax import models
 from sapr_jax.artifacts.files import json_text, read_bytes, temporary_prefix, write_atomically, write_json
 from sapr_jax.artifacts.model_card import CARD, model_card
 from sapr_jax.artifacts.model_info import INFO, ModelInfo, info_from_json, info_to_json
-from sapr_jax.channels import NarrowModule, check_module, check_variables
+from sapr_jax.channels import NarrowModule, are_cuts, check_module, check_variables
 from sapr_jax.checks import check_concrete, check_path, is_integer, shown
 from sapr_jax.data import Inputs
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
@@ -96,13 +96,16 @@ def save(
       flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
       weights = safetensors.flax.save(flat)
       write_atomically(temporary / WEIGHTS, weights)
-      base, widths = (model.base, model.widths) if isinstance(model, NarrowModule) else (model, ())
+      pruned = model if isinstance(model, NarrowModule) else NarrowModule(model)
+      base = pruned.base
       definition = {
         "format": FORMAT,
         "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
-        "widths": {layer: dict(fields) for layer, fields in widths},
+        "widths": {layer: dict(fields) for layer, fields in pruned.widths},
         "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
       }
+      if pruned.cuts:
+        definition["cuts"] = pruned.cuts
       checksums = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
       if info is not None:
         checksums[INFO] = _sha256(content := json_text(info).encode())
@@ -154,10 +157,11 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
     ) from error
   if base is None:
     base = _base_from_json(definition["base"], path)
-  if not definition["widths"]:
+  cuts = tuple((name, axis, size, tuple(map(tuple, parts))) for name, axis, size, parts in definition.get("cuts", ()))
+  if not definition["widths"] and not cuts:
     return base, variables
   widths = tuple((layer, tuple(sorted(fields.items()))) for layer, fields in sorted(definition["widths"].items()))
-  return NarrowModule(base, widths), variables
+  return NarrowModule(base, widths, cuts), variables
 
 
 def load_info(path: str | os.PathLike[str]) -> ModelInfo:
@@ -269,6 +273,7 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
       and isinstance(definition["sha256"][WEIGHTS], str)
       and all(_are_widths(fields) for fields in definition["widths"].values())
       and all(_is_variable(name, entry) for name, entry in definition["variables"].items())
+      and are_cuts(definition.get("cuts", []))
     )
   except (AttributeError, KeyError, TypeError):
     whole = False

@@ -3,13 +3,12 @@
 from sapr_jax.channels.call import Call, abstract_image, checked_kwargs
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
 from sapr_jax.channels.linen import (
-  NarrowModule,
-  check_module,
   dense_features,
   errors_of_model,
   evaluation_kwargs,
   masked_apply,
 )
+from sapr_jax.channels.narrow_module import NarrowModule, are_cuts, check_module
 from sapr_jax.channels.networks import count_macs, prune, trace_channels
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
@@ -22,6 +21,7 @@ __all__ = [
   "Member",
   "NarrowModule",
   "abstract_image",
+  "are_cuts",
   "check_graph",
   "check_masks",
   "check_module",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 # Imported for the rules that they register.
 import sapr_jax.channels.contractions
 import sapr_jax.channels.primitives  # noqa: F401
-from sapr_jax.channels.atoms import Axis, atoms, channel_index, find, fix, fix_repeated_factors
+from sapr_jax.channels.atoms import Axis, atoms, channel_index, find, fix, fix_repeated_factors, sizes_after_cut
 from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import ChannelGroup, ChannelPolynomial, Layer, Member, Role, polynomial
 from sapr_jax.channels.program import Program
@@ -68,7 +67,7 @@ def analyze(program: Program, variables: Mapping[str, Any], call: Call) -> Analy
   _fix_unmaskable(found, axes)
   roles = _roles(found, axes)
   layers = _layers(found, axes, roles, program.features)
-  _fix_unprunable(axes, roles, layers)
+  _fix_unprunable(axes, roles)
   return Analysis(axes, interpreter.results, found, roles, layers, _groups(found, axes, roles))
 
 
@@ -124,17 +123,15 @@ def _layers(
   return layers
 
 
-def _fix_unprunable(axes: Axes, roles: Roles, layers: Mapping[tuple[str, ...], Layer]) -> None:
-  """Fixes channels that are repeated in a product, have no kernel at either end, or whose layer cannot be narrowed."""
+def _fix_unprunable(axes: Axes, roles: Roles) -> None:
+  """Fixes channels that are repeated in a product, or have no kernel at either end."""
   produced: set[int] = set()
   consumed: set[int] = set()
   for (key, i), role in roles.items():
     (produced if role == "out" else consumed).update(id(atom) for atom in atoms(axes[key][i]))
-  for key, variable in axes.items():
-    for i, axis in enumerate(variable):
+  for variable in axes.values():
+    for axis in variable:
       fix_repeated_factors(axis)
-      if roles.get((key, i)) == "out" and not _is_narrowed(axis, layers.get(key[1:-1]), axes):
-        fix(axis, f"no field of {'/'.join(key[1:-1]) or 'the model'} sets its size")
       for atom in atoms(axis):
         if atom.size == 1:
           fix(atom, "it is a single channel")
@@ -142,10 +139,6 @@ def _fix_unprunable(axes: Axes, roles: Roles, layers: Mapping[tuple[str, ...], L
           fix(atom, "no kernel has it as output channels")
         elif id(atom) not in consumed:
           fix(atom, "no kernel reads it as input channels")
-
-
-def _is_narrowed(axis: Axis, layer: Layer | None, axes: Axes) -> bool:
-  return layer is not None and find(axes[("params", *layer.kernel)][layer.out_axis]) is find(axis)
 
 
 def _groups(contractions: Sequence[Contraction], axes: Axes, roles: Roles) -> list[tuple[Axis, ChannelGroup]]:
@@ -168,7 +161,7 @@ def _groups(contractions: Sequence[Contraction], axes: Axes, roles: Roles) -> li
         if not producers:  # here it only passes through, or no variable has it
           continue
         members = tuple(_member(axes, roles, key, i, atom) for key, i in used)
-        name = "/".join(producers[0][1:-1])
+        name = "/".join(producers[0][1:-1]) or producers[0][-1]
         names[name] = names.get(name, 0) + 1
         scope = _common_prefix([member.path[:-1] for member in members])
         found[id(atom)] = (
@@ -232,15 +225,7 @@ def shapes_after_cut(analysis: Analysis, kept: Sequence[tuple[Axis, int]]) -> di
 
   `kept` gives the number of channels that each atom keeps.
   """
-  sizes = {id(atom): size for atom, size in kept}
-
-  def size(axis: Axis) -> int:
-    axis = find(axis)
-    if id(axis) not in sizes:
-      combine = sum if axis.kind == "concatenation" else math.prod
-      sizes[id(axis)] = combine(size(part) for part in axis.parts) if axis.parts else axis.size
-    return sizes[id(axis)]
-
+  size = sizes_after_cut(kept)
   found = {}
   for place, results in analysis.results.items():
     shapes = [tuple(map(size, axes)) for axes in results]

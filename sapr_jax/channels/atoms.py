@@ -222,6 +222,31 @@ def channel_index(axis: Axis, atom: Axis) -> np.ndarray:
   return index
 
 
+def copied(axis: Axis, copies: dict[int, Axis]) -> Axis:
+  """Returns a copy of `axis` of which nothing is shared; `copies` maps ids of axes to the copies made so far."""
+  axis = find(axis)
+  if id(axis) not in copies:
+    parts = tuple(copied(part, copies) for part in axis.parts)
+    copies[id(axis)] = dataclasses.replace(axis, parts=parts)
+  return copies[id(axis)]
+
+
+def sizes_after_cut(kept: Sequence[tuple[Axis, int]]) -> Callable[[Axis], int]:
+  """Returns the function from an axis to its size, where each atom of `kept` has so many channels."""
+  sizes = {id(atom): size for atom, size in kept}
+
+  def size(axis: Axis) -> int:
+    axis = find(axis)
+    if id(axis) in sizes:
+      return sizes[id(axis)]
+    if axis.kind is None:
+      return axis.size
+    combine = sum if axis.kind == "concatenation" else math.prod
+    return combine(map(size, axis.parts))
+
+  return size
+
+
 def fix_repeated_factors(axis: Axis) -> None:
   """Fixes atoms that occur in several factors of one product: an outer product of channels with themselves."""
   axis = find(axis)

@@ -83,13 +83,13 @@ def call_of(
   """
   check_tree("The inputs of the model", (tuple(args), dict(kwargs)))
   match args:
-    case [(tuple() | list()) as shape] if not any(map(_is_array, jax.tree.leaves(shape))):
+    case [(tuple() | list()) as shape] if not any(map(is_array, jax.tree.leaves(shape))):
       if input_shape is not None:
         raise InputError(f"input_shape must be given once, got {shown(shape)} and {shown(input_shape)}.")
       args, input_shape = (), shape
   if input_shape is not None:
     args = (abstract_image(input_shape, input_dtype), *args)
-  call = Call(tuple(map(_abstract, args)), _abstract({**checked_kwargs(apply_kwargs), **kwargs}))
+  call = Call(*abstract_arrays((tuple(args), {**checked_kwargs(apply_kwargs), **kwargs})))
   if not call.arrays:
     raise InputError(
       "The inputs of the model must be arrays or jax.ShapeDtypeStructs, or input_shape=(1, 32, 32, 3), got"
@@ -119,15 +119,16 @@ def _is_abstract(leaf: Any) -> bool:
   return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+  """Says whether an argument is traced, and not passed on as it is."""
   return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _abstract(tree: Any) -> Any:
+def abstract_arrays(tree: Any) -> Any:
   """Replaces the arrays of a tree by their shapes and the dtypes that JAX would give them."""
 
   def abstract(leaf: Any) -> Any:
-    if not _is_array(leaf):
+    if not is_array(leaf):
       return leaf
     try:
       return jax.eval_shape(lambda x: x, leaf)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jax.extend.core import JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from sapr_jax.channels.atoms import Axis, fix, product, unify
 from sapr_jax.channels.rules import (
@@ -126,10 +126,8 @@ def call(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value])
 def scan(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Runs the body once: what is carried keeps its channels, what is stacked has them in every slice."""
   (jaxpr,) = inner_jaxprs(eqn)
-  # Stacked arrays have one dimension more outside than inside. Counted, as JAX releases name the numbers differently.
-  num_carry = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
-  num_fixed = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
-  num_consts = num_fixed - num_carry
+  num_consts, num_carry = scan_numbers(eqn, jaxpr)
+  num_fixed = num_consts + num_carry
   sliced = []
   for value in operands[num_fixed:]:
     fix(value.axes[0], "a scan runs along it")
@@ -154,6 +152,16 @@ def scan(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value])
     axes = (Axis(length, fixed="a scan stacks along it"), *value.axes)
     outputs.append(Value(axes, producers=value.producers))
   return outputs
+
+
+def scan_numbers(eqn: JaxprEqn, jaxpr: Jaxpr) -> tuple[int, int]:
+  """Returns how many arrays a scan passes to each iteration as they are, and how many it carries along.
+
+  Stacked arrays have one dimension more outside than inside. Counted, as JAX releases name the numbers differently.
+  """
+  num_carry = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.outvars, jaxpr.outvars, strict=True))
+  num_fixed = sum(len(shape_of(a)) == len(shape_of(b)) for a, b in zip(eqn.invars, jaxpr.invars, strict=True))
+  return num_fixed - num_carry, num_carry
 
 
 @register_rule("cond", "while")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.errors
@@ -15,12 +15,12 @@ from flax.linen.dtypes import promote_dtype
 
 from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import ChannelGraph, Masks
+from sapr_jax.channels.narrow_module import NarrowModule, check_module, merged_cuts
+from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
-from sapr_jax.checks import is_integer, shown
+from sapr_jax.checks import is_integer
 from sapr_jax.errors import InputError, one_line
-
-Widths = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 
 _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
 """Fields of layers that put another operation in place of the linear one, as for quantization."""
@@ -81,53 +81,6 @@ def _is_plain(layer: nn.Module) -> bool:
   return not own_operation and getattr(layer, "promote_dtype", promote_dtype) is promote_dtype
 
 
-class NarrowModule(nn.Module):
-  """Runs an unchanged Flax module with fewer channels in some of its layers.
-
-  Its variables have the same paths as those of `base`, and smaller shapes. It is used like any module.
-
-  Attributes:
-    base: The module as its author wrote it.
-    widths: Path of a layer, with slashes -> its changed fields: `(("block1/conv1", (("features", 13),)), ...)`.
-  """
-
-  base: nn.Module
-  widths: Widths
-
-  def __post_init__(self) -> None:
-    check_module(self.base)
-    if not _are_widths(self.widths):
-      raise InputError(
-        f"widths must be (path of a layer, ((field, size), ...)) for each layer, got {shown(self.widths)}; prune"
-        " returns such a module."
-      )
-    super().__post_init__()
-
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    changes = {path: dict(fields) for path, fields in self.widths}
-    root = len(self.path)
-
-    def narrow(next_fun, args, kwargs, context):
-      layer = context.module
-      fields = changes.get("/".join(layer.path[root:])) if hasattr(layer, "features") else None
-      if fields is None or all(getattr(layer, name) == value for name, value in fields.items()):
-        return next_fun(*args, **kwargs)
-      return getattr(layer.clone(parent=layer.scope, **fields), context.method_name)(*args, **kwargs)
-
-    with nn.intercept_methods(narrow):
-      return self.base.copy(parent=self.scope)(*args, **kwargs)
-
-
-def _are_widths(widths: Any) -> bool:
-  try:
-    return all(
-      isinstance(path, str) and all(isinstance(name, str) and is_integer(size) and size > 0 for name, size in fields)
-      for path, fields in widths
-    )
-  except (TypeError, ValueError):
-    return False
-
-
 _MODES = {"train": False, "training": False, "is_training": False, "deterministic": True}
 """Arguments by which modules are told, by custom, that they are evaluated."""
 
@@ -164,8 +117,10 @@ def dense_features(model: nn.Module, inputs: jax.ShapeDtypeStruct) -> dict[str, 
   return {}
 
 
-def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule:
-  """Returns the module with the widths that `masks` leaves."""
+def _narrow(model: nn.Module, graph: ChannelGraph, masks: Masks) -> NarrowModule | None:
+  """Returns the module with the widths that `masks` leaves, if it takes them from fields."""
+  if isinstance(model, NarrowModule) and model.cuts:
+    return None
   keep = kept_entries(graph, masks)
   base, widths = (model.base, {p: dict(f) for p, f in model.widths}) if isinstance(model, NarrowModule) else (model, {})
   for path, layer in graph.layers.items():
@@ -201,14 +156,6 @@ def _trace(model: nn.Module, variables: Mapping[str, Any], call: Call) -> Progra
     return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), *call.arrays), features)
 
 
-def check_module(model: Any) -> None:
-  """Raises `InputError` unless `model` is a module of Flax linen."""
-  if isinstance(model, nn.Module):
-    return
-  kind = "an NNX module" if any(cls.__module__.startswith("flax.nnx") for cls in type(model).__mro__) else shown(model)
-  raise InputError(f"model must be a Flax linen module, such as nn.Dense(3), got {kind}; wrap other code in a module.")
-
-
 @contextlib.contextmanager
 def errors_of_model(parts: str, kinds: type[Exception] = Exception) -> Iterator[None]:
   """Turns what a model raises into an `InputError`. It may be anything, as the model's code is the user's."""
@@ -222,8 +169,14 @@ def errors_of_model(parts: str, kinds: type[Exception] = Exception) -> Iterator[
     raise InputError(f"{parts} do not fit together: {reason}. {cure}.") from error
 
 
-def _apply(model: nn.Module, variables: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-  return model.apply(variables, *args, **kwargs)
+def _program(model: nn.Module, cuts: tuple[Cut, ...]) -> NarrowModule:
+  """Returns the module that evaluates the program of `model` with axes cut."""
+  if not isinstance(model, NarrowModule):
+    return NarrowModule(model, (), cuts)
+  together = merged_cuts(model.cuts, cuts)
+  if together is None:
+    raise InputError("The network was cut so far that its channels cannot be told apart; prune the dense one at once.")
+  return NarrowModule(model.base, model.widths, together)
 
 
-LINEN = FrontEnd(_trace, _apply, _narrow)
+LINEN = FrontEnd(_trace, _narrow, _program)

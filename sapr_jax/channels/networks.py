@@ -12,7 +12,8 @@ from flax import nnx
 from sapr_jax.channels.analysis import interpret
 from sapr_jax.channels.call import call_of
 from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
-from sapr_jax.channels.linen import LINEN, check_module
+from sapr_jax.channels.linen import LINEN
+from sapr_jax.channels.narrow_module import check_module
 from sapr_jax.channels.nnx import NNX, prune_module, variables_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, cut, find_graph
@@ -34,8 +35,7 @@ def trace_channels(
 
   `model.apply(variables, *args, **kwargs)` is traced abstractly (nothing is computed, and all arrays may be
   `jax.ShapeDtypeStruct`s). Channels that go through an operation without a rule are fixed: the graph is never
-  wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons. A narrower model is traced too, and
-  channels are fixed that the model's own code cannot do without (a reshape to a constant number of channels).
+  wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons.
 
   Args:
     model: A module of Flax linen, or of Flax NNX.
@@ -100,9 +100,11 @@ def prune(
 def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = None) -> Any:
   """Cuts the dropped channels out of a network.
 
-  The result computes what the masked network computes. This is proved: both models are traced, and the small one must
-  be the same program as the dense one, with the shapes that the masks give. If it is another program (the model's code
-  may compute a number from a width, as in `y * y.shape[-1] ** -0.5`), both are run on random inputs and must agree.
+  The result computes what the masked network computes. This is proved: the small model is traced, and must be the same
+  program as the dense one, with the shapes that the masks give. If it is another one, as the model's code does not
+  follow the cut (it holds a width as a number, or computes another from it, as in `y * y.shape[-1] ** -0.5`), the small
+  model evaluates the program of the dense one with these shapes; see `NarrowModule`. A module of NNX is not
+  cut then: the error names the group.
 
   Args:
     model: The dense network.

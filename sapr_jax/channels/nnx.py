@@ -164,4 +164,4 @@ def _narrow(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module
   return module
 
 
-NNX = FrontEnd(_trace, _apply, _narrow)
+NNX = FrontEnd(_trace, _narrow)

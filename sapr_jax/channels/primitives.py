@@ -249,6 +249,21 @@ def rev(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) 
   return [dataclasses.replace(value, zeroed_by=operands[0].zeroed_by)]
 
 
-@register_rule("iota", "rng_bit_generator", "random_bits", "random_seed", "random_wrap")
+@register_rule("bitcast_convert_type")
+def bitcast_convert_type(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Keeps the axes of numbers of as many bits."""
+  if shape_of(eqn.outvars[0]) != shape_of(eqn.invars[0]):
+    return unknown(interpreter, eqn, operands)
+  return [Value(operands[0].axes, producers=operands[0].producers)]
+
+
+@register_rule("random_bits")
+def random_bits(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Draws other numbers in another shape: that is as good in training, and changes what is computed otherwise."""
+  reason = None if interpreter.training else "it meets random numbers of the same shape"
+  return [Value(tuple(Axis(size, fixed=reason) for size in shape_of(eqn.outvars[0])))]
+
+
+@register_rule("iota", "rng_bit_generator", "random_seed", "random_wrap")
 def constant(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   return [Value(fixed_axes(shape_of(var), "it indexes a constant")) for var in eqn.outvars]

@@ -33,13 +33,14 @@ class FrontEnd:
 
   Attributes:
     trace: (model, variables, call) -> its program. Variables may be `jax.ShapeDtypeStruct`s.
-    apply: (model, variables, args, kwargs) -> its outputs, any pytree of arrays.
-    narrow: (model, graph, masks) -> the model with the layers that `masks` leaves.
+    narrow: (model, graph, masks) -> the model with the layers that `masks` leaves; None if that cannot be made.
+    program: (model, cuts) -> the model that evaluates the dense program with fewer channels (`narrow_module.Cut`), if
+      there is such a form.
   """
 
   trace: Callable[[Any, Mapping[str, Any], Call], Program]
-  apply: Callable[[Any, Mapping[str, Any], Sequence[Any], Mapping[str, Any]], Any]
   narrow: Callable[[Any, ChannelGraph, Masks], Any]
+  program: Callable[[Any, tuple[Any, ...]], Any] | None = None
 
 
 class ProgramError(Exception):

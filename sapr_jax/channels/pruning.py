@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.analysis import Analysis, analyze, costs, reasons_left_out, shapes_after_cut
-from sapr_jax.channels.atoms import Axis, fix
+from sapr_jax.channels.atoms import Axis, atoms
 from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection, check_graph
+from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program, ProgramError, difference
-from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of, prune_tree
+from sapr_jax.channels.trees import abstract, check_variables, path_of, prune_tree
 from sapr_jax.checks import check_concrete, shown
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +45,7 @@ class Dense:
 
 
 def find_graph(dense: Dense, select: Selection) -> ChannelGraph:
-  """Returns the graph of the groups that `select` chooses, without those that the model's code cannot lose."""
-  graph = _offer(dense, select)
-  refused = _refused(dense, graph)
-  for name, reason in refused.items():
-    fix(dense.groups[name][0], f"the model's code does not follow when it is cut ({reason})")
-  return _offer(dense, select) if refused else graph
-
-
-def _offer(dense: Dense, select: Selection) -> ChannelGraph:
-  """Returns the graph of the groups that `select` chooses and that are not fixed by now."""
+  """Returns the graph of the groups that `select` chooses."""
   chosen = SELECTIONS.get(select) if isinstance(select, str) else select
   if not callable(chosen):
     raise InputError(f"select must be one of {', '.join(SELECTIONS)}, or a predicate, got {shown(select)}.")
@@ -62,14 +53,14 @@ def _offer(dense: Dense, select: Selection) -> ChannelGraph:
   offered = [(atom, group) for atom, group in possible if chosen(group)]
   if not offered:
     raise InputError(_no_group_message(dense.analysis, select, [group for _, group in possible]))
-  atoms = [atom for atom, _ in offered]
+  chosen_atoms = [atom for atom, _ in offered]
   left_out = f"it can be cut exactly, but select={select!r} leaves it out"
   return ChannelGraph(
     groups=tuple(group for _, group in offered),
-    fixed=reasons_left_out(dense.analysis, atoms, left_out),
+    fixed=reasons_left_out(dense.analysis, chosen_atoms, left_out),
     layers=dense.analysis.layers,
     shapes={key: tuple(axis.size for axis in variable) for key, variable in dense.analysis.axes.items()},
-    costs=costs(dense.analysis, atoms),
+    costs=costs(dense.analysis, chosen_atoms),
     call=dense.call,
   )
 
@@ -88,34 +79,6 @@ def _no_group_message(analysis: Analysis, select: Selection, possible: Sequence[
   return f"select={select!r} finds no channel group to prune; {advice}." + (f" Fixed: {why}." if why else "")
 
 
-def _refused(dense: Dense, graph: ChannelGraph) -> dict[str, str]:
-  """Cuts one channel of each group, abstractly. Returns the groups where the model's code fails, and why.
-
-  Of K groups few fail, if any: they are found by halves, as each trace takes a while.
-  """
-
-  def failure(names: Sequence[str]) -> str | None:
-    masks = graph.full_masks()
-    for name in names:
-      masks[name][-1] = 0
-    try:
-      _difference_after_cut(dense, graph, masks)
-    except ProgramError as error:
-      return str(error)
-    return None
-
-  def failing(names: Sequence[str]) -> dict[str, str]:
-    reason = failure(names)
-    if reason is None:
-      return {}
-    if len(names) == 1:
-      return {names[0]: reason}
-    half = len(names) // 2
-    return failing(names[:half]) | failing(names[half:])
-
-  return failing([group.name for group in graph.groups])
-
-
 def cut(
   front_end: FrontEnd, model: Any, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks
 ) -> tuple[Any, dict[str, Any]]:
@@ -131,13 +94,16 @@ def cut(
   small_variables = prune_tree(dict(variables), graph, masks)
   dense = Dense(front_end, model, variables, graph.call)
   _check_same_groups(dense, graph)
-  if (reason := _wrong(dense, graph, masks)) is not None:
-    culprit = _culprit(dense, graph, masks)
-    raise InputError(
-      f"Cutting group {culprit!r} changes what the model computes ({reason}): its code derives a number from that"
-      f" width. Leave the group out by trace_channels(select=lambda group: group.name != {culprit!r} and ...)."
-    )
-  return front_end.narrow(model, graph, masks), small_variables
+  small, reason = _narrowed(dense, graph, masks)
+  if reason is not None:
+    if front_end.program is None:
+      culprit = _culprit(dense, graph, masks)
+      raise InputError(
+        f"Cutting group {culprit!r} changes what the model computes ({reason}): its code does not follow that width."
+        f" Leave the group out, by trace_channels(select=lambda group: group.name != {culprit!r} and ...)."
+      )
+    small = front_end.program(model, _cuts(dense, graph, masks))
+  return small, small_variables
 
 
 def _check_fit(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
@@ -158,74 +124,43 @@ def _check_same_groups(dense: Dense, graph: ChannelGraph) -> None:
       )
 
 
-def _difference_after_cut(dense: Dense, graph: ChannelGraph, masks: Masks) -> str | None:
-  """Traces the small model and compares it with the dense one (see `difference`)."""
+def _narrowed(dense: Dense, graph: ChannelGraph, masks: Masks) -> tuple[Any, str | None]:
+  """Returns the model with narrower layers, and why it does not compute what the masked network does, or None."""
   small = dense.front_end.narrow(dense.model, graph, masks)
+  if small is None:
+    return None, "its layers cannot be made narrower"
   try:
     program = dense.front_end.trace(small, prune_tree(abstract(dict(dense.variables)), graph, masks), dense.call)
   except Exception as error:  # the model's own code may fail in any way
-    cause = error.__cause__ or error
-    reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-    raise ProgramError(f"the small model does not run: {reason}") from error
-  kept = [(dense.groups[group.name][0], int(n)) for group, n in zip(graph.groups, graph.kept(masks), strict=True)]
-  return difference(dense.program.closed, program.closed, shapes_after_cut(dense.analysis, kept))
-
-
-def _wrong(dense: Dense, graph: ChannelGraph, masks: Masks) -> str | None:
-  """Returns why the small network does not compute what the masked one does; None if it does."""
+    return None, f"the small model does not run: {one_line(error.__cause__ or error, 200)}"
   try:
-    found = _difference_after_cut(dense, graph, masks)
+    return small, difference(
+      dense.program.closed, program.closed, shapes_after_cut(dense.analysis, _kept(dense, graph, masks))
+    )
   except ProgramError as error:
-    return str(error)
-  if found is None:
-    return None
-  small = dense.front_end.narrow(dense.model, graph, masks)
-  # The variables as they are may hide a difference: a scale that is zero at first, units that are dead.
-  for drawn in (dense.variables, _draw_variables(dense.variables)):
-    args, kwargs = graph.call.filled(_draw_inputs(graph.call))
-    masked = {**drawn, "params": mask_params(drawn["params"], graph, masks)}
-    want = dense.front_end.apply(dense.model, masked, args, kwargs)
-    got = dense.front_end.apply(small, prune_tree(dict(drawn), graph, masks), args, kwargs)
-    if not all(map(_close, jax.tree.leaves(got), jax.tree.leaves(want))):
-      return found
-  return None
+    return None, str(error)
 
 
-def _draw_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Draws positive variables, scaled so that a layer keeps the size of its input: no unit is dead."""
-  rng = np.random.default_rng(0)
-
-  def draw(leaf: Any) -> Any:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    fan_in = leaf.size // leaf.shape[-1] if leaf.ndim > 1 else 1
-    return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) / fan_in, leaf.dtype)
-
-  return jax.tree.map(draw, dict(variables))
+def _kept(dense: Dense, graph: ChannelGraph, masks: Masks) -> list[tuple[Axis, int]]:
+  return [(dense.groups[group.name][0], int(n)) for group, n in zip(graph.groups, graph.kept(masks), strict=True)]
 
 
-def _draw_inputs(call: Call) -> list[jax.Array]:
-  """Draws the inputs; integers are 0 or 1, as they may be tokens of any vocabulary."""
-  rng = np.random.default_rng(1)
-
-  def draw(array: jax.ShapeDtypeStruct) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-      return jnp.broadcast_to(jax.random.key(1), array.shape)
-    is_real = jnp.issubdtype(array.dtype, jnp.floating)
-    return jnp.asarray(rng.normal(size=array.shape) if is_real else rng.integers(2, size=array.shape), array.dtype)
-
-  return list(map(draw, call.arrays))
-
-
-def _close(a: Any, b: Any) -> bool:
-  tolerance = 1e-3 * float(jnp.max(jnp.abs(b), initial=0))
-  return np.shape(a) == np.shape(b) and bool(jnp.allclose(a, b, rtol=1e-3, atol=tolerance))
+def _cuts(dense: Dense, graph: ChannelGraph, masks: Masks) -> tuple[Cut, ...]:
+  """Returns which axes of which variables are cut, and what they are made of."""
+  kept = {id(atom): n for atom, n in _kept(dense, graph, masks)}
+  cuts = []
+  for key, variable in dense.analysis.axes.items():
+    for i, axis in enumerate(variable):
+      parts = tuple((atom.size, kept.get(id(atom), atom.size)) for atom in atoms(axis))
+      if any(n < size for size, n in parts):
+        cuts.append(("/".join(key), i, axis.size, parts))
+  return tuple(cuts)
 
 
 def _culprit(dense: Dense, graph: ChannelGraph, masks: Masks) -> str:
   """Returns the first group whose cut alone changes the result."""
   pruned = [group.name for group in graph.groups if not np.asarray(masks[group.name]).all()]
   for name in pruned:
-    if _wrong(dense, graph, {**graph.full_masks(), name: masks[name]}) is not None:
+    if _narrowed(dense, graph, {**graph.full_masks(), name: masks[name]})[1] is not None:
       return name
   return pruned[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
@@ -76,6 +77,9 @@ class AxisInterpreter:
     repetitions: How often the current equation runs for one image (the length of enclosing scans).
     next_producer: Id of the next layer; the network's input has id 0.
     place: Place of the current equation.
+    training: Whether random numbers may be drawn in other shapes: then a narrower dropout mask is as good as any.
+    margins: Place of a slice or a padding -> for each dimension of its operand, the axes (before, after) that are left
+      out or added; of size 0 where there are none.
   """
 
   contractions: list[Contraction] = dataclasses.field(default_factory=list)
@@ -83,6 +87,8 @@ class AxisInterpreter:
   repetitions: int = 1
   next_producer: int = 1
   place: Place = ()
+  training: bool = False
+  margins: dict[Place, tuple[tuple[Axis, Axis], ...]] = dataclasses.field(default_factory=dict)
 
   def run(self, jaxpr: Jaxpr, operands: Sequence[Value]) -> list[Value]:
     """Applies the rules to all equations of `jaxpr`, whose inputs are `operands`; returns the values of its outputs."""
@@ -161,12 +167,20 @@ def shape_of(var: Var | Literal) -> tuple[int, ...]:
   return getattr(var.aval, "shape", ())  # a token has no shape
 
 
-def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
-  """Returns the jaxprs among the parameters of `eqn`."""
+def dtype_of(var: Var | Literal) -> Any:
+  return getattr(var.aval, "dtype", None)
+
+
+def closed_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+  """Returns the jaxprs among the parameters of `eqn`, with their constants."""
   found = []
   for param in eqn.params.values():
     for entry in param if isinstance(param, list | tuple) else (param,):
-      jaxpr = entry.jaxpr if isinstance(entry, ClosedJaxpr) else entry
-      if isinstance(jaxpr, Jaxpr):
-        found.append(jaxpr)
+      if isinstance(entry, ClosedJaxpr | Jaxpr):
+        found.append(entry if isinstance(entry, ClosedJaxpr) else ClosedJaxpr(entry, ()))
   return found
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+  """Returns the jaxprs among the parameters of `eqn`."""
+  return [closed.jaxpr for closed in closed_jaxprs(eqn)]
