@@ -10,7 +10,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-MOST_ADDED_LINES = {"one_shot": 3, "optax_loop": 10, "train_state": 10}
+MOST_ADDED_LINES = {"nnx_loop": 10, "one_shot": 3, "optax_loop": 10, "train_state": 10}
 
 
 @pytest.mark.parametrize("name", MOST_ADDED_LINES)

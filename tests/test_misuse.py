@@ -359,7 +359,7 @@ def test_every_public_name_is_called():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: sapr.trace_channels(InNnx(), VARIABLES, (1, 3)), r"must be a Flax linen module, .* got an NNX module"),
+    (lambda: sapr.masked_apply(InNnx(), VARIABLES, GRAPH, MASKS), r"must be a Flax linen module, .* got an NNX module"),
     (
       lambda: sapr.trace_channels(len, VARIABLES, (1, 3)),
       r"must be a Flax linen module, .*got <built-in function len>",

@@ -3,15 +3,13 @@
 from sapr_jax.channels.call import Call, abstract_image, checked_kwargs
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
 from sapr_jax.channels.linen import (
-  count_macs,
   dense_features,
   errors_of_model,
   evaluation_kwargs,
   masked_apply,
-  prune,
-  trace_channels,
 )
 from sapr_jax.channels.narrow_module import NarrowModule, are_cuts, check_module
+from sapr_jax.channels.networks import count_macs, prune, trace_channels
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 

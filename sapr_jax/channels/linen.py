@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.errors
@@ -13,108 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from sapr_jax.channels.analysis import interpret
-from sapr_jax.channels.call import Call, call_of
-from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
+from sapr_jax.channels.call import Call
+from sapr_jax.channels.graph import ChannelGraph, Masks
 from sapr_jax.channels.narrow_module import NarrowModule, check_module, merged_cuts
 from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
-from sapr_jax.channels.pruning import Dense, cut, find_graph
 from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
 from sapr_jax.checks import is_integer
 from sapr_jax.errors import InputError, one_line
 
 _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
 """Fields of layers that put another operation in place of the linear one, as for quantization."""
-
-
-def trace_channels(
-  model: nn.Module,
-  variables: Mapping[str, Any],
-  *args: Any,
-  input_shape: Sequence[int] | None = None,
-  select: Selection = "blocks",
-  apply_kwargs: Mapping[str, Any] | None = None,
-  input_dtype: Any = jnp.float32,
-  **kwargs: Any,
-) -> ChannelGraph:
-  """Finds the channels of `model` that can be cut together without changing what is computed from the others.
-
-  `model.apply(variables, *args, **kwargs)` is traced abstractly (nothing is computed, and all arrays may be
-  `jax.ShapeDtypeStruct`s). Channels that go through an operation without a rule are fixed: the graph is never
-  wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons.
-
-  Args:
-    model: A Flax linen module.
-    variables: Its variables: `{"params": ..., "batch_stats": ...}`.
-    *args: What the model is applied to in evaluation mode, any pytrees: `trace_channels(model, variables, tokens)`.
-      Costs are those of this call, so a batch of one is best. A tuple of integers alone is taken as `input_shape`.
-    input_shape: The short form for images, `[batch, height, width, channels]`; the batch is traced as 1.
-    select: Which of the groups that can be cut exactly are offered. "blocks" is the paper's choice: groups inside one
-      sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
-      head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
-      `ChannelGroup`.
-    apply_kwargs: Further arguments of `apply`, such as `{"train": False}`; in particular those that have the names of
-      arguments of this function.
-    input_dtype: Dtype of the array with `input_shape`.
-    **kwargs: Further arguments of `apply`: `mask=mask, train=False`, or `rngs` where it needs them.
-
-  Returns:
-    The graph of the groups offered.
-
-  Raises:
-    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, or it offers no group; the
-      message says which choice would.
-
-  References:
-    Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
-  """
-  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
-  return find_graph(Dense(LINEN, model, variables, call), select)
-
-
-def count_macs(
-  model: nn.Module,
-  variables: Mapping[str, Any],
-  *args: Any,
-  input_shape: Sequence[int] | None = None,
-  apply_kwargs: Mapping[str, Any] | None = None,
-  input_dtype: Any = jnp.float32,
-  **kwargs: Any,
-) -> int:
-  """Counts the multiply-accumulates of all convolutions and matrix products of `model` for one call, or one image.
-
-  Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
-  """
-  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
-  _, interpreter = interpret(_trace(model, variables, call), variables, call)
-  return sum(contraction.macs for contraction in interpreter.contractions)
-
-
-def prune(
-  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks
-) -> tuple[nn.Module, dict[str, Any]]:
-  """Cuts the dropped channels out of a network.
-
-  The result computes what the masked network computes. This is proved: the small model is traced, and must be the same
-  program as the dense one, with the shapes that the masks give. If it is another one, as the model's code does not
-  follow the cut (it holds a width as a number, or computes another from it, as in `y * y.shape[-1] ** -0.5`), the small
-  model evaluates the program of the dense one with these shapes; see `NarrowModule`.
-
-  Args:
-    model: The dense network.
-    variables: Its variables, all collections.
-    graph: Its channel graph.
-    masks: Group name -> 0/1 array `[group.size]`, concrete; 1 keeps.
-
-  Returns:
-    (`NarrowModule`, its variables). Nothing in the arguments is changed.
-
-  Raises:
-    InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model
-      would compute something else; the message names the variable or the group.
-  """
-  return cut(LINEN, model, variables, graph, masks)
 
 
 def masked_apply(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -113,7 +114,9 @@ def prune_tree(tree: Tree, graph: ChannelGraph, masks: Masks) -> Tree:
 
   def cut(place: Any, leaf: Any) -> Any:
     if is_by_group(leaf):
-      return {name: _take(array, {0: np.flatnonzero(np.asarray(masks[name]))}) for name, array in leaf.items()}
+      kept = {name: {0: np.flatnonzero(np.asarray(masks[name]))} for name in leaf}
+      # An array may be boxed, as in the optimizer state of NNX.
+      return {name: jax.tree.map(functools.partial(_take, kept=kept[name]), box) for name, box in leaf.items()}
     names = path_of(place)
     # The longest path that is a variable's: `block1/conv/kernel` is not `conv/kernel`.
     for start in range(len(names)):
@@ -194,6 +197,11 @@ def abstract(tree: Tree) -> Tree:
 
 
 def path_of(place: Any) -> tuple[str, ...]:
-  """Returns the dictionary keys and names of fields on the way to a leaf."""
+  """Returns the dictionary keys and names of fields on the way to a leaf.
+
+  Without the field of a box that holds the leaf, as `nnx.Variable` does: so trees of linen and of NNX have the same.
+  """
+  if place and getattr(place[-1], "name", None) == "value":
+    place = place[:-1]
   names = (getattr(entry, "key", getattr(entry, "name", None)) for entry in place)
   return tuple(str(name) for name in names if name is not None)

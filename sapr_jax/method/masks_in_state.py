@@ -81,7 +81,9 @@ def set_masks(opt_state: Tree, masks: Masks) -> Tree:
 
   def put(state: RegularizationState) -> RegularizationState:
     _check_fit(state.masks, masks)
-    return state._replace(masks={name: placed_like(old, masks[name]) for name, old in state.masks.items()})
+    # An array may be boxed, as in the optimizer state of NNX.
+    placed = {name: functools.partial(placed_like, new=masks[name]) for name in state.masks}
+    return state._replace(masks={name: jax.tree.map(placed[name], box) for name, box in state.masks.items()})
 
   return replace_states(opt_state, RegularizationState, put, _CURE)
 
@@ -92,7 +94,8 @@ def get_masks(opt_state: Any) -> dict[str, Any]:
   Raises:
     InputError: If there is no regularization in `opt_state`.
   """
-  return dict(find_states(opt_state, RegularizationState, _CURE)[0].masks)
+  masks = find_states(opt_state, RegularizationState, _CURE)[0].masks
+  return {name: jax.tree.leaves(mask)[0] for name, mask in masks.items()}
 
 
 _CURE = "put sapr_jax.regularize_by_penalty or regularize_by_prox into the optimizer, and give what its init returned"

@@ -1,0 +1,138 @@
+"""What can be done with a network, of Flax linen or of Flax NNX: find its channels, count its costs, cut it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import nnx
+
+from sapr_jax.channels.analysis import interpret
+from sapr_jax.channels.call import call_of
+from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
+from sapr_jax.channels.linen import LINEN
+from sapr_jax.channels.narrow_module import check_module
+from sapr_jax.channels.nnx import NNX, prune_module, variables_of
+from sapr_jax.channels.program import FrontEnd
+from sapr_jax.channels.pruning import Dense, cut, find_graph
+from sapr_jax.checks import shown
+from sapr_jax.errors import InputError
+
+
+def trace_channels(
+  model: nn.Module | nnx.Module,
+  variables: Any = None,
+  *args: Any,
+  input_shape: Sequence[int] | None = None,
+  select: Selection = "blocks",
+  apply_kwargs: Mapping[str, Any] | None = None,
+  input_dtype: Any = jnp.float32,
+  **kwargs: Any,
+) -> ChannelGraph:
+  """Finds the channels of `model` that can be cut together without changing what is computed from the others.
+
+  `model.apply(variables, *args, **kwargs)` is traced abstractly (nothing is computed, and all arrays may be
+  `jax.ShapeDtypeStruct`s). Channels that go through an operation without a rule are fixed: the graph is never
+  wrong, at worst less prunable, and `ChannelGraph.explain` gives the reasons.
+
+  Args:
+    model: A module of Flax linen, or of Flax NNX.
+    variables: Of a linen module: its variables, `{"params": ..., "batch_stats": ...}`. An NNX module holds its own, and
+      the inputs follow at once: `trace_channels(module, x)`. A copy of it is traced, after `eval()`.
+    *args: What the model is applied to in evaluation mode, any pytrees: `trace_channels(model, variables, tokens)`.
+      Costs are those of this call, so a batch of one is best. A tuple of integers alone is taken as `input_shape`.
+    input_shape: The short form for images, `[batch, height, width, channels]`; the batch is traced as 1.
+    select: Which of the groups that can be cut exactly are offered. "blocks" is the paper's choice: groups inside one
+      sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
+      head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
+      `ChannelGroup`.
+    apply_kwargs: Further arguments of `apply`, such as `{"train": False}`; in particular those that have the names of
+      arguments of this function.
+    input_dtype: Dtype of the array with `input_shape`.
+    **kwargs: Further arguments of `apply`: `mask=mask, train=False`, or `rngs` where it needs them.
+
+  Returns:
+    The graph of the groups offered.
+
+  Raises:
+    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, or it offers no group; the
+      message says which choice would.
+
+  References:
+    Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
+  """
+  front_end, variables, args = _network(model, variables, args)
+  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
+  return find_graph(Dense(front_end, model, variables, call), select)
+
+
+def count_macs(
+  model: nn.Module | nnx.Module,
+  variables: Any = None,
+  *args: Any,
+  input_shape: Sequence[int] | None = None,
+  apply_kwargs: Mapping[str, Any] | None = None,
+  input_dtype: Any = jnp.float32,
+  **kwargs: Any,
+) -> int:
+  """Counts the multiply-accumulates of all convolutions and matrix products of `model` for one call, or one image.
+
+  Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
+  """
+  front_end, variables, args = _network(model, variables, args)
+  call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
+  _, interpreter = interpret(front_end.trace(model, variables, call), variables, call)
+  return sum(contraction.macs for contraction in interpreter.contractions)
+
+
+@overload
+def prune(model: nnx.Module, graph: ChannelGraph, masks: Masks, /) -> nnx.Module: ...
+
+
+@overload
+def prune(
+  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks
+) -> tuple[nn.Module, dict[str, Any]]: ...
+
+
+def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = None) -> Any:
+  """Cuts the dropped channels out of a network.
+
+  The result computes what the masked network computes. This is proved: the small model is traced, and must be the same
+  program as the dense one, with the shapes that the masks give. If it is another one, as the model's code does not
+  follow the cut (it holds a width as a number, or computes another from it, as in `y * y.shape[-1] ** -0.5`), the small
+  model evaluates the program of the dense one with these shapes; see `NarrowModule`. A module of NNX is not
+  cut then: the error names the group.
+
+  Args:
+    model: The dense network.
+    variables: Its variables, all collections; left out for a module of NNX: `prune(module, graph, masks)`.
+    graph: Its channel graph.
+    masks: Group name -> 0/1 array `[group.size]`, concrete; 1 keeps.
+
+  Returns:
+    (`NarrowModule`, its variables); for a module of NNX a smaller one of the same class. Nothing in the arguments is
+    changed.
+
+  Raises:
+    InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model
+      would compute something else; the message names the variable or the group.
+  """
+  if not isinstance(model, nnx.Module):
+    check_module(model)
+    return cut(LINEN, model, variables, graph, masks)
+  if isinstance(variables, ChannelGraph):
+    variables, graph, masks = None, variables, masks if graph is None else graph
+  if variables is not None:
+    raise InputError(f"graph must be a ChannelGraph in prune(module, graph, masks) of NNX, got {shown(variables)}.")
+  return prune_module(model, graph, masks)
+
+
+def _network(model: Any, variables: Any, args: Sequence[Any]) -> tuple[FrontEnd, Any, Sequence[Any]]:
+  """Returns the front end of a module, its variables and its inputs; NNX has no variables before the inputs."""
+  if isinstance(model, nnx.Module):
+    return NNX, variables_of(model), args if variables is None else (variables, *args)
+  check_module(model)
+  return LINEN, variables, args
