@@ -5,7 +5,8 @@ An axis can also be found to be *made of* others, and then only its parts carry 
 
   * a product, `(major, minor)`: the result of a reshape. Flattening `[H, W, C]` gives the product `H * W * C`, so a
     Dense layer after it knows which rows of its kernel belong to which channel.
-  * a concatenation: the result of `jnp.concatenate`, so the consumer knows which slice came from where.
+  * a concatenation: the result of `jnp.concatenate`, so the consumer knows which slice came from where. Likewise, an
+    axis that is sliced or split is the concatenation of the pieces, and a padded one of the padding and what it pads.
 
 Axes without parts are the *atoms*. An axis that must keep its size is *fixed*, with a reason that a person can read.
 """
@@ -79,7 +80,8 @@ def _flatten(parts: Sequence[Axis], kind: Kind) -> list[Axis]:
   flat: list[Axis] = []
   for part in map(find, parts):
     if part.kind == kind:
-      flat.extend(_flatten(part.parts, kind))
+      part.parts = tuple(_flatten(part.parts, kind))  # keeps an axis that is divided again and again shallow
+      flat.extend(part.parts)
     elif part.size != neutral_size:
       flat.append(part)
   return flat
@@ -124,11 +126,8 @@ def unify(a: Axis, b: Axis) -> None:
     _bind(b, a)
   elif a.kind == b.kind == "product":
     _unify_parts(a, b, "product", _factor)
-  elif a.kind == b.kind == "concatenation":
-    _unify_parts(a, b, "concatenation", _cut)
   else:
-    concatenated, multiplied = (a, b) if a.kind == "concatenation" else (b, a)
-    _unify_concatenation_with_product(concatenated, multiplied)
+    _unify_parts(a, b, "concatenation", _cut)
 
 
 def _bind(atom: Axis, target: Axis) -> None:
@@ -148,7 +147,10 @@ def _set_parts(atom: Axis, kind: Kind, *sizes: int) -> list[Axis]:
 
 
 def _unify_parts(a: Axis, b: Axis, kind: Kind, divide: Callable[[Axis, int], tuple[Axis, Axis] | None]) -> None:
-  """Unifies two products, or two concatenations, part by part; the larger of two parts that differ is divided."""
+  """Unifies two axes part by part, as products or as concatenations; the larger of two parts that differ is divided.
+
+  An axis that is not of this `kind` counts as one part.
+  """
   left, right = _flatten([a], kind), _flatten([b], kind)
   while left and right:
     x, y = left.pop(0), right.pop(0)
@@ -176,29 +178,29 @@ def _factor(axis: Axis, major: int) -> tuple[Axis, Axis] | None:
 
 
 def _cut(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
-  """Divides an atom or a product into its first `first` entries and the others, if its parts allow it."""
+  """Divides an axis into its first `first` entries and the others, if its parts allow it; neither may be empty."""
+  axis = find(axis)
   if axis.kind is None:
     head, tail = _set_parts(axis, "concatenation", first, axis.size - first)
     return head, tail
+  if axis.kind == "concatenation":
+    return _cut_concatenation(axis, first)
   major, *minors = _flatten([axis], "product")
   minor = product(minors)
-  if major.kind is not None or first % minor.size:
-    return None
-  head, tail = _set_parts(major, "concatenation", first // minor.size, major.size - first // minor.size)
-  return product([head, minor]), product([tail, minor])
+  pieces = None if first % minor.size else _cut(major, first // minor.size)
+  return pieces and (product([pieces[0], minor]), product([pieces[1], minor]))
 
 
-def _unify_concatenation_with_product(concatenated: Axis, multiplied: Axis) -> None:
-  major, *minors = _flatten([multiplied], "product")
-  minor = product(minors)
-  pieces = _flatten([concatenated], "concatenation")
-  if major.kind is not None or any(piece.size % minor.size for piece in pieces):
-    fix(concatenated, _INDIVISIBLE)
-    fix(multiplied, _INDIVISIBLE)
-    return
-  majors = _set_parts(major, "concatenation", *(piece.size // minor.size for piece in pieces))
-  for piece, piece_major in zip(pieces, majors, strict=True):
-    unify(piece, product([piece_major, minor]))
+def _cut_concatenation(axis: Axis, first: int) -> tuple[Axis, Axis] | None:
+  head: list[Axis] = []
+  tail = _flatten([axis], "concatenation")
+  while tail[0].size <= first:
+    head.append(tail.pop(0))
+    first -= head[-1].size
+    if not first:
+      return concatenation(head), concatenation(tail)
+  pieces = _cut(tail[0], first)
+  return pieces and (concatenation([*head, pieces[0]]), concatenation([pieces[1], *tail[1:]]))
 
 
 def channel_index(axis: Axis, atom: Axis) -> np.ndarray:

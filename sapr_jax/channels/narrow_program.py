@@ -166,8 +166,9 @@ def _slice(program: NarrowProgram, equation: _Equation) -> dict[str, Any]:
 
 def _pad(program: NarrowProgram, equation: _Equation) -> dict[str, Any]:
   margins = program.interpreter.margins[equation.place]
-  config = zip(margins, equation.eqn.params["padding_config"], strict=True)
-  return {"padding_config": tuple((program.size(a), program.size(b), inner) for (a, b), (_, _, inner) in config)}
+  lost = [[axis.size - program.size(axis) for axis in pair] for pair in margins]
+  config = zip(equation.eqn.params["padding_config"], lost, strict=True)
+  return {"padding_config": tuple((low - a, high - b, inner) for (low, high, inner), (a, b) in config)}
 
 
 _SHAPE_PARAMS: Mapping[str, Callable[[NarrowProgram, _Equation], dict[str, Any]]] = {

@@ -130,7 +130,7 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
   return prune_module(model, graph, masks)
 
 
-def _network(model: Any, variables: Any, args: Sequence[Any]) -> tuple[FrontEnd, Any, Sequence[Any]]:
+def _network(model: Any, variables: Any, args: tuple[Any, ...]) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
   """Returns the front end of a module, its variables and its inputs; NNX has no variables before the inputs."""
   if isinstance(model, nnx.Module):
     return NNX, variables_of(model), args if variables is None else (variables, *args)

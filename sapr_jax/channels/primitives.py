@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn, Var
 
-from sapr_jax.channels.atoms import Axis, concatenation, fix, mark_joined, product, unify
+from sapr_jax.channels.atoms import Axis, atoms, concatenation, fix, mark_joined, product, unify
 from sapr_jax.channels.rules import (
   AxisInterpreter,
   ParamKey,
@@ -57,12 +57,21 @@ def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
     for axis in axes:
       mark_joined(axis)
   producers = union([operand.producers for operand in operands])
-  return [Value(tuple(axes), _zeroed_by(eqn, operands), producers) for _ in eqn.outvars]
+  is_zero = eqn.primitive.name in _ZERO_PRESERVING and operands[0].is_zero
+  return [Value(tuple(axes), _zeroed_by(eqn, operands), producers, is_zero) for _ in eqn.outvars]
 
 
 @register_rule("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
 def identity(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   return list(operands)
+
+
+@register_rule("bitcast_convert_type")
+def bitcast_convert_type(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Between dtypes of one size it is elementwise; but the bits of -0.0 are no zero."""
+  if len(shape_of(eqn.outvars[0])) != len(operands[0].axes):
+    return unknown(interpreter, eqn, operands)
+  return [Value(operands[0].axes, producers=operands[0].producers)]
 
 
 def _zeroed_by(eqn: JaxprEqn, operands: Sequence[Value]) -> frozenset[ParamKey]:
@@ -149,6 +158,79 @@ def tile(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pieces of axes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _divide(axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
+  """Returns the pieces of `axis`, which becomes their concatenation.
+
+  Where nothing of `axis` can be cut they are new axes that are fixed for `reason`: pieces of space and time.
+  """
+  if all(atom.fixed for atom in atoms(axis)):
+    return [Axis(size, fixed=reason) for size in sizes]
+  pieces = [Axis(size) for size in sizes]
+  unify(axis, concatenation(pieces))
+  return pieces
+
+
+@register_rule("split")
+def split(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  (value,), along = operands, eqn.params["axis"]
+  sizes = [shape_of(var)[along] for var in eqn.outvars]
+  pieces = _divide(value.axes[along], sizes, "it is split at bounds that the model's code fixes")
+  return [dataclasses.replace(value, axes=(*value.axes[:along], p, *value.axes[along + 1 :])) for p in pieces]
+
+
+@register_rule("slice")
+def slice_(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Divides a sliced axis; with a stride, it is fixed."""
+  (value,), shape = operands, shape_of(eqn.outvars[0])
+  starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+  reason = "it is sliced at bounds that the model's code fixes"
+  axes, margins = [], []
+  for axis, size, start, limit in zip(value.axes, shape, starts, limits, strict=True):
+    before, after = Axis(int(start), fixed=reason), Axis(int(axis.size - limit), fixed=reason)
+    result = axis
+    if size != limit - start:
+      fix(axis, reason)
+      result = Axis(size, fixed=reason)
+    elif size != axis.size:
+      before, result, after = _divide(axis, (before.size, size, after.size), reason)
+    axes.append(result)
+    margins.append((before, after))
+  interpreter.margins[interpreter.place] = tuple(margins)
+  return [dataclasses.replace(value, axes=tuple(axes))]
+
+
+@register_rule("pad")
+def pad(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Adds channels of zeros at the ends of an axis; fixes an axis that is padded in another way.
+
+  A channel of zeros can be cut with those that are added to it or concatenated with it.
+  """
+  value, filling = operands
+  reason = "it is padded by a number of entries that the model's code fixes"
+  axes, margins = [], []
+  for axis, size, amounts in zip(value.axes, shape_of(eqn.outvars[0]), eqn.params["padding_config"], strict=True):
+    before, after = (Axis(max(int(amount), 0)) for amount in amounts[:2])
+    result = axis
+    if any(amounts):
+      is_exact = filling.is_zero and min(amounts) >= 0 and amounts[2] == 0
+      if is_exact and not all(atom.fixed for atom in atoms(axis)):
+        result = concatenation([before, axis, after])
+      else:
+        result = Axis(size, fixed=reason)
+        for part in (axis, before, after):
+          fix(part, reason)
+    axes.append(result)
+    margins.append((before, after))
+  interpreter.margins[interpreter.place] = tuple(margins)
+  zeroed_by = value.zeroed_by if filling.is_zero else frozenset()
+  return [Value(tuple(axes), zeroed_by, value.producers | filling.producers)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Primitives that act along some axes and leave the others alone
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -195,23 +277,11 @@ def reduce_window(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequenc
   return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is pooled over")]
 
 
-@register_rule("pad")
-def pad(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  """Fixes a padded axis: the amount is a number in the model's code, which pruning cannot change."""
-  touched = [tuple(amounts) != (0, 0, 0) for amounts in eqn.params["padding_config"]]
-  return [
-    _replace_axes(
-      eqn.outvars[0], operands[0], touched, "it is padded by a number of entries that the model's code fixes"
-    )
-  ]
-
-
-@register_rule("slice", "dynamic_slice")
-def slice_(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  """Fixes a sliced axis: the bounds are numbers in the model's code."""
+@register_rule("dynamic_slice")
+def dynamic_slice(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   shape = shape_of(eqn.outvars[0])
   touched = [axis.size != size for axis, size in zip(operands[0].axes, shape, strict=True)]
-  return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is sliced at bounds that the model's code fixes")]
+  return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is sliced at bounds that are computed")]
 
 
 @register_rule("gather")
@@ -234,13 +304,6 @@ def gather(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value
   return [Value(tuple(results), producers=value.producers | indices.producers)]
 
 
-@register_rule("split")
-def split(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  touched = [dim == eqn.params["axis"] for dim in range(len(operands[0].axes))]
-  reason = "it is split at bounds that the model's code fixes"
-  return [_replace_axes(var, operands[0], touched, reason) for var in eqn.outvars]
-
-
 @register_rule("rev")
 def rev(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   touched = [dim in eqn.params["dimensions"] for dim in range(len(operands[0].axes))]
@@ -249,21 +312,13 @@ def rev(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) 
   return [dataclasses.replace(value, zeroed_by=operands[0].zeroed_by)]
 
 
-@register_rule("bitcast_convert_type")
-def bitcast_convert_type(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  """Keeps the axes of numbers of as many bits."""
-  if shape_of(eqn.outvars[0]) != shape_of(eqn.invars[0]):
-    return unknown(interpreter, eqn, operands)
-  return [Value(operands[0].axes, producers=operands[0].producers)]
+@register_rule("iota", "rng_bit_generator", "random_seed", "random_wrap")
+def constant(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  return [Value(fixed_axes(shape_of(var), "it indexes a constant")) for var in eqn.outvars]
 
 
 @register_rule("random_bits")
 def random_bits(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  """Draws other numbers in another shape: that is as good in training, and changes what is computed otherwise."""
-  reason = None if interpreter.training else "it meets random numbers of the same shape"
-  return [Value(tuple(Axis(size, fixed=reason) for size in shape_of(eqn.outvars[0])))]
-
-
-@register_rule("iota", "rng_bit_generator", "random_seed", "random_wrap")
-def constant(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
-  return [Value(fixed_axes(shape_of(var), "it indexes a constant")) for var in eqn.outvars]
+  if not interpreter.training:
+    return constant(interpreter, eqn, operands)
+  return [Value(tuple(map(Axis, shape_of(var)))) for var in eqn.outvars]

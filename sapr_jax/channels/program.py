@@ -104,12 +104,17 @@ def _compare_operands(
 
 # Parameters of primitives that follow from the shapes of operands and results.
 _SHAPE_PARAMS = frozenset(
-  {"new_sizes", "shape", "feature_group_count", "sharding", "out_sharding", "slice_sizes", "limit_indices", "name"}
+  {
+    *("new_sizes", "shape", "feature_group_count", "sharding", "out_sharding", "slice_sizes", "sizes", "name"),
+    *("start_indices", "limit_indices"),  # the start: as far as `_starts_follow` says
+  }
 )
 
 
 def _compare_params(x: JaxprEqn, y: JaxprEqn, shapes: Shapes, place: Place) -> str | None:
   first: str | None = None
+  if x.primitive.name == "slice" and not _starts_follow(x, y):
+    first = f"`slice` has start_indices={y.params['start_indices']} instead of {x.params['start_indices']}"
   for name in sorted(x.params.keys() & y.params.keys() - _SHAPE_PARAMS):
     u, v = x.params[name], y.params[name]
     # Others are functions and objects that differ at each trace.
@@ -119,6 +124,30 @@ def _compare_params(x: JaxprEqn, y: JaxprEqn, shapes: Shapes, place: Place) -> s
     found = _compare(inner_x, inner_y, shapes, place)
     first = first or found
   return first
+
+
+def _starts_follow(x: JaxprEqn, y: JaxprEqn) -> bool:
+  """Returns whether a slice that gives the right number of entries certainly gives the right ones.
+
+  That is not known of a slice in the middle of an axis that loses channels outside of it: they may be before or after.
+  """
+  if x.params["strides"] is not None:
+    return x.params["start_indices"] == y.params["start_indices"]
+  ends = [(*shape_of(e.invars[0]), *shape_of(e.outvars[0])) for e in (x, y)]
+  rank = len(x.params["start_indices"])
+  for dim, (start, limit, found) in enumerate(
+    zip(x.params["start_indices"], x.params["limit_indices"], y.params["start_indices"], strict=True)
+  ):
+    outside, left = (shape[dim] - shape[rank + dim] for shape in ends)
+    if start == 0 or outside == left:
+      right = start
+    elif limit == ends[0][dim]:
+      right = left
+    else:
+      return False
+    if found != right:
+      return False
+  return True
 
 
 def _holds_jaxpr(param: Any) -> bool:

@@ -35,11 +35,13 @@ class Value:
       that is only cast or transposed, the kernel itself; empty for the output of a layer.
     producers: Ids of the nearest layers before it (convolutions and matrix products; the input counts as one). Empty if
       it does not depend on the input.
+    is_zero: Whether it is known to be zero everywhere, as a literal 0 is.
   """
 
   axes: tuple[Axis, ...]
   zeroed_by: frozenset[ParamKey] = frozenset()
   producers: frozenset[int] = frozenset()
+  is_zero: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +76,23 @@ class AxisInterpreter:
   Attributes:
     contractions: All contractions found, in forward order.
     results: Place of an equation -> the axes of each of its results.
+    margins: Place of a `slice` or `pad` -> for each dimension of its operand, the axes of the entries (before, after)
+      that it takes away or adds; of size 0 where there are none. In a narrower network a slice starts at the size of
+      the first, and ends before the second; an amount of padding shrinks by the channels that its margin loses.
+    training: Whether a network in training is traced: random numbers are then drawn for the channels that are left, as
+      masks of dropout are. Otherwise they are constants, whose shape is fixed.
     repetitions: How often the current equation runs for one image (the length of enclosing scans).
     next_producer: Id of the next layer; the network's input has id 0.
     place: Place of the current equation.
-    training: Whether random numbers may be drawn in other shapes: then a narrower dropout mask is as good as any.
-    margins: Place of a slice or a padding -> for each dimension of its operand, the axes (before, after) that are left
-      out or added; of size 0 where there are none.
   """
 
   contractions: list[Contraction] = dataclasses.field(default_factory=list)
   results: dict[Place, list[tuple[Axis, ...]]] = dataclasses.field(default_factory=dict)
+  margins: dict[Place, tuple[tuple[Axis, Axis], ...]] = dataclasses.field(default_factory=dict)
+  training: bool = False
   repetitions: int = 1
   next_producer: int = 1
   place: Place = ()
-  training: bool = False
-  margins: dict[Place, tuple[tuple[Axis, Axis], ...]] = dataclasses.field(default_factory=dict)
 
   def run(self, jaxpr: Jaxpr, operands: Sequence[Value]) -> list[Value]:
     """Applies the rules to all equations of `jaxpr`, whose inputs are `operands`; returns the values of its outputs."""
@@ -98,7 +102,8 @@ class AxisInterpreter:
     def read(var: Var | Literal) -> Value:
       if isinstance(var, Literal) or var not in values:
         # An array in the model's code keeps its shape, whatever is cut around it.
-        return Value(fixed_axes(shape_of(var), "it meets a constant array of the model's code"))
+        axes = fixed_axes(shape_of(var), "it meets a constant array of the model's code")
+        return Value(axes, is_zero=isinstance(var, Literal) and not axes and bool(var.val == 0))
       return values[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
