@@ -1,0 +1,1 @@
+"""Networks of other packages, pruned by the plain call: `python -m tests.zoo` writes docs/supported.md."""
