@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sapr_jax.channels.call import Call
@@ -25,12 +25,15 @@ def variables_of(module: nnx.Module) -> dict[str, Any]:
 
   `nnx.Param` is in "params" and `nnx.BatchStat` in "batch_stats"; other variables are in a collection with the name of
   their type in lower case, such as "rngkey". A variable that the module holds twice is there once, as in `nnx.state`.
+  Variables that hold no array, such as a number, are not among them.
   """
   variables: dict[str, Any] = {"params": {}}
   for place, variable in jax.tree_util.tree_leaves_with_path(nnx.state(module), is_leaf=_is_variable):
     kinds = (name for kind, name in _COLLECTIONS.items() if isinstance(variable, kind))
     collection = next(kinds, type(variable).__name__.lower())
     for rest, leaf in jax.tree_util.tree_leaves_with_path(variable):
+      if not isinstance(leaf, np.ndarray | jax.Array):
+        continue
       *names, last = path_of((*place, *rest))
       tree = variables.setdefault(collection, {})
       for name in names:
@@ -43,7 +46,9 @@ def with_variables(module: nnx.Module, variables: Mapping[str, Any]) -> nnx.Modu
   """Returns a copy of a module with other arrays in its variables; the fields of its layers follow their shapes."""
   values = {path_of(place)[1:]: leaf for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
   graphdef, state = nnx.split(module)
-  copy = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(lambda place, _: values[path_of(place)], state))
+  copy = nnx.merge(
+    graphdef, jax.tree_util.tree_map_with_path(lambda place, leaf: values.get(path_of(place), leaf), state)
+  )
   for _, layer in nnx.iter_graph(copy):
     for name, size in _sizes(layer).items():
       setattr(layer, name, size)
@@ -55,10 +60,13 @@ def _is_variable(node: Any) -> bool:
 
 
 def _sizes(layer: Any) -> dict[str, Any]:
-  """Returns the fields of one of Flax's layers that hold sizes, as its variables have them."""
+  """Returns the fields of one of Flax's layers that hold sizes, as its variables have them.
+
+  Axes are counted from the last one: variables of layers that `nnx.vmap` stacked have more in front.
+  """
   match layer:
     case nnx.Linear():
-      in_features, out_features = layer.kernel.shape
+      in_features, out_features = layer.kernel.shape[-2:]
       return {"in_features": in_features, "out_features": out_features}
     case nnx.LinearGeneral():
       sizes, n_out = layer.kernel.shape, len(layer.out_features)
@@ -71,12 +79,16 @@ def _sizes(layer: Any) -> dict[str, Any]:
     case nnx.ConvTranspose():
       ends = layer.kernel.shape[-2:]
       in_features, out_features = reversed(ends) if layer.transpose_kernel else ends
-      return {"kernel_shape": layer.kernel.shape, "in_features": in_features, "out_features": out_features}
+      return {
+        "kernel_shape": _last(layer.kernel, layer.kernel_shape),
+        "in_features": in_features,
+        "out_features": out_features,
+      }
     case nnx.Einsum():
-      bias = {} if layer.bias is None else {"bias_shape": layer.bias.shape}
-      return {"kernel_shape": layer.kernel.shape, **bias}
+      bias = {} if layer.bias_shape is None else {"bias_shape": _last(layer.bias, layer.bias_shape)}
+      return {"kernel_shape": _last(layer.kernel, layer.kernel_shape), **bias}
     case nnx.Embed():
-      num_embeddings, features = layer.embedding.shape
+      num_embeddings, features = layer.embedding.shape[-2:]
       return {"num_embeddings": num_embeddings, "features": features}
     case nnx.BatchNorm() | nnx.LayerNorm() | nnx.RMSNorm() | nnx.GroupNorm() | nnx.InstanceNorm():
       return _sizes_of_norm(layer)
@@ -85,13 +97,17 @@ def _sizes(layer: Any) -> dict[str, Any]:
   return {}
 
 
+def _last(variable: Any, dense: Sequence[int]) -> tuple[int, ...]:
+  return tuple(variable.shape[len(variable.shape) - len(dense) :])
+
+
 def _sizes_of_conv(layer: nnx.Conv) -> dict[str, Any]:
   *_, in_features, out_features = layer.kernel.shape
   groups = layer.feature_group_count
   if groups > 1 and groups == layer.in_features:  # depthwise: as many outputs for each input as before
     groups = out_features * groups // layer.out_features
   return {
-    "kernel_shape": layer.kernel.shape,
+    "kernel_shape": _last(layer.kernel, layer.kernel_shape),
     "in_features": in_features * groups,
     "out_features": out_features,
     "feature_group_count": groups,
@@ -102,14 +118,14 @@ def _sizes_of_norm(layer: Any) -> dict[str, Any]:
   held = [variable for name in ("scale", "bias", "mean") if (variable := getattr(layer, name, None)) is not None]
   if not held:
     return {}
-  num_features = math.prod(held[0].shape)
+  num_features = held[0].shape[-1]
   groups = {"num_groups": num_features // layer.group_size} if isinstance(layer, nnx.GroupNorm) else {}
   return {"num_features": num_features, **groups}
 
 
 def _sizes_of_attention(layer: nnx.MultiHeadAttention) -> dict[str, Any]:
-  in_features, num_heads, head_dim = layer.query.kernel.shape
-  in_kv_features, num_kv_heads, _ = layer.key.kernel.shape
+  in_features, num_heads, head_dim = layer.query.kernel.shape[-3:]
+  in_kv_features, num_kv_heads, _ = layer.key.kernel.shape[-3:]
   return {
     "in_features": in_features,
     "in_kv_features": in_kv_features,

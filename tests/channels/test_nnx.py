@@ -109,6 +109,22 @@ class Shared(nnx.Module):
     return self.down(x)
 
 
+class Stacked(nnx.Module):
+  """Layers whose variables `nnx.vmap` stacked, between two that can be cut."""
+
+  def __init__(self, rngs):
+    self.up = nnx.Linear(6, 8, rngs=rngs)
+    self.middle = nnx.Linear(8, 7, rngs=rngs)
+    stack = nnx.vmap(lambda rngs: nnx.Linear(7, 7, rngs=rngs), in_axes=0)
+    self.layers = nnx.split_rngs(splits=2)(stack)(rngs)
+    self.down = nnx.Linear(7, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.middle(nnx.relu(self.up(x)))
+    scan = nnx.scan(lambda x, layer: nnx.relu(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return self.down(scan(x, self.layers))
+
+
 class Rigid(nnx.Module):
   """The code knows a width, so that the first group cannot be cut."""
 
@@ -130,6 +146,7 @@ NETWORKS = {
   "depthwise": (Depthwise, IMAGE),
   "transformer": (Transformer, TOKENS),
   "shared": (Shared, VECTOR),
+  "stacked": (Stacked, VECTOR),
 }
 GROUPS = {
   "mlp": {"up"},
@@ -138,6 +155,7 @@ GROUPS = {
   "depthwise": {"expand", "project", "grow"},
   "transformer": {"attention/query", "up"},
   "shared": {"up"},
+  "stacked": {"up", "middle"},
 }
 
 
@@ -234,6 +252,17 @@ def test_hand_worked():
   np.testing.assert_array_equal(small.down.kernel[...], reader[:1])
   assert graph.macs() == 6 * 2 + 2 * 3
   assert small.drop.deterministic is False, "prune leaves the mode as it is"
+
+
+def test_variables_without_an_array_stay():
+  module = Mlp(nnx.Rngs(0))
+  module.epoch, module.nothing, module.table = nnx.Variable(2), nnx.Variable(None), jnp.arange(3.0)
+  graph = sapr.trace_channels(module, jnp.zeros(VECTOR), select="unjoined")
+  small = sapr.prune(module, graph, {"up": np.arange(8) < 5})
+  assert small.epoch.get_value() == 2
+  assert small.nothing.get_value() is None
+  np.testing.assert_array_equal(small.table, module.table)
+  assert small.up.out_features == 5
 
 
 def test_a_tied_kernel_stays_tied():
