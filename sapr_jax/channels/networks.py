@@ -17,6 +17,7 @@ from sapr_jax.channels.narrow_module import check_module
 from sapr_jax.channels.nnx import NNX, prune_module, variables_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, cut, find_graph
+from sapr_jax.channels.selection import Patterns
 from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 
@@ -27,6 +28,8 @@ def trace_channels(
   *args: Any,
   input_shape: Sequence[int] | None = None,
   select: Selection = "blocks",
+  include: Patterns = (),
+  exclude: Patterns = (),
   apply_kwargs: Mapping[str, Any] | None = None,
   input_dtype: Any = jnp.float32,
   **kwargs: Any,
@@ -48,6 +51,9 @@ def trace_channels(
       sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
       head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
       `ChannelGroup`.
+    include: Of those that `select` chooses, only groups with such a name, or in such a module: a glob or several, such
+      as "encoder/*"; () for all.
+    exclude: Groups, or modules, that are left out, in the same way; it wins over `include`.
     apply_kwargs: Further arguments of `apply`, such as `{"train": False}`; in particular those that have the names of
       arguments of this function.
     input_dtype: Dtype of the array with `input_shape`.
@@ -57,15 +63,15 @@ def trace_channels(
     The graph of the groups offered.
 
   Raises:
-    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, or it offers no group; the
-      message says which choice would.
+    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, a pattern matches no group
+      that can be cut, or no group is offered; the message says which choice would.
 
   References:
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
   front_end, variables, args = _network(model, variables, args)
   call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
-  return find_graph(Dense(front_end, model, variables, call), select)
+  return find_graph(Dense(front_end, model, variables, call), select, include, exclude)
 
 
 def count_macs(
