@@ -73,6 +73,8 @@ def get_config() -> ConfigDict:
   config.prune.shrinkage = placeholder(float)  # or: the norm that a dropped channel can lose in all; unset: gamma
   config.prune.form = "penalty"  # penalty: a term of the loss; proximal: a step after the optimizer's, exact zeros
   config.prune.select = "blocks"  # which channel groups: blocks, unjoined or exact
+  config.prune.include = ()  # of these, only groups in modules that a glob matches: ("stage1*", "*/conv2"); (): all
+  config.prune.exclude = ()  # and none that one of these matches
   config.prune.min_width = 1  # channels that every group keeps
   config.prune.statistics_batches = (
     100  # on which running statistics are measured again after the cut; 0: they are kept

@@ -102,6 +102,13 @@ def test_prune_cuts_to_the_budget_and_saves_what_is_known(here, tiny, facts, tmp
   jax.tree.map(np.testing.assert_array_equal, sapr.load(out)[1], want)
 
 
+def test_globs_choose_what_is_shown_and_cut(here, facts, tmp_path):
+  globs = ["--include", "stage[12]*", "--exclude", "stage1_block1"]
+  assert [group["name"] for group in facts("inspect", "dense", *globs)["groups"]] == ["stage2_block1/conv1"]
+  cut = facts("prune", "dense", str(tmp_path / "small"), "--cost", "prunable_macs", *globs)
+  assert list(cut["widths"]) == ["stage2_block1/conv1"]
+
+
 def test_prune_takes_weights_of_pytorch(here, monkeypatch, facts, tmp_path):
   # The network of the fixture, under a name of its own.
   from sapr_jax import models
@@ -164,6 +171,7 @@ MISUSE = [
   ("inspect dense --input-shape 9x9x1", r"--input-shape must be left out, as dense was saved with 8x8x1"),
   ("inspect resnet8 --input-shape 8,8", r"must be sizes such as 32x32x3, got '8,8'"),
   ("inspect resnet8 --classes 0", r"num_classes of a CifarResNet must be an integer of at least 1"),
+  ("inspect resnet8 --exclude stage9", r"exclude must match .*, got 'stage9', .*; close are stage3_block1/conv2"),
   ("inspect dense --classes 3", r"--classes must be left out for a saved model"),
   ("inspect resnet8 --surplus", r"unrecognized arguments: --surplus"),
   ("evaluate bare", r"bare was saved without its inputs, so how images are normalized is not known"),

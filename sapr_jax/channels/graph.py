@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels.call import Call
+from sapr_jax.channels.describe import describe_groups, describe_reasons
 from sapr_jax.channels.rules import ParamKey
 from sapr_jax.checks import check_array, check_type
 from sapr_jax.errors import InputError
@@ -264,14 +265,11 @@ class ChannelGraph:
     return found
 
   def explain(self) -> str:
-    """Gives for each kernel that is not offered, in one line, the reason why its output channels stay."""
-    return "\n".join(f"{'/'.join(key)} axis {axis}: {reason}" for key, axis, reason in self.fixed)
+    """Gives the reasons why output channels of kernels stay, each with the layers; `fixed` has them one by one."""
+    return describe_reasons(self)
 
   def __str__(self) -> str:
-    head = (
-      f"{len(self.groups)} channel groups, {self.macs():,} MACs, {self.prunable_macs():,} in layers that touch them"
-    )
-    return "\n".join([head, *map(str, self.groups)])
+    return describe_groups(self)
 
 
 def check_graph(graph: Any) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax import nnx
 
 from sapr_jax.channels.analysis import interpret
 from sapr_jax.channels.call import call_of
 from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
 from sapr_jax.channels.linen import LINEN
 from sapr_jax.channels.narrow_module import check_module
-from sapr_jax.channels.nnx import NNX, prune_module, variables_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, cut, find_graph
+from sapr_jax.channels.selection import Patterns
 from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from flax import nnx  # takes a while to import
 
 
 def trace_channels(
@@ -27,6 +30,8 @@ def trace_channels(
   *args: Any,
   input_shape: Sequence[int] | None = None,
   select: Selection = "blocks",
+  include: Patterns = (),
+  exclude: Patterns = (),
   apply_kwargs: Mapping[str, Any] | None = None,
   input_dtype: Any = jnp.float32,
   **kwargs: Any,
@@ -48,6 +53,9 @@ def trace_channels(
       sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
       head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
       `ChannelGroup`.
+    include: Of those that `select` chooses, only groups with such a name, or in such a module: a glob or several, such
+      as "encoder/*"; () for all.
+    exclude: Groups, or modules, that are left out, in the same way; it wins over `include`.
     apply_kwargs: Further arguments of `apply`, such as `{"train": False}`; in particular those that have the names of
       arguments of this function.
     input_dtype: Dtype of the array with `input_shape`.
@@ -57,15 +65,15 @@ def trace_channels(
     The graph of the groups offered.
 
   Raises:
-    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, or it offers no group; the
-      message says which choice would.
+    InputError: If the variables or the arguments do not fit `model`, `select` is unknown, a pattern matches no group
+      that can be cut, or no group is offered; the message says which choice would.
 
   References:
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
   front_end, variables, args = _network(model, variables, args)
   call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
-  return find_graph(Dense(front_end, model, variables, call), select)
+  return find_graph(Dense(front_end, model, variables, call), select, include, exclude)
 
 
 def count_macs(
@@ -120,19 +128,28 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
     InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model
       would compute something else; the message names the variable or the group.
   """
-  if not isinstance(model, nnx.Module):
+  if not _is_nnx(model):
     check_module(model)
     return cut(LINEN, model, variables, graph, masks)
   if isinstance(variables, ChannelGraph):
     variables, graph, masks = None, variables, masks if graph is None else graph
   if variables is not None:
     raise InputError(f"graph must be a ChannelGraph in prune(module, graph, masks) of NNX, got {shown(variables)}.")
+  from sapr_jax.channels.nnx import prune_module
+
   return prune_module(model, graph, masks)
+
+
+def _is_nnx(model: Any) -> bool:
+  library = sys.modules.get("flax.nnx")  # whoever has such a module has imported it
+  return library is not None and isinstance(model, library.Module)
 
 
 def _network(model: Any, variables: Any, args: tuple[Any, ...]) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
   """Returns the front end of a module, its variables and its inputs; NNX has no variables before the inputs."""
-  if isinstance(model, nnx.Module):
+  if _is_nnx(model):
+    from sapr_jax.channels.nnx import NNX, variables_of
+
     return NNX, variables_of(model), args if variables is None else (variables, *args)
   check_module(model)
   return LINEN, variables, args

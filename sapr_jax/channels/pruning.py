@@ -16,8 +16,9 @@ from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Selection, check_graph
 from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program, ProgramError, difference
+from sapr_jax.channels.selection import Patterns, choice, selected
 from sapr_jax.channels.trees import abstract, check_variables, path_of, prune_tree
-from sapr_jax.checks import check_concrete, shown
+from sapr_jax.checks import check_concrete
 from sapr_jax.errors import InputError, one_line
 
 
@@ -44,19 +45,16 @@ class Dense:
     return {group.name: (atom, group) for atom, group in self.analysis.groups}
 
 
-def find_graph(dense: Dense, select: Selection) -> ChannelGraph:
-  """Returns the graph of the groups that `select` chooses."""
-  chosen = SELECTIONS.get(select) if isinstance(select, str) else select
-  if not callable(chosen):
-    raise InputError(f"select must be one of {', '.join(SELECTIONS)}, or a predicate, got {shown(select)}.")
-  possible = [(atom, group) for atom, group in dense.analysis.groups if not atom.fixed]
-  offered = [(atom, group) for atom, group in possible if chosen(group)]
+def find_graph(dense: Dense, select: Selection, include: Patterns = (), exclude: Patterns = ()) -> ChannelGraph:
+  """Returns the graph of the groups that `selected` chooses."""
+  possible = [group for atom, group in dense.analysis.groups if not atom.fixed]
+  offered = selected(possible, select, include, exclude)
   if not offered:
-    raise InputError(_no_group_message(dense.analysis, select, [group for _, group in possible]))
-  chosen_atoms = [atom for atom, _ in offered]
-  left_out = f"it can be cut exactly, but select={select!r} leaves it out"
+    raise InputError(_no_group_message(dense.analysis, select, include, exclude, possible))
+  chosen_atoms = [dense.groups[group.name][0] for group in offered]
+  left_out = f"it can be cut exactly, but {choice(select, include, exclude)} leaves it out"
   return ChannelGraph(
-    groups=tuple(group for _, group in offered),
+    groups=tuple(offered),
     fixed=reasons_left_out(dense.analysis, chosen_atoms, left_out),
     layers=dense.analysis.layers,
     shapes={key: tuple(axis.size for axis in variable) for key, variable in dense.analysis.axes.items()},
@@ -65,8 +63,11 @@ def find_graph(dense: Dense, select: Selection) -> ChannelGraph:
   )
 
 
-def _no_group_message(analysis: Analysis, select: Selection, possible: Sequence[ChannelGroup]) -> str:
-  would = [f"{name!r} would offer {n}" for name, test in SELECTIONS.items() if (n := sum(map(test, possible)))]
+def _no_group_message(
+  analysis: Analysis, select: Selection, include: Patterns, exclude: Patterns, possible: Sequence[ChannelGroup]
+) -> str:
+  offers = {name: len(selected(possible, test, include, exclude)) for name, test in SELECTIONS.items()}
+  would = [f"{name!r} would offer {n}" for name, n in offers.items() if n]
   names_by_reason: dict[str, list[str]] = {}
   for key, _, reason in reasons_left_out(analysis, (), ""):
     if reason:
@@ -76,7 +77,8 @@ def _no_group_message(analysis: Analysis, select: Selection, possible: Sequence[
     f"{', '.join(n[:3])}{' ...' if len(n) > 3 else ''}: {reason}" for reason, n in names_by_reason.items()
   )
   advice = f"select={', '.join(would)}" if would else "no other choice would find one either"
-  return f"select={select!r} finds no channel group to prune; {advice}." + (f" Fixed: {why}." if why else "")
+  made = choice(select, include, exclude)
+  return f"{made} finds no channel group to prune; {advice}." + (f" Fixed: {why}." if why else "")
 
 
 def cut(
@@ -100,7 +102,7 @@ def cut(
       culprit = _culprit(dense, graph, masks)
       raise InputError(
         f"Cutting group {culprit!r} changes what the model computes ({reason}): its code does not follow that width."
-        f" Leave the group out, by trace_channels(select=lambda group: group.name != {culprit!r} and ...)."
+        f" Leave the group out, by trace_channels(exclude={culprit!r})."
       )
     small = front_end.program(model, _cuts(dense, graph, masks))
   return small, small_variables

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--select", choices=("blocks", "unjoined", "exact"), help="which groups; unset: those of the run, or blocks"
   )
+  networks.add_patterns(parser)
   parser.add_argument("--classes", type=int, metavar="N", help="outputs of a network by name")
   networks.add_shape(parser, "for a network of other images than usual")
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> Answer:
 
   if target in models.MODELS:
     given = {} if args.classes is None else {"num_classes": args.classes}
-    return _fresh(args, models.create(target, **given), None, {}, args.select or "blocks")
+    return _fresh(args, models.create(target, **given), None, {}, _chosen(args, {}))
   if configs.file_of(target) is not None or target.endswith(".py"):
     return _config(args, _read_config(target))
   raise InputError(
@@ -110,18 +111,18 @@ def _config(args: argparse.Namespace, config: Any) -> Answer:
     f"{config.model.name} on {name}: {config.train.epochs} epochs, then {config.finetune.epochs} of fine-tuning\n"
     f"{prune.proposer} chooses; {budget} {cost_in_words(prune.cost)} stay"
   )
-  return _fresh(args, model, shape, facts, args.select or prune.select, head)
+  return _fresh(args, model, shape, facts, _chosen(args, prune), head)
 
 
 def _fresh(
-  args: argparse.Namespace, model: Any, shape: Any, facts: dict[str, Any], select: str, head: str | None = None
+  args: argparse.Namespace, model: Any, shape: Any, facts: dict[str, Any], chosen: Any, head: str | None = None
 ) -> Answer:
   """Answers for a network without weights."""
   from sapr_jax.artifacts import count_params
 
   shape = args.input_shape or shape or networks.usual_shape(model)
   variables = networks.abstract_variables(model, shape)
-  graph = _graph(model, variables, shape, select, "float32")
+  graph = _graph(model, variables, shape, chosen, "float32")
   facts = {"target": args.target, "class": type(model).__name__, "input_shape": list(shape), **facts}
   facts |= {"params": count_params(variables), **_facts(graph, {})}
   what = f"{type(model).__name__}, inputs of {networks.written(shape)}"
@@ -136,8 +137,8 @@ def _saved(args: argparse.Namespace) -> Answer:
     raise InputError("--classes must be left out for a saved model, which has its own.")
   saved = networks.open_saved(args.target, args.input_shape)
   info, inputs, metrics = saved.info, saved.inputs, saved.info.metrics
-  select = args.select or info.config.get("prune.select") or "blocks"
-  graph = _graph(saved.model, saved.variables, inputs.shape, select, inputs.dtype)
+  of_run = {name.removeprefix("prune."): value for name, value in info.config.items()}
+  graph = _graph(saved.model, saved.variables, inputs.shape, _chosen(args, of_run), inputs.dtype)
   dense: Any = metrics.get("dense")
   dense = dense if isinstance(dense, dict) else {}
   known = {key: value for key in ("macs", "params") if isinstance(value := dense.get(key), int)}
@@ -171,11 +172,17 @@ def _saved(args: argparse.Namespace) -> Answer:
   return Answer(facts, "\n".join([*lines, "", *_text(graph, info.widths)]))
 
 
-def _graph(model: Any, variables: Any, shape: tuple[int, ...], select: Any, dtype: str) -> ChannelGraph:
+def _chosen(args: argparse.Namespace, of_run: Any) -> dict[str, Any]:
+  """Returns which groups `trace_channels` is to offer: as the command says, or else the fields of a run."""
+  default = {"select": "blocks", "include": (), "exclude": ()}
+  return {name: getattr(args, name) or of_run.get(name) or value for name, value in default.items()}
+
+
+def _graph(model: Any, variables: Any, shape: tuple[int, ...], chosen: Any, dtype: str) -> ChannelGraph:
   from sapr_jax.channels import evaluation_kwargs, trace_channels
 
   kwargs = evaluation_kwargs(model)
-  return trace_channels(model, variables, (1, *shape), select=select, apply_kwargs=kwargs, input_dtype=dtype)
+  return trace_channels(model, variables, (1, *shape), apply_kwargs=kwargs, input_dtype=dtype, **chosen)
 
 
 def _counts(graph: ChannelGraph, params: int, dense: Any = ()) -> str:
@@ -187,8 +194,10 @@ def _counts(graph: ChannelGraph, params: int, dense: Any = ()) -> str:
 
 
 def _facts(graph: ChannelGraph, widths: Any) -> dict[str, Any]:
+  from sapr_jax.channels.describe import macs_shares
+
   groups = []
-  for group, share in zip(graph.groups, _shares(graph), strict=True):
+  for group, share in zip(graph.groups, macs_shares(graph), strict=True):
     writers, readers = _layers(group)
     entry: dict[str, Any] = {"name": group.name, "channels": group.size, "macs_share": round(share, 6)}
     if group.name in widths:
@@ -196,16 +205,6 @@ def _facts(graph: ChannelGraph, widths: Any) -> dict[str, Any]:
     groups.append(entry | {"written_by": writers, "read_by": readers})
   fixed = [{"kernel": "/".join(key), "axis": axis, "reason": reason} for key, axis, reason in graph.fixed]
   return {"macs": graph.macs(), "prunable_macs": graph.prunable_macs(), "groups": groups, "fixed": fixed}
-
-
-def _shares(graph: ChannelGraph) -> list[float]:
-  """Returns for each group the share of the MACs that would go if it had no channels: those that touch it."""
-  full, total, shares = graph.kept(graph.full_masks()), graph.macs(), []
-  for place in range(len(graph.groups)):
-    without = full.copy()
-    without[place] = 0
-    shares.append((total - graph.costs["macs"](without)) / total)
-  return shares
 
 
 def _layers(group: ChannelGroup) -> tuple[list[str], list[str]]:
@@ -217,11 +216,13 @@ def _layers(group: ChannelGroup) -> tuple[list[str], list[str]]:
 
 
 def _text(graph: ChannelGraph, widths: Any) -> list[str]:
+  from sapr_jax.channels.describe import end_of, macs_shares
+
   rows = [["group", "channels", "of MACs", "layers"]]
-  for group, share in zip(graph.groups, _shares(graph), strict=True):
+  for group, share in zip(graph.groups, macs_shares(graph), strict=True):
     dense = widths.get(group.name, (None, None))[0]
     channels = f"{group.size} of {dense}" if dense is not None else str(group.size)
-    rows.append([_end_of(group.name, 40), channels, f"{share:.1%}", ""])
+    rows.append([end_of(group.name, 40), channels, f"{share:.1%}", ""])
   left = sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[:3])
   for row, group in zip(rows[1:], graph.groups, strict=True):
     scope = "".join(f"{name}/" for name in group.scope)
@@ -247,7 +248,3 @@ def _in_short(writers: list[str], readers: list[str], width: int) -> str:
     if text and len(text) <= width:
       return text
   return f"{counts[0]} -> {counts[1]}"
-
-
-def _end_of(name: str, width: int) -> str:
-  return name if len(name) <= width else f"...{name[3 - width :]}"

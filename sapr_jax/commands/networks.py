@@ -35,6 +35,11 @@ def shape(text: str) -> tuple[int, ...]:
   return tuple(map(int, parts))
 
 
+def add_patterns(parser: argparse._ActionsContainer) -> None:
+  for name, help in (("include", "only groups in these"), ("exclude", "no groups in these")):
+    parser.add_argument(f"--{name}", nargs="+", metavar="GLOB", help=f"{help} modules, such as 'stage1*' or '*/conv2'")
+
+
 def add_shape(parser: argparse.ArgumentParser, when: str) -> None:
   parser.add_argument("--input-shape", type=shape, metavar="HxWxC", help=f"one input, such as 224x224x3; needed {when}")
 

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--cost-exponent", type=float, default=0.2, metavar="X", help="prefers cheap channels (default: %(default)s)"
   )
   how.add_argument("--select", default="blocks", metavar="GROUPS", help="blocks (default), unjoined or exact")
+  networks.add_patterns(how)
   how.add_argument("--round-to", type=int, metavar="N", help="widths are multiples of it; unset: suits the device")
   how.add_argument("--min-width", type=int, default=1, metavar="N", help="of every group (default: %(default)s)")
   how.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: %(default)s)")
@@ -125,7 +126,8 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   from sapr_jax import artifacts, channels, method
 
   model, variables, inputs = dense.model, dense.variables, dense.inputs
-  graph = channels.trace_channels(model, variables, inputs.input_shape, select=args.select, input_dtype=inputs.dtype)
+  chosen: Any = {name: getattr(args, name) or () for name in ("include", "exclude")} | {"select": args.select}
+  graph = channels.trace_channels(model, variables, inputs.input_shape, input_dtype=inputs.dtype, **chosen)
   budget = method.make_budget(graph, args.cost, share=args.keep)
   round_to = args.round_to
   if round_to is None:
@@ -142,8 +144,8 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   before: dict[str, Any] = {name: dense.metrics[name] for name in ("accuracy", "images") if name in dense.metrics}
   before |= {"macs": graph.macs(), "params": artifacts.count_params(variables)}
   metrics = {"macs": graph.macs(masks), "params": artifacts.count_params(small[1]), "dense": before}
-  names = ("keep", "cost", "importance", "compare", "cost_exponent", "select", "min_width", "seed")
-  config = {name: getattr(args, name) for name in names} | {"round_to": round_to}
+  names = ("keep", "cost", "importance", "compare", "cost_exponent", "min_width", "seed")
+  config = {name: getattr(args, name) for name in names} | {"round_to": round_to, **chosen}
   artifacts.save(out, *small, inputs=inputs, metrics=metrics, config={"prune": config})
   hint = "Its accuracy is not known, and falls by a cut: add --data DIR --finetune-epochs N, or train it further."
   return _answer(out, {"dense": before, "pruned": {k: metrics[k] for k in ("macs", "params")}}, hint)
@@ -202,6 +204,8 @@ def _config(args: argparse.Namespace, dense: _Dense, fields: dict[str, Any]) -> 
     "prune.cost": args.cost,
     "prune.p": args.keep,
     "prune.select": args.select,
+    "prune.include": tuple(args.include or ()),
+    "prune.exclude": tuple(args.exclude or ()),
     "prune.min_width": args.min_width,
     "prune.round_to": args.round_to,
     "importance.compare": args.compare,

@@ -139,7 +139,7 @@ def batch_norm_scale(params: Any, graph: ChannelGraph) -> dict[str, jax.Array]:
     if not found:
       raise InputError(
         f"batch_norm_scale needs a normalization with a scale along every group, got none along {name!r}; use l1_norm"
-        " or l2_norm, or leave the group out by trace_channels(select=...)."
+        " or l2_norm, or leave the group out by trace_channels(exclude=...)."
       )
   entries = _total(channel_sums(params, graph, jnp.ones_like, _is_scale))
   return {name: total / entries[name] for name, total in _total(scales).items()}

@@ -17,6 +17,7 @@ import optax
 
 from sapr_jax.channels import ChannelGraph, Masks, check_variables, mask_params, prune, trace_channels
 from sapr_jax.channels.graph import Selection
+from sapr_jax.channels.selection import Patterns
 from sapr_jax.checks import check_function, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import Budget, check_budget, macs_budget, project_to_budget
@@ -115,6 +116,8 @@ class Pruner:
     gamma: float,
     search: Search | None = None,
     select: Selection = "blocks",
+    include: Patterns = (),
+    exclude: Patterns = (),
     apply_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
   ):
@@ -130,6 +133,8 @@ class Pruner:
       gamma: Strength of the regularization. `gamma_for(4, learning_rate, steps)` finds one that suits a schedule.
       search: Who chooses the channels, and when; by default `Search()`.
       select: Which channel groups are offered, see `trace_channels`; "unjoined" for a flat network.
+      include: Globs of names of groups or modules, such as "encoder/*": the only ones of these that are offered.
+      exclude: Globs of those that are not.
       apply_kwargs: Arguments of `model.apply` that choose the evaluation mode, such as `{"train": False}`.
       seed: Seed of the generator and of random importances.
 
@@ -144,7 +149,8 @@ class Pruner:
     args, traced = inputs if isinstance(inputs, tuple) and any(map(_is_array, inputs)) else (inputs,), {}
     if len(args) == 1 and _is_array(args[0]) and args[0].ndim > 1:  # the cost of one example, whatever the batch
       args, traced = (args[0].shape,), {"input_dtype": args[0].dtype}
-    self.graph = trace_channels(model, variables, *args, select=select, apply_kwargs=apply_kwargs, **traced)
+    traced |= {"select": select, "include": include, "exclude": exclude, "apply_kwargs": apply_kwargs}
+    self.graph = trace_channels(model, variables, *args, **traced)
     self.budget = self._budget(budget)
     min_width, round_to = self.search.min_width, self.search.round_to
     if round_to is None:

@@ -99,6 +99,7 @@ PATH = Rule("a path", lambda value: isinstance(value, str) and value != "" and "
 CHANNELS = tuple_of(
   number("", lambda x: 0 <= x <= 1), "a tuple with a number in [0, 1] for each channel, such as '(0.5, 0.5, 0.5)'"
 )
+GLOBS = tuple_of(NAME, "a tuple of globs, such as '(\"stage1*\",)'", empty=True)
 
 
 def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
@@ -159,6 +160,8 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.shrinkage": AT_LEAST_0.or_unset(),
   "prune.form": OneOf(("penalty", "proximal")),
   "prune.select": OneOf(("blocks", "unjoined", "exact")),
+  "prune.include": GLOBS,
+  "prune.exclude": GLOBS,
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),

@@ -103,7 +103,8 @@ def build(config: Any) -> Experiment:
   input_shape = (1, *feed.image_shape)
   model, variables = first_network(config, feed.num_classes, input_shape)
   prune = config.prune
-  graph = trace_channels(model, variables, input_shape, select=prune.select)
+  chosen = {"select": prune.select, "include": tuple(prune.include), "exclude": tuple(prune.exclude)}
+  graph = trace_channels(model, variables, input_shape, **chosen)
   budget = make_budget(graph, prune.cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
   # A budget that no masks can meet shows now, not at E_start.
   round_to = prune.round_to

@@ -55,7 +55,12 @@ def test_two_channels_by_hand(two_dense):
   assert two_dense.macs() == 3 * 2 + 2 * 1
   assert two_dense.macs({"up": np.array([0, 1])}) == 3 + 1
   assert two_dense.prunable_macs() == 8
-  assert two_dense.explain() == "params/down/kernel axis 1: it is the network's output"
+  assert two_dense.explain() == "it is the network's output:\n  down"
+  assert str(two_dense).splitlines() == [
+    "1 channel groups, 8 MACs, 8 in layers that touch them",
+    "group  channels  of MACs  joined  members",
+    "up            2   100.0%  no      up out, down in",
+  ]
 
 
 def test_flattening_repeats_the_channels_of_each_pixel():
@@ -150,7 +155,7 @@ def test_a_predicate_selects(resnet):
 def test_what_a_choice_leaves_out_is_told():
   model = networks.ImageNetResNet()
   graph = trace_channels(model, laws.abstract_variables(model), laws.SHAPE)
-  assert "params/conv1/kernel axis 3: it can be cut exactly, but select='blocks' leaves it out" in graph.explain()
+  assert "it can be cut exactly, but select='blocks' leaves it out:\n  conv1" in graph.explain()
 
 
 def test_variables_may_be_arrays_or_shapes(two_dense):
@@ -239,7 +244,7 @@ def test_a_primitive_without_a_rule_fixes_until_one_is_registered(monkeypatch):
   variables = laws.abstract_variables(model)
   before = trace_channels(model, variables, laws.SHAPE, select="exact")
   assert "conv1" not in before.full_masks()
-  assert "params/conv1/kernel axis 3: it goes through `sort`, for which there is no rule" in before.explain()
+  assert "it goes through `sort`, for which there is no rule:\n  conv1" in before.explain()
 
   monkeypatch.delitem(RULES, "sort", raising=False)  # so that it is restored
   try:

@@ -337,3 +337,12 @@ def test_two_devices_choose_and_train_as_one_does(tmp_path):
   for name in ("a", "b"):
     np.testing.assert_array_equal(found[f"masks/2/{name}"], found[f"masks/1/{name}"])
     np.testing.assert_allclose(found[f"params/2/{name}"], found[f"params/1/{name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_globs_choose_groups():
+  given = {"budget": 0.8, "gamma": 0.1, "select": "unjoined"}
+  names = [
+    [g.name for g in sapr.Pruner(MODEL, VARIABLES, (1, 5), **given, **globs).graph.groups]
+    for globs in ({"include": "b"}, {"exclude": ("b",)}, {})
+  ]
+  assert names == [["b"], ["a"], ["a", "b"]]

@@ -77,6 +77,8 @@ REFUSED = {
   "evaluate.every_epochs": (0,),
   "prune.form": ("prox",),
   "prune.select": ("all",),
+  "prune.include": ("conv*", (1,), ("",)),
+  "prune.exclude": (None,),
   "prune.min_width": (0,),
   "prune.round_to": (0,),
   "importance.compare": ("mean",),
