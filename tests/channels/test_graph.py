@@ -285,4 +285,9 @@ def test_parameters_of_a_sub_network_are_those_of_the_cut_tree(bottleneck):
 
 def test_only_the_front_ends_know_flax():
   files = pathlib.Path(channels.__file__).parent.glob("*.py")
-  assert {file.name for file in files if "flax" in file.read_text()} == {"linen.py", "narrow_module.py"}
+  assert {file.name for file in files if "flax" in file.read_text()} == {
+    "linen.py",
+    "narrow_module.py",
+    "networks.py",
+    "nnx.py",
+  }
