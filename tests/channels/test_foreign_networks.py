@@ -165,7 +165,7 @@ BETWEEN = {
     lambda x: (lambda i, f, g, o: jnp.tanh(nn.sigmoid(i) * jnp.tanh(g) + f) * nn.sigmoid(o))(*jnp.split(x, 4, -1)),
     None,
   ),
-  "slice": (lambda x: x[..., :4], "does not follow"),
+  "slice": (lambda x: x[..., :4], "no kernel reads it"),  # the half that is left out
   "pad": (lambda x: jnp.pad(x, ((0, 0),) * 3 + ((1, 1),)), None),
   "pad with ones": (lambda x: jnp.pad(x, ((0, 0),) * 3 + ((1, 1),), constant_values=1), "padded"),
   "max over channels": (lambda x: x * jnp.max(x, -1, keepdims=True), "reduce_max"),
