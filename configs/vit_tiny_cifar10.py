@@ -3,12 +3,12 @@
     python -m sapr_jax.main --config configs/vit_tiny_cifar10.py --workdir runs/vit_tiny
 
 The generator decides how many heads and units each block keeps, and the norms of their weights which. The optimizer is
-AdamW, after which the partial regularization shrinks what is to go: a penalty in the loss would be rescaled by it.
-Transformers this small learn slowly from CIFAR-10 alone: expect some 75 % after 60 epochs on all images.
+AdamW, after which the partial regularization shrinks what is to go: a penalty in the loss would be rescaled by it. It was
+run on a part of the images only, see docs/experiments.md.
 
 Sized for a CPU.
 
-Time: about five hours on two CPU cores, by the measured epoch (docs/experiments.md).
+Time: about ten hours on two CPU cores, from epochs of 2,000 images.
 """
 
 from ml_collections import ConfigDict

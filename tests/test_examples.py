@@ -10,7 +10,9 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-MOST_ADDED_LINES = {"nnx_loop": 10, "one_shot": 3, "optax_loop": 10, "train_state": 10}
+MOST_ADDED_LINES = {"language_model": 9, "nnx_loop": 10, "one_shot": 3, "optax_loop": 10, "train_state": 10}
+LEAST_ACCURACY = {"language_model": 30}  # %, of the dense model; else 80
+MOST_LOST = {"language_model": 10}  # points; else 3
 
 
 @pytest.mark.parametrize("name", MOST_ADDED_LINES)
@@ -28,4 +30,4 @@ def test_the_pruned_network_is_about_as_good(name, tmp_path):
   rows = [re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in done.stdout.splitlines()[-2:]]
   (dense_macs, dense), (small_macs, small) = [(int(macs.replace(",", "")), float(share)) for macs, share in rows]
   assert 0.45 * dense_macs < small_macs < 0.55 * dense_macs
-  assert dense > 80 and small > dense - 3
+  assert dense > LEAST_ACCURACY.get(name, 80) and small > dense - MOST_LOST.get(name, 3)
