@@ -3,8 +3,8 @@
     python -m sapr_jax.main --config configs/vit_tiny_cifar10.py --workdir runs/vit_tiny
 
 The generator decides how many heads and units each block keeps, and the norms of their weights which. The optimizer is
-AdamW, after which the partial regularization shrinks what is to go: a penalty in the loss would be rescaled by it. It was
-run on a part of the images only, see docs/experiments.md.
+AdamW, after which the partial regularization shrinks what is to go: a penalty in the loss would be rescaled by it. What
+was measured, on a part of the images, is in docs/experiments.md.
 
 Sized for a CPU.
 

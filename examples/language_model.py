@@ -5,8 +5,8 @@
 It predicts the next character of Python's own documentation, which comes with Python. The lines added for pruning are
 marked "# +". Two others are trained for as many steps as the pruned model with its fine-tuning: the dense one, and one
 that has half of the heads and hidden units from the beginning. Expect about three minutes on one CPU core, and some
-33 % of the characters for the pruned model, 36 % for the narrow one and 41 % for the dense one: after a few hundred steps
-a model has hardly learned yet what it can do without, and the narrow one has had all of them.
+33 % of the characters for the pruned model, 36 % for the narrow one and 41 % for the dense one: after a few hundred
+steps a model has hardly learned yet what it can do without, and the narrow one has had all of them.
 """
 
 import pydoc_data.topics
