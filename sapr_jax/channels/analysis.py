@@ -19,6 +19,7 @@ from sapr_jax.channels.graph import ChannelGroup, ChannelPolynomial, Layer, Memb
 from sapr_jax.channels.program import Program
 from sapr_jax.channels.rules import AxisInterpreter, Contraction, ParamKey, Place, Value, fixed_axes
 from sapr_jax.channels.trees import path_of
+from sapr_jax.errors import InputError
 
 Axes = Mapping[ParamKey, tuple[Axis, ...]]
 Roles = Mapping[tuple[ParamKey, int], Role]
@@ -49,6 +50,8 @@ def interpret(program: Program, variables: Mapping[str, Any], call: Call) -> tup
   """Returns the axes of all variables, and the interpreter after it ran the program."""
   axes: dict[ParamKey, tuple[Axis, ...]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
+    if path_of(path) in axes:
+      raise InputError(f"variables must be nested dictionaries of arrays, got several in {'/'.join(path_of(path))}.")
     axes[path_of(path)] = tuple(map(Axis, jnp.shape(leaf)))
   operands = [Value(variable, zeroed_by=frozenset({key})) for key, variable in axes.items()]
   for array in call.arrays:
@@ -64,14 +67,14 @@ def analyze(program: Program, variables: Mapping[str, Any], call: Call) -> Analy
   """Fixes what cannot be cut exactly, and gathers the rest in groups."""
   axes, interpreter = interpret(program, variables, call)
   found = interpreter.contractions
-  _fix_unmaskable(found, axes)
+  fix_unmaskable(found, axes)
   roles = _roles(found, axes)
   layers = _layers(found, axes, roles, program.features)
   _fix_unprunable(axes, roles)
   return Analysis(axes, interpreter.results, found, roles, layers, _groups(found, axes, roles))
 
 
-def _fix_unmaskable(contractions: Sequence[Contraction], axes: Axes) -> None:
+def fix_unmaskable(contractions: Sequence[Contraction], axes: Axes) -> None:
   """Fixes what is summed over without a stored kernel that can be masked there (attention's query and key)."""
   for contraction in contractions:
     for axis, _ in contraction.reduced:
@@ -97,6 +100,10 @@ def _roles(contractions: Sequence[Contraction], axes: Axes) -> Roles:
       if not holders:
         continue
       main = max(holders, key=lambda key: (key[0] == "params", len(axes[key]), key))
+      if role == "in":
+        for atom in atoms(axis):
+          if not _has_atom(axes[main], atom):
+            fix(atom, "its kernel is computed from several variables, of which one alone would be masked")
       for i in holders[main]:
         if roles.setdefault((main, i), role) != role:
           fix(axes[main][i], "a kernel has it as input channels and, used a second time, as output channels")

@@ -58,7 +58,10 @@ def conv_general_dilated(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: 
   dilated = any(dilation != 1 for dilation in params["lhs_dilation"])
   positions = [a.size for a in space] if dilated else [shape[i] for i in numbers.out_spec[2:]]
   producers = lhs.producers | rhs.producers
-  if producers:
+  if not producers:
+    for axis in (feature, kernel_in):
+      fix(axis, "two variables are convolved along it")
+  else:
     interpreter.contractions.append(
       Contraction(
         kernel=frozenset() if rhs.producers else rhs.zeroed_by,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sapr_jax.channels.analysis import fix_unmaskable
 from sapr_jax.channels.atoms import Axis, atoms, channel_index, fix
 from sapr_jax.channels.call import Call, abstract_arrays, is_array
 from sapr_jax.channels.narrow_program import Cut, Kept, NarrowProgram
@@ -128,6 +129,7 @@ class _Dense:
     self.operands = [operand.axes for operand in operands]
     self.interpreter = AxisInterpreter(training=bool(rngs))
     results = self.interpreter.run(numbered.jaxpr, operands)
+    fix_unmaskable(self.interpreter.contractions, self.axes)
     for value in results[: len(jax.tree.leaves(shapes[0]))]:  # the others are variables
       for axis in value.axes:
         fix(axis, "it is the network's output")

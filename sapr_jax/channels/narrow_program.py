@@ -19,6 +19,7 @@ from sapr_jax.channels.atoms import Axis, copied, find, sizes_after_cut
 from sapr_jax.channels.contractions import scan_numbers
 from sapr_jax.channels.program import ProgramError
 from sapr_jax.channels.rules import AxisInterpreter, Place, Value, closed_jaxprs, dtype_of, shape_of
+from sapr_jax.errors import InputError
 
 Axes = Sequence[tuple[Axis, ...]]
 Kept = Sequence[tuple[Axis, int]]
@@ -104,7 +105,13 @@ class NarrowProgram:
     self, dense: Callable[..., Any], like: Sequence[Any], axes: Axes, operands: Sequence[Any]
   ) -> list[Any]:
     """Evaluates a function that computes a derivative, and which takes the arrays `like` in the dense network."""
-    closed = jax.make_jaxpr(dense)(*like)
+    try:
+      closed = jax.make_jaxpr(dense)(*like)
+    except jax.errors.UnexpectedTracerError as error:
+      raise InputError(
+        "A derivative of the model's own must not hold values that the model computes, as it is traced again; pass them"
+        " to it as arguments, or leave this group out, by exclude= in trace_channels."
+      ) from error
     copies: dict[int, Axis] = {}  # what is found out here must not change the axes of the network
     axes = [tuple(copied(axis, copies) for axis in found) for found in axes]
     interpreter = AxisInterpreter(training=self.interpreter.training)

@@ -103,7 +103,10 @@ def broadcast_in_dim(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequ
 def reshape(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Matches the smallest runs of dimensions with equal numbers of entries, as products."""
   results = [Axis(size) for size in shape_of(eqn.outvars[0])]
-  source = [axis for axis in operands[0].axes if axis.size != 1]
+  if 0 in shape_of(eqn.outvars[0]):  # without entries there is nothing to match
+    return unknown(interpreter, eqn, operands)
+  order = eqn.params["dimensions"] or range(len(operands[0].axes))
+  source = [axis for axis in (operands[0].axes[dim] for dim in order) if axis.size != 1]
   target = [axis for axis in results if axis.size != 1]
   while source and target:
     i = j = 1

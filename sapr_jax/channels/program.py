@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.call import Call
 from sapr_jax.channels.graph import ChannelGraph, Masks
-from sapr_jax.channels.rules import Place, inner_jaxprs, shape_of
+from sapr_jax.channels.rules import Place, closed_jaxprs, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,13 @@ def difference(dense: ClosedJaxpr, small: ClosedJaxpr, shapes: Shapes) -> str | 
   Raises:
     ProgramError: If the small model is certainly wrong, with the reason.
   """
-  same = all(np.array_equal(x, y, equal_nan=True) for x, y in zip(dense.consts, small.consts, strict=False))
-  found = _compare(dense.jaxpr, small.jaxpr, shapes, ())
-  return found if same else "a constant array differs"
+  return _compare(dense.jaxpr, small.jaxpr, shapes, ()) or _compare_consts(dense, small)
+
+
+def _compare_consts(a: ClosedJaxpr, b: ClosedJaxpr) -> str | None:
+  pairs = zip(a.consts, b.consts, strict=False)
+  same = len(a.consts) == len(b.consts) and all(np.array_equal(x, y, equal_nan=True) for x, y in pairs)
+  return None if same else "a constant array differs"
 
 
 def _compare(a: Jaxpr, b: Jaxpr, shapes: Shapes, outer: Place) -> str | None:
@@ -120,9 +124,12 @@ def _compare_params(x: JaxprEqn, y: JaxprEqn, shapes: Shapes, place: Place) -> s
     # Others are functions and objects that differ at each trace.
     if isinstance(u, bool | int | float | str | tuple) and not _holds_jaxpr(u) and not _equal(u, v):
       first = first or f"`{x.primitive.name}` has {name}={v} instead of {u}"
-  for inner_x, inner_y in zip(inner_jaxprs(x), inner_jaxprs(y), strict=True):
-    found = _compare(inner_x, inner_y, shapes, place)
-    first = first or found
+  inner = list(zip(closed_jaxprs(x), closed_jaxprs(y), strict=False))
+  if len(closed_jaxprs(x)) != len(closed_jaxprs(y)):
+    return f"`{x.primitive.name}` holds other programs"
+  for inner_x, inner_y in inner:
+    found = _compare(inner_x.jaxpr, inner_y.jaxpr, shapes, place)
+    first = first or found or _compare_consts(inner_x, inner_y)
   return first
 
 
@@ -131,15 +138,18 @@ def _starts_follow(x: JaxprEqn, y: JaxprEqn) -> bool:
 
   That is not known of a slice in the middle of an axis that loses channels outside of it: they may be before or after.
   """
-  if x.params["strides"] is not None:
-    return x.params["start_indices"] == y.params["start_indices"]
   ends = [(*shape_of(e.invars[0]), *shape_of(e.outvars[0])) for e in (x, y)]
   rank = len(x.params["start_indices"])
+  strides = x.params["strides"] or (1,) * rank
   for dim, (start, limit, found) in enumerate(
     zip(x.params["start_indices"], x.params["limit_indices"], y.params["start_indices"], strict=True)
   ):
     outside, left = (shape[dim] - shape[rank + dim] for shape in ends)
-    if start == 0 or outside == left:
+    if strides[dim] != 1:
+      if ends[0][dim] != ends[1][dim]:
+        return False
+      right = start
+    elif start == 0 or outside == left:
       right = start
     elif limit == ends[0][dim]:
       right = left

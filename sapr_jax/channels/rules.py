@@ -104,8 +104,8 @@ class AxisInterpreter:
       if isinstance(var, Literal) or var not in values:
         # An array in the model's code keeps its shape, whatever is cut around it.
         axes = fixed_axes(shape_of(var), "it meets a constant array of the model's code")
-        is_number = isinstance(var, Literal) and not axes and np.issubdtype(dtype_of(var), np.number)
-        return Value(axes, is_zero=bool(is_number and var.val == 0))
+        is_zero = isinstance(var, Literal) and not axes and np.issubdtype(dtype_of(var), np.number) and var.val == 0
+        return Value(axes, is_zero=bool(is_zero))
       return values[var]
 
     for i, eqn in enumerate(jaxpr.eqns):

@@ -201,3 +201,91 @@ def test_wrong_cuts_are_refused(heads):
   other = sapr.NarrowModule(model, (), (*small.cuts[:-1], (*small.cuts[-1][:3], ((12, 4),))))
   with pytest.raises(InputError, match="cannot be run like this: axis 1 of params/v/kernel is made of other channels"):
     other.apply(small_variables, x)
+
+
+def positions(x):
+  """Divides by how many pixels a window covers, as a partial convolution does."""
+  ones, numbers = jnp.ones((1, 8, 8, 1)), ("NHWC", "HWIO", "NHWC")
+  counts = jax.lax.conv_general_dilated(ones, jnp.ones((3, 3, 1, 1)), (1, 1), "SAME", dimension_numbers=numbers)
+  return x / counts.astype(x.dtype)
+
+
+class Convolved(nn.Module):
+  """A variable that meets the channels, and is convolved by itself."""
+
+  @nn.compact
+  def __call__(self, x):
+    places = self.param("places", nn.initializers.normal(1.0), (1, 8, 8, 4))
+    y = nn.Conv(4, (3, 3), name="a")(nn.elu(nn.Conv(5, (1, 1), name="first")(x))) + places
+    return nn.Conv(3, (3, 3), name="b")(positions(y)) + nn.Conv(3, (3, 3), name="c")(places)
+
+
+class Fortran(nn.Module):
+  """Reshapes in another order than that of the dimensions."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(12, name="a")(x).reshape((*x.shape[:3], 3, 4))
+    y = jax.lax.reshape(y, (*x.shape[:3], 12), dimensions=(0, 1, 2, 4, 3))
+    return nn.Dense(3, name="b")(nn.elu(y))
+
+
+class TwoFactors(nn.Module):
+  """A kernel that is computed from two parameters, each of which has some of its channels."""
+
+  @nn.compact
+  def __call__(self, x):
+    a, b = nn.Dense(4, name="a")(x), nn.Dense(6, name="b")(x)
+    draw = nn.initializers.normal(1.0)
+    kernel = self.param("A", draw, (4,))[:, None, None] * self.param("B", draw, (6, 3))[None]
+    y = (a[..., :, None] * b[..., None, :]).reshape((*x.shape[:3], 24))
+    return y @ kernel.reshape((24, 3)) + nn.Dense(3, name="c")(a)
+
+
+class InnerConstant(nn.Module):
+  """A constant of a program within the program, which code computes from a width."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(8, name="a")(x)
+    scale = np.arange(1, 4.0).astype(x.dtype) * y.shape[-1]
+    return jax.jit(lambda z: z * scale)(nn.Dense(3, name="b")(y))
+
+
+@pytest.mark.parametrize("kind", [Convolved, Fortran, TwoFactors, InnerConstant])
+def test_what_once_was_wrong(kind):
+  laws.check_laws(kind(), "exact", (0,))
+
+
+class TrainsOtherwise(nn.Module):
+  """Sums channels without a kernel, but in training only."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    y = nn.Dense(8, name="a")(x) + jnp.zeros(8)
+    out = nn.Dense(4, name="b")(nn.relu(y))
+    return out + jnp.einsum("bc,bc->b", y, y)[:, None] if train else out
+
+
+def test_training_that_a_cut_would_change_is_refused():
+  model = TrainsOtherwise()
+  x, variables, graph, masks = network(model, (2, 5))
+  small, small_variables = sapr.prune(model, variables, graph, masks)
+  assert small.cuts and small.apply(small_variables, x).shape == (2, 4)
+  with pytest.raises(InputError, match=r"cannot be run like this: 8 channels cannot be cut in this mode: it is summed"):
+    small.apply(small_variables, x, train=True)
+
+
+class Stateful(nn.Module):
+  """Keeps a tuple of arrays as one variable."""
+
+  @nn.compact
+  def __call__(self, x):
+    state = self.variable("state", "h", lambda: (jnp.zeros(4), jnp.ones(4)))
+    return nn.Dense(2)(nn.relu(nn.Dense(4)(x) + state.value[0]))
+
+
+def test_several_arrays_of_one_name_are_refused():
+  variables = Stateful().init(jax.random.key(0), jnp.ones((1, 2)))
+  with pytest.raises(InputError, match="must be nested dictionaries of arrays, got several in state/h"):
+    sapr.trace_channels(Stateful(), variables, (1, 2))
