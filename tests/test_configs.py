@@ -114,7 +114,7 @@ def test_an_experiment_by_its_name_prints_as_the_command_line_takes_it():
   }
   assert len(lines) == len({line.split(" = ")[0] for line in lines}) > 80
   with pytest.raises(
-    sapr.InputError, match=r"an experiment must be one of digits, .*, resnet56_cifar10, got 'resnet57'"
+    sapr.InputError, match=r"an experiment must be one of digits, .*, resnet56_cifar10, .*got 'resnet57'"
   ):
     configs.get("resnet57")
 

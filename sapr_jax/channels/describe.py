@@ -65,7 +65,7 @@ def alike(names: Iterable[str]) -> list[str]:
 
   Example:
     >>> alike(["stem", "block1/conv2", "block2/conv2", "block3/conv2"])
-    ['stem', 'block*/conv2 (3)']
+    ['stem', 'block*/conv* (3)']
   """
   found: dict[str, dict[str, None]] = {}
   for name in names:

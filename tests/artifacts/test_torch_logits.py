@@ -113,7 +113,8 @@ def example():
 @pytest.mark.parametrize(
   ("name", "select"),
   [
-    *(("cifar_resnet", "blocks"), ("cifar_resnet", "exact"), ("resnet18", "blocks"), ("resnet18", "exact")),
+    # The streams of "cifar_resnet" can be cut, but the network in PyTorch pads them by fixed numbers.
+    *(("cifar_resnet", "blocks"), ("resnet18", "blocks"), ("resnet18", "exact")),
     pytest.param("resnet50", "blocks", marks=slow),
     pytest.param("resnet50", "exact", marks=slow),
     pytest.param("mobilenetv2", "exact", marks=slow),

@@ -48,7 +48,7 @@ def test_every_model_of_the_package_was_counted():
   makers = {name: getattr(make, "func", make) for name, make in sapr.models.MODELS.items()}
   # Other tests may have added a network of their own.
   own = {name for name, maker in makers.items() if maker.__module__.startswith("sapr_jax")}
-  assert {row[0] for row in mark.args[1]} == own
+  assert {row[0] for row in mark.args[1]} == own - {"vit_tiny"}  # which torchvision does not have
 
 
 def norm(name, size):

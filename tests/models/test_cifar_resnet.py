@@ -65,14 +65,14 @@ def test_resnet56_has_the_figures_of_the_paper():
   assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 853_018
 
 
-def test_the_residual_stream_is_fixed_by_the_padded_shortcut():
+def test_the_residual_stream_is_made_of_pieces_by_the_padded_shortcut():
   model = models.create("resnet8")
   graph = trace_channels(model, abstract_variables(model), SHAPE, select="exact")
-  assert [group.name for group in graph.groups] == [f"stage{s}_block1/conv1" for s in (1, 2, 3)]
-  reasons = {key[1:-1]: reason for key, _, reason in graph.fixed}
-  assert "padded" in reasons[("conv",)]
-  assert "padded" in reasons[("stage1_block1", "conv2")]
-  assert "output" in reasons[("fc",)]
+  blocks = {f"stage{s}_block1/conv1": 8 * 2**s for s in (1, 2, 3)}
+  # Stage 2 has the 16 channels of stage 1 between 8 and 8 new ones, stage 3 these 32 between 16 and 16.
+  stream = {f"stage{s}_block1/conv2{end}": 4 * 2 ** (s - 1) for s in (2, 3) for end in ("", ":2")}
+  assert {group.name: group.size for group in graph.groups} == {**blocks, "conv": 16, **stream}
+  assert {key[1:-1]: reason for key, _, reason in graph.fixed} == {("fc",): "it is the network's output"}
 
 
 def test_logits_are_float32_whatever_the_dtype_of_the_computation():
