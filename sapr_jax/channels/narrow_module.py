@@ -87,12 +87,11 @@ class NarrowModule(nn.Module):
       return (found, {}) if mutable is False else found
 
     try:
+      variables = dict(module.init(rngs, *args, **kwargs) if is_new else self.variables)
+      whole = abstract(variables) if is_new else _grown(variables, self.cuts)
+      dense = _Dense(apply, whole, rngs, args, kwargs)
       if is_new:
-        drawn = module.init(rngs, *args, **kwargs)
-        variables = _Dense(apply, abstract(drawn), rngs, args, kwargs).cut(drawn, self.cuts)
-      else:
-        variables = dict(self.variables)
-      dense = _Dense(apply, _grown(variables, self.cuts), rngs, args, kwargs)
+        variables = dense.cut(variables, self.cuts)
       results, updates = dense.run(variables, self.cuts, rngs, args, kwargs)
     except ProgramError as error:
       raise InputError(
