@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +25,25 @@ from sapr_jax import data
 
 # Nothing of ours may rest on implicit promotion.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _compiled_programs() -> str:
+  """Returns the folder that the workers of this run, and the commands that tests start, share."""
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
+  folder = tempfile.mkdtemp(prefix="compiled_tests_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
+
+
+# Half of the time of the tests is the compiler's, whose optimizations take half of that: the programs run a few steps.
+for _option, _value in (
+  ("jax_disable_most_optimizations", True),
+  ("jax_compilation_cache_dir", _compiled_programs()),
+  ("jax_persistent_cache_min_compile_time_secs", 0.1),
+):
+  jax.config.update(_option, _value)
+  os.environ[_option.upper()] = str(_value)
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,18 +93,10 @@ def _network(model: nn.Module, input_shape: tuple[int, ...], **trace_options: An
   return Network(model, variables, sapr.trace_channels(model, variables, input_shape, **trace_options), input_shape)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache_of_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """The commands that tests start share compiled programs, and stay out of the user's cache folder."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-  """For modules whose programs run a few steps: the compiler takes half the time or less without optimization."""
-  with jax_options(jax_disable_most_optimizations=True):
+@pytest.fixture
+def optimized() -> Iterator[None]:
+  """For programs that run for longer than the compiler does."""
+  with jax_options(jax_disable_most_optimizations=False):
     yield
 
 

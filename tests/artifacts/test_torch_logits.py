@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from benchmarks import torch_networks as ref  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "torch.md"
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 models = sapr.models
 slow = pytest.mark.slow
 
@@ -67,7 +66,7 @@ def assert_same_logits(model, variables, torch_model, size):
   images = np.random.default_rng(size).normal(size=(2, size, size, 3)).astype(np.float32)
   with torch.no_grad():
     want = torch_model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-  got = jax.jit(model.apply, compiler_options=QUICK)(variables, images)
+  got = jax.jit(model.apply)(variables, images)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
   # The logits depend on the images by far more than the tolerance, so this compares more than biases.
   assert np.abs(want[0] - want[1]).max() > 2e-3 * np.abs(want).max()

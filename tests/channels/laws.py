@@ -86,10 +86,10 @@ def check_masked_is_pruned(
   `run` runs the masked network: `by_params` or `masked_apply`.
   """
   images = random_images(11, dtype, graph.call.arrays[0].shape)
-  want = jax.jit(lambda v, x: run(model, v, graph, masks, x), compiler_options=QUICK)(variables, images)
+  want = jax.jit(lambda v, x: run(model, v, graph, masks, x))(variables, images)
   small, small_variables = prune(model, variables, graph, masks)
   assert all(np.ptp(leaf, axis=0).max() > 0 for leaf in jax.tree.leaves(want)), "the network ignores its input"
-  got = jax.jit(small.apply, compiler_options=QUICK)(small_variables, images)
+  got = jax.jit(small.apply)(small_variables, images)
   assert relative_error(got, want) < tolerance
   assert graph.macs(masks) == count_macs(small, small_variables, graph.call.arrays[0].shape, input_dtype=dtype)
   sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (variables, small_variables)]

@@ -44,7 +44,7 @@ def test_the_gradient_to_the_mask_is_that_of_a_gate_on_the_feature_map(run):
     def by_hand(gate):
       return jnp.sum(model.apply(variables, images, gate) ** 2)
 
-    got, want = (jax.jit(jax.grad(f), compiler_options=laws.QUICK)(gate) for f in (by_masks, by_hand))
+    got, want = (jax.jit(jax.grad(f))(gate) for f in (by_masks, by_hand))
   np.testing.assert_allclose(got, want, rtol=1e-10)
   assert np.all(np.abs(want) > 1e-6)
 
@@ -129,7 +129,7 @@ def test_gated_inputs_give_the_values_and_gradients_of_masked_kernels(name):
       def loss(masks):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(model, variables, graph, masks, images)))
 
-      return jax.jit(jax.value_and_grad(loss), compiler_options=laws.QUICK)(masks)
+      return jax.jit(jax.value_and_grad(loss))(masks)
 
     want, got = loss_and_gradient(by_params), loss_and_gradient(masked_apply)
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in want[1].values()) > 1e-3
@@ -144,7 +144,7 @@ def test_a_network_that_was_pruned_before():
   graph = trace_channels(small, small_variables, laws.SHAPE)
   masks, images = laws.random_masks(graph, 1), laws.random_images(0, np.float32)
   want, got = (
-    jax.jit(lambda x, run=run: run(small, small_variables, graph, masks, x), compiler_options=laws.QUICK)(images)
+    jax.jit(lambda x, run=run: run(small, small_variables, graph, masks, x))(images)
     for run in (by_params, masked_apply)
   )
   assert laws.relative_error(got, want) < 1e-5

@@ -74,10 +74,7 @@ def test_masked_is_pruned_in_float64():
     small, small_variables = prune(model, variables, graph, masks)
     images = laws.random_images(0)
     masked = {**variables, "params": mask_params(variables["params"], graph, masks)}
-    want, got = (
-      jax.jit(features_of(net), compiler_options=laws.QUICK)(v, images)
-      for net, v in ((model, masked), (small, small_variables))
-    )
+    want, got = (jax.jit(features_of(net))(v, images) for net, v in ((model, masked), (small, small_variables)))
   assert {leaf.dtype for leaf in jax.tree.leaves(want)} == {np.dtype(np.float64)}
   assert laws.relative_error(got, want) < 1e-10
 
@@ -129,7 +126,7 @@ def test_the_small_model_is_an_ordinary_module(resnet):
     )
     return jnp.sum(logits**2), updates
 
-  gradient, updates = jax.jit(jax.grad(loss, has_aux=True), compiler_options=laws.QUICK)(small_variables["params"])
+  gradient, updates = jax.jit(jax.grad(loss, has_aux=True))(small_variables["params"])
   assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, small_variables["params"])
   assert jax.tree.map(jnp.shape, updates["batch_stats"]) == jax.tree.map(jnp.shape, small_variables["batch_stats"])
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 import sapr_jax as sapr
 from sapr_jax.method import RegularizationState, channel_norms
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from flax.training import train_state
 import sapr_jax as sapr
 from sapr_jax.method import PrunerState, channel_norms
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Net(nn.Module):
   @nn.compact

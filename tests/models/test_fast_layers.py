@@ -14,8 +14,6 @@ from sapr_jax.models import fast_layers
 from sapr_jax.models.fast_layers import with_fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def normal(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

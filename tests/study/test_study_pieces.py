@@ -56,7 +56,6 @@ def stop_after_the_first_epoch(records):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_goes_on_in_another_folder_as_if_nothing_had_happened(tmp_path, monkeypatch):
   here, there, whole, results = (tmp_path / name for name in ("here", "there", "whole", "results"))
   watcher = stop_after_the_first_epoch(here / RUN / "records.jsonl")

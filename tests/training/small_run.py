@@ -27,9 +27,6 @@ SMALL = {
   "report.page": False,  # it takes longer than the run
 }
 
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""XLA_FLAGS for programs that run a few steps only."""
-
 
 def small_config(**overrides):
   config = digits.get_config()

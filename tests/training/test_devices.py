@@ -10,13 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_run import FAST_COMPILATION, small_config
+from small_run import small_config
 
 import sapr_jax as sapr
 from sapr_jax import training
 from sapr_jax.runtime import devices
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -28,7 +26,7 @@ def results(request, tmp_path_factory):
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(request.param)} {FAST_COMPILATION}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(request.param)}",
     "PYTHONPATH": str(ROOT),
   }
   script = pathlib.Path(__file__).with_name("many_devices.py")

@@ -17,8 +17,6 @@ from sapr_jax.runtime import devices
 from sapr_jax.training import feed, skipping
 from sapr_jax.training.proposers import GeneratorProposer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STREAMED = {
   "model.name": "tiny",
   "data.source": "folder",

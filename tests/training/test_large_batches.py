@@ -18,8 +18,6 @@ from sapr_jax.training.experiment import check_batches
 from sapr_jax.training.inputs import Preprocessing, Shared
 from sapr_jax.training.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=1, flip=True)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)

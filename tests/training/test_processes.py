@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from small_run import FAST_COMPILATION, check_same_run
+from small_run import check_same_run
 
 import sapr_jax as sapr
 from sapr_jax.runtime import processes
@@ -70,7 +70,7 @@ class Launcher:
       stop: See `tiny_main`.
       timeout: Seconds until they count as hanging.
     """
-    flags = f"--xla_force_host_platform_device_count={2 // count} {FAST_COMPILATION}"
+    flags = f"--xla_force_host_platform_device_count={2 // count}"
     environment = self._environment | {"XLA_FLAGS": flags} | ({"STOP": stop} if stop else {})
     connect = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"] if count > 1 else []
     command = [sys.executable, str(ROOT / "tests/training/tiny_main.py"), *TINY, f"--workdir={workdir}", *arguments]

@@ -89,7 +89,7 @@ def test_the_pruned_model_can_be_loaded_and_has_what_the_table_says(whole):
   assert artifacts.count_params(dense_variables) == summary["dense"]["params"]
 
 
-def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation):
+def test_new_statistics_are_those_of_so_many_training_batches():
   config = small_config(data__crop_padding=0, data__flip=False)
   run, size = parts.build(config), config.train.batch_size
   renewed = passes.recalibrate_batch_norm(run.passes, run.model, run.variables, batches=7, batch_size=size)
@@ -109,7 +109,7 @@ def test_new_statistics_are_those_of_so_many_training_batches(quick_compilation)
   )
 
 
-def test_fine_tuning_starts_from_new_statistics(whole, quick_compilation, tmp_path):
+def test_fine_tuning_starts_from_new_statistics(whole, tmp_path):
   config = small_config(
     init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__p=1.0, train__epochs=1,
     train__decay_epochs=(), finetune__epochs=0, finetune__decay_epochs=(),
@@ -179,7 +179,7 @@ def test_other_images_may_be_allowed_and_are_then_those_of_the_run(whole, tmp_pa
     (path / "summary.json").unlink()
 
 
-def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
+def test_a_run_starts_from_a_saved_model(whole, tmp_path):
   config = small_config(init__weights=str(whole[0] / "dense"))
   dense, variables = sapr.load(whole[0] / "dense")
   model, got = parts.first_network(config, 10, (1, 8, 8, 1))
@@ -204,7 +204,7 @@ def test_a_run_starts_from_a_saved_model(whole, quick_compilation, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
-def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, quick_compilation, tmp_path):
+def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, tmp_path):
   config = small_config(
     init__weights=str(whole[0] / "dense"), train__epochs=0, train__decay_epochs=(), prune__start_epoch=0,
     prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
@@ -221,7 +221,7 @@ def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, quick_co
   jax.tree.map(np.testing.assert_array_equal, dense, first)
 
 
-def test_a_run_starts_from_pytorch_weights(quick_compilation, tmp_path):
+def test_a_run_starts_from_pytorch_weights(tmp_path):
   config = small_config(model__name="resnet8", model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)
   variables = jax.jit(model.init)(jax.random.key(5), np.zeros((1, 8, 8, 1)))
@@ -265,7 +265,7 @@ def test_a_shrinkage_is_what_a_dropped_channel_loses_in_all():
 SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "finetune__decay_epochs": ()}
 
 
-def test_the_other_choices_run_too(quick_compilation, tmp_path):
+def test_the_other_choices_run_too(tmp_path):
   config = small_config(fast_cpu=False, prune__form="penalty", prune__round_to=4, prune__statistics_batches=0, **SHORT)
   result = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)
   summary = result.summary
@@ -280,7 +280,7 @@ def test_the_other_choices_run_too(quick_compilation, tmp_path):
 @pytest.mark.parametrize(
   ("cost", "limit", "unit"), [("macs", None, "macs"), ("params", None, "params"), ("macs", 15e3, "macs")]
 )
-def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(quick_compilation, tmp_path, cost, limit, unit):
+def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(tmp_path, cost, limit, unit):
   config = small_config(prune__proposer="l1_norm", prune__cost=cost, prune__limit=limit, prune__p=0.6, **SHORT)
   summary = training.run(config, tmp_path / "run").summary
   most = 0.6 * summary["dense"][unit] if limit is None else limit
@@ -295,7 +295,7 @@ def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(quick_compilatio
 
 
 @pytest.mark.parametrize("name", IMPORTANCES)
-def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compilation, name):
+def test_an_importance_proposes_the_channels_that_it_ranks_highest(name):
   run = parts.build(small_config(prune__proposer=name))
   proposer = parts.make_proposer(run)
   variables = devices.replicate(run.variables, run.passes.mesh)
@@ -312,12 +312,12 @@ def test_an_importance_proposes_the_channels_that_it_ranks_highest(quick_compila
   assert run.budget.cost(run.graph.kept(run.project(scores))) <= run.budget.limit
 
 
-def test_globs_of_the_configuration_choose_groups(quick_compilation):
+def test_globs_of_the_configuration_choose_groups():
   run = parts.build(small_config(prune__include=("conv*",), prune__exclude=("conv0",)))
   assert [group.name for group in run.graph.groups] == ["conv1"]
 
 
-def test_channels_compete_in_shares_and_by_their_cost(quick_compilation):
+def test_channels_compete_in_shares_and_by_their_cost():
   def widths(**fields):
     run = parts.build(
       small_config(prune__proposer="l2_norm", importance__compare="equal_shares", prune__p=0.4, **fields)
@@ -330,7 +330,7 @@ def test_channels_compete_in_shares_and_by_their_cost(quick_compilation):
   assert tilted != shares
 
 
-def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(quick_compilation, tmp_path, capsys):
+def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(tmp_path, capsys):
   config = small_config(
     search__start_epoch=0, search__end_epoch=3, prune__start_epoch=2, **SHORT | {"train__epochs": 4}
   )
@@ -347,7 +347,7 @@ def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(
   assert len(warned) == sum(record.get("generator_learned", 1) < 0.5 for record in records[2:])
 
 
-def test_a_generator_begins_with_what_it_knows(quick_compilation):
+def test_a_generator_begins_with_what_it_knows():
   config = small_config(generator__prior="l2_norm", generator__prior_strength=20.0, generator__order="l1_norm")
   run = parts.build(config)
   known = parts.make_proposer(run)
@@ -367,7 +367,7 @@ def test_a_generator_begins_with_what_it_knows(quick_compilation):
   assert int(again.step) == 2 * steps > 0
 
 
-def test_a_proposer_of_the_callers_own_may_hold_the_masks(quick_compilation, tmp_path):
+def test_a_proposer_of_the_callers_own_may_hold_the_masks(tmp_path):
   class First:
     """Keeps the first channels, and holds these masks from the next epoch on."""
 
@@ -417,7 +417,7 @@ def test_a_run_that_goes_on_keeps_the_rounding_it_began_with(tmp_path):
     keep(Rounded(8), tmp_path, ["a", "b"])
 
 
-def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(quick_compilation, tmp_path):
+def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(tmp_path):
   class Silent:
     def __init__(self, experiment):
       pass
@@ -432,7 +432,7 @@ def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(quic
     training.run(small_config(**SHORT), tmp_path / "run", proposer=Silent)
 
 
-def test_scores_that_diverge_are_divergence(quick_compilation, tmp_path):
+def test_scores_that_diverge_are_divergence(tmp_path):
   config = small_config(**SHORT | {"generator__learning_rate": 1e38})
   with pytest.raises(sapr.DivergedError, match="hold a NaN before epoch 2 of train"):
     training.run(config, tmp_path / "run")

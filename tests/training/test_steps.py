@@ -19,8 +19,6 @@ from sapr_jax.training.distillation import Distillation
 from sapr_jax.training.inputs import Preprocessing, Shared
 from sapr_jax.training.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
 
 
