@@ -78,5 +78,5 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
 CANDIDATE_RATES = ("rate=0.02", "rate=0.1")
 """Those of `CANDIDATES` that were compared for rows that are cut at once, too."""
 
-CANDIDATE_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
+CANDIDATE_STRENGTHS = (0.1, 0.3, 1.0)
 """Compared for `STRENGTHS`."""

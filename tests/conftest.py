@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: a tiny residual network, and one that is trained on real digits."""
+"""What several folders share: tiny networks, and how tests are compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from flax.linen import normalization
 from jax_options import jax_options
 
 import sapr_jax as sapr
-from sapr_jax import data
 
 # Nothing of ours may rest on implicit promotion.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -120,60 +119,3 @@ class Bottleneck(nn.Module):
 def bottleneck() -> Network:
   """Groups on both axes of one kernel, and one that a flattened axis carries."""
   return _network(Bottleneck(), (1, 4, 4, 2), select="unjoined")
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained(Network):
-  """A network trained on the digits, with normalized images."""
-
-  images: Any
-  labels: Any
-  test_images: Any
-  test_labels: Any
-
-  def accuracy(self, params: Any) -> float:
-    logits = _forward(self.model, {**self.variables, "params": params}, self.test_images)
-    return float(jnp.mean(jnp.argmax(logits, axis=-1) == self.test_labels))
-
-
-def _forward(model: nn.Module, variables: Any, x: jax.Array) -> jax.Array:
-  return model.apply(variables, x)
-
-
-@pytest.fixture(scope="session")
-def trained() -> Trained:
-  """ResNet-8 with 8, 16 and 32 channels, trained on scikit-learn's digits."""
-  pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
-  dataset = data.load_dataset(data.DataSpec("digits"))
-  mean, std = dataset.channel_statistics()
-  network = _network(sapr.models.create("resnet8", width_multiplier=0.5), (1, *dataset.image_shape))
-  model = network.model
-  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros(network.input_shape))
-  images, labels = data.normalize(dataset.train.images, mean, std), jnp.asarray(dataset.train.labels)
-  cosine = optax.cosine_decay_schedule(0.1, 12 * 18)
-  tx = optax.sgd(lambda step: cosine(step.astype(jnp.float32)), momentum=0.9)
-
-  @jax.jit
-  def step(variables, opt_state, indices):
-    def loss_fn(params):
-      logits, updated = model.apply({**variables, "params": params}, images[indices], train=True, mutable="batch_stats")
-      return optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices]).mean(), updated
-
-    grads, updated = jax.grad(loss_fn, has_aux=True)(variables["params"])
-    updates, opt_state = tx.update(grads, opt_state)
-    return {"params": optax.apply_updates(variables["params"], updates), **updated}, opt_state
-
-  opt_state = tx.init(variables["params"])
-  for epoch in range(12):
-    for indices in data.epoch_batches(len(labels), 64, seed=0, epoch=epoch, purpose="fixture"):
-      variables, opt_state = step(variables, opt_state, indices)
-  return Trained(
-    model,
-    variables,
-    network.graph,
-    network.input_shape,
-    images,
-    labels,
-    data.normalize(dataset.test.images, mean, std),
-    np.asarray(dataset.test.labels),
-  )
