@@ -54,6 +54,7 @@ def test_the_experiment_of_ones_own(tmp_path):
   assert names["get_config"]().prune.p == 0.3
 
 
+@pytest.mark.slow
 def test_the_example_of_the_quickstart(tmp_path):
   *_, macs, shape = run_example((ROOT / "docs" / "quickstart.md").read_text(), tmp_path)
   dense, small = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+", macs))

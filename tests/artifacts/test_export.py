@@ -71,7 +71,7 @@ def mobilenet():
   return pruned("mobilenetv2_cifar", 16, width_multiplier=0.25)
 
 
-@pytest.mark.parametrize("name, size", [("resnet", 8), ("mobilenet", 16)])
+@pytest.mark.parametrize("name, size", [("resnet", 8), pytest.param("mobilenet", 16, marks=pytest.mark.slow)])
 def test_onnx_gives_the_same_logits_for_any_batch(name, size, request, tmp_path):
   pytest.importorskip("onnx", reason="pip install 'sapr_jax[onnx]'")
   model, variables = request.getfixturevalue(name)

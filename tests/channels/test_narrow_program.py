@@ -104,6 +104,7 @@ def loss(model, variables, params, x):
 KEY = jax.random.key(5)
 
 
+@pytest.mark.slow
 def test_it_trains(heads, monkeypatch):
   model, x, masked, graph, masks, small, small_variables = heads
   got, updates = jax.jit(jax.grad(functools.partial(loss, small, small_variables), has_aux=True))(
@@ -121,6 +122,7 @@ def test_it_trains(heads, monkeypatch):
   assert laws.relative_error(updates, sapr.prune_tree(stats, graph, masks)) < 1e-5
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_users_rules():
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     model = Rules()

@@ -184,6 +184,7 @@ def test_a_generator_learns_and_meets_the_budget(options):
       assert np.asarray(norms[name])[mask].min() >= np.asarray(norms[name])[~mask].max(initial=0)
 
 
+@pytest.mark.slow
 def test_a_generator_finds_the_channels_that_the_loss_needs():
   # Channels 4 to 7 of "a" are read by nothing.
   kernel = VARIABLES["params"]["b"]["kernel"].at[4:].set(0.0)
@@ -197,7 +198,7 @@ def test_a_generator_finds_the_channels_that_the_loss_needs():
   assert mask.sum() == 4 and mask[:4].sum() >= 3
 
 
-@pytest.mark.parametrize("how", ["flax", "orbax"])
+@pytest.mark.parametrize("how", ["flax", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_a_saved_state_goes_on_bit_for_bit(tmp_path, how):
   pruner = make(sapr.Search(generator=LEARNING, in_force=1))
   state = first_state(pruner.regularize(optax.sgd(0.1, momentum=0.9)))
@@ -327,6 +328,7 @@ def test_gamma_is_what_the_shrinkage_takes():
     sapr.gamma_for(2.0, 0.1, "x")
 
 
+@pytest.mark.slow
 def test_two_devices_choose_and_train_as_one_does(tmp_path):
   script = pathlib.Path(__file__).with_name("pruner_on_devices.py")
   done = subprocess.run([sys.executable, script, str(tmp_path / "found.npz")], capture_output=True, text=True)

@@ -135,7 +135,8 @@ def test_a_depthwise_window_larger_than_the_image_gives_nothing_as_ever():
   assert layer.apply(variables, x).shape == with_fast_layers(layer.apply)(variables, x).shape == (2, 7, 0, 6)
 
 
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_residual_network(remat):
   model = models.create("resnet8", num_classes=3, width_multiplier=0.125, remat=remat)
   assert "custom_vjp" in compare(model, normal(4, 8, 8, 3), train=True)
@@ -146,6 +147,7 @@ def test_inverted_residual():
   assert program.count("conv_general_dilated[") == 2  # those of 1x1
 
 
+@pytest.mark.slow
 def test_pruned_network():
   model, x = models.create("resnet8", num_classes=3, width_multiplier=0.25), normal(4, 8, 8, 3)
   variables = drawn(model, x)

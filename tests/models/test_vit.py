@@ -43,6 +43,7 @@ def test_most_of_the_full_network_can_be_cut():
   assert graph.prunable_macs() / graph.macs() > 0.95
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_exactly(network):
   model, variables, graph = network
   scores = sapr.relative_to_group_mean(sapr.l2_norm(variables["params"], graph))

@@ -36,6 +36,7 @@ def caches(tmp_path, monkeypatch):
 
 
 def compile_something():
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # however quick the compiler is
   return jax.jit(lambda x: jnp.cos(x) @ x)(jnp.ones((7, 7)))
 
 

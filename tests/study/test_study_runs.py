@@ -30,6 +30,7 @@ def test_the_schedule_from_scratch_has_all_epochs():
   assert (phase.epochs, phase.decay_epochs, phase.learning_rate) == (360, (180, 270), 0.1)
 
 
+@pytest.mark.slow
 def test_a_generator_chooses_by_what_it_has_learned():
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   config = digits.get_config()

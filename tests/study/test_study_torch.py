@@ -18,6 +18,7 @@ from benchmarks.torch_networks import count_macs  # noqa: E402
 from study import torch_runs  # noqa: E402
 
 
+@pytest.mark.slow
 def test_pytorch_networks_cost_what_ours_do_and_are_cut_within_the_budget():
   ours = sapr.models.create("resnet8", width_multiplier=0.5)
   variables = ours.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

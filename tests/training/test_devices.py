@@ -19,42 +19,46 @@ from sapr_jax.runtime import devices
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module", params=[(1, 2), pytest.param((1, 4, 8), marks=pytest.mark.slow)], ids=str)
-def results(request, tmp_path_factory):
-  """(numbers of devices, what `many_devices.py` found on them)."""
+COUNTS = (1, 2, 8)
+"""Numbers of devices."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+  """What `many_devices.py` found on them."""
   file = tmp_path_factory.mktemp("devices") / "results.npz"
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(request.param)}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(COUNTS)}",
     "PYTHONPATH": str(ROOT),
   }
   script = pathlib.Path(__file__).with_name("many_devices.py")
-  command = [sys.executable, str(script), str(file), *map(str, request.param)]
+  command = [sys.executable, str(script), str(file), *map(str, COUNTS)]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  return request.param, dict(np.load(file))
+  return dict(np.load(file))
 
 
 def of(found, prefix):
   return {name[len(prefix) + 1 :]: value for name, value in found.items() if name.startswith(f"{prefix}/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "norm", "generator"])
-def test_the_same_global_batch_gives_the_same_updates(results, kind):
-  counts, found = results
+def test_the_same_global_batch_gives_the_same_updates(found, kind):
   want = of(found, f"{kind}/1")
   assert any("params" in name for name in want)
-  for count in counts[1:]:
+  for count in COUNTS[1:]:
     got = of(found, f"{kind}/{count}")
     assert got.keys() == want.keys()
     for name in want.keys() - {"masks"}:
       np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} on {count}")
 
 
-def test_all_devices_sample_the_same_masks(results):
-  counts, found = results
-  for count in counts:
+@pytest.mark.slow
+def test_all_devices_sample_the_same_masks(found):
+  for count in COUNTS:
     masks = found[f"generator/{count}/masks"]
     assert len(masks) == count
     assert set(np.unique(masks)) == {0, 1}
@@ -62,10 +66,10 @@ def test_all_devices_sample_the_same_masks(results):
       np.testing.assert_array_equal(copy, found["generator/1/masks"][0])
 
 
-def test_evaluation_counts_every_image_once_on_any_number_of_devices(results):
-  counts, found = results
+@pytest.mark.slow
+def test_evaluation_counts_every_image_once_on_any_number_of_devices(found):
   want = of(found, "evaluation/1/8")
-  for count in counts:
+  for count in COUNTS:
     for size in (8, 16):
       got = of(found, f"evaluation/{count}/{size}")
       assert got["count"] == 21
@@ -73,10 +77,10 @@ def test_evaluation_counts_every_image_once_on_any_number_of_devices(results):
       np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
 
 
-def test_the_steady_state_compiles_nothing(results):
-  counts, found = results
+@pytest.mark.slow
+def test_the_steady_state_compiles_nothing(found):
   programs = {name: value for name, value in found.items() if name.endswith("programs")}
-  assert len(programs) == 3 * len(counts)
+  assert len(programs) == 3 * len(COUNTS)
   assert all(value == 1 for value in programs.values())
 
 

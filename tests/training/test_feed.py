@@ -121,6 +121,7 @@ def streamed_run(photos, tmp_path_factory):
   return workdir, training.run(streamed_config(photos), workdir).summary
 
 
+@pytest.mark.slow
 def test_a_run_on_streamed_images(streamed_run, photos):
   workdir, summary = streamed_run
   records = artifacts.read_records(workdir)

@@ -37,6 +37,7 @@ def stepped(variables, **options):
   return step.run(state, SHARED, [np.arange(12)[None]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [True, False])
 def test_pieces_are_averaged_and_the_statistics_follow_them(variables, unroll):
   after, metrics = stepped(variables, accumulate=3, unroll=unroll)
@@ -63,6 +64,7 @@ def test_pieces_are_averaged_and_the_statistics_follow_them(variables, unroll):
   assert int(after.step) == 1
 
 
+@pytest.mark.slow
 def test_the_regularization_comes_once_however_many_pieces(variables):
   graph = sapr.trace_channels(Tiny(), variables, (1, 8, 8, 1), select="unjoined")
   masks = {name: np.zeros_like(mask) for name, mask in graph.full_masks().items()}
@@ -82,6 +84,7 @@ def test_the_regularization_comes_once_however_many_pieces(variables):
     np.testing.assert_allclose(change, want, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_in_a_loop_needs_less_memory():
   model = Tiny()
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -136,8 +139,13 @@ def test_batches_that_do_not_divide_are_refused_with_those_that_would(batch, acc
   ("name", "fields", "shape"),
   [
     ("resnet8", {"width_multiplier": 0.25}, (2, 8, 8, 1)),
-    ("resnet50", {"width_multiplier": 0.125, "blocks": (1, 1, 1, 1), "num_classes": 10}, (2, 32, 32, 3)),
-    ("mobilenetv2_cifar", {"width_multiplier": 0.1}, (2, 16, 16, 3)),
+    pytest.param(
+      "resnet50",
+      {"width_multiplier": 0.125, "blocks": (1, 1, 1, 1), "num_classes": 10},
+      (2, 32, 32, 3),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param("mobilenetv2_cifar", {"width_multiplier": 0.1}, (2, 16, 16, 3), marks=pytest.mark.slow),
   ],
 )
 def test_a_network_that_computes_activations_again_is_the_same_network(name, fields, shape, tmp_path):

@@ -109,6 +109,7 @@ def test_new_statistics_are_those_of_so_many_training_batches():
   )
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_new_statistics(whole, tmp_path):
   config = small_config(
     init__weights=str(whole[0] / "dense"), prune__start_epoch=0, prune__p=1.0, train__epochs=1,
@@ -179,6 +180,7 @@ def test_other_images_may_be_allowed_and_are_then_those_of_the_run(whole, tmp_pa
     (path / "summary.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_saved_model(whole, tmp_path):
   config = small_config(init__weights=str(whole[0] / "dense"))
   dense, variables = sapr.load(whole[0] / "dense")
@@ -265,6 +267,7 @@ def test_a_shrinkage_is_what_a_dropped_channel_loses_in_all():
 SHORT = {"train__epochs": 2, "train__decay_epochs": (), "finetune__epochs": 0, "finetune__decay_epochs": ()}
 
 
+@pytest.mark.slow
 def test_the_other_choices_run_too(tmp_path):
   config = small_config(fast_cpu=False, prune__form="penalty", prune__round_to=4, prune__statistics_batches=0, **SHORT)
   result = training.run(config, tmp_path / "run", weighting=lambda dropped: jnp.ones_like(dropped) / dropped.size)

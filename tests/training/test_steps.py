@@ -99,6 +99,7 @@ def test_the_weight_step_is_sgd_with_weight_decay_by_hand(tiny, mesh, shared):
   assert int(after.step) == 1
 
 
+@pytest.mark.slow
 def test_a_teacher_counts_from_its_first_step_on(tiny, mesh, shared):
   tx = optax.sgd(0.1)
   teacher = {**tiny.variables, "batch_stats": jax.tree.map(jnp.abs, tiny.variables["batch_stats"])}  # variances are
@@ -170,6 +171,7 @@ def test_a_step_with_masks_shrinks_the_dropped_channels_only(tiny, mesh, shared)
   np.testing.assert_allclose(lost, 0.05, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_generator_reads_running_statistics_or_those_of_its_batch(tiny, mesh, shared):
   architecture, tx = sapr.ArchitectureGenerator.for_graph(tiny.graph), optax.sgd(0.1)
   first = GeneratorState.create(architecture.init(jax.random.key(1)), tx)
@@ -198,6 +200,7 @@ def test_the_generator_reads_running_statistics_or_those_of_its_batch(tiny, mesh
   np.testing.assert_allclose(batch[1], want, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_pass_are_summed(tiny, mesh, shared):
   step = devices.MappedStep(steps.gradient_step(tiny.model, PREPROCESSING), mesh)
   zeros = jax.tree.map(jnp.zeros_like, tiny.params)

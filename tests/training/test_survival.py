@@ -30,6 +30,7 @@ class StoppedError(Exception):
   pass
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
   write = artifacts.Recorder.write
 
@@ -51,6 +52,7 @@ def test_a_run_stopped_in_each_stage_ends_as_if_it_had_not_been(whole, tmp_path,
   check_same_run(tmp_path / "run", whole[0])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_goes_on_at_the_step(whole, tmp_path, monkeypatch):
   save, places = artifacts.Checkpointer.save, []
 
@@ -169,7 +171,9 @@ def test_divergence_names_the_first_bad_tensor_and_keeps_the_last_good_checkpoin
   assert not any(d.name.isdigit() for d in (tmp_path / "run" / "checkpoints" / "train").iterdir())
 
 
-@pytest.mark.parametrize("leaf", ["params", "batch_stats", "opt_state"])
+@pytest.mark.parametrize(
+  "leaf", ["params", *(pytest.param(leaf, marks=pytest.mark.slow) for leaf in ("batch_stats", "opt_state"))]
+)
 def test_what_the_last_step_of_a_stage_left_behind_is_looked_at(tmp_path, monkeypatch, leaf):
   step = passes.WeightPass.step
 
@@ -193,6 +197,7 @@ def test_a_loss_on_the_test_images_that_is_not_finite_is_divergence():
     parts.passes.evaluate(parts.model, variables)
 
 
+@pytest.mark.slow
 def test_fine_tuning_of_a_training_that_was_lost_is_set_aside(whole, tmp_path, monkeypatch):
   def stop(*args, **options):
     raise StoppedError
