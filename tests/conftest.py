@@ -93,8 +93,9 @@ def _network(model: nn.Module, input_shape: tuple[int, ...], **trace_options: An
 
 
 @pytest.fixture
-def optimized() -> Iterator[None]:
-  """For programs that run for longer than the compiler does."""
+def optimized(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+  """For programs that run for longer than the compiler does, here and in commands."""
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "False")
   with jax_options(jax_disable_most_optimizations=False):
     yield
 

@@ -23,7 +23,7 @@ def test_pruning_adds_few_lines(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOST_ADDED_LINES)
-def test_the_pruned_network_is_about_as_good(name, tmp_path):
+def test_the_pruned_network_is_about_as_good(name, optimized, tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

@@ -115,7 +115,7 @@ def run(name, workdir, variables, parameters=""):
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs(tmp_path):
+def test_the_quickstart_runs(optimized, tmp_path):
   shares = ("info.macs / result.summary['dense']['macs']", "result.summary['pruned']['accuracy']", "accuracy", "same")
   share, measured, accuracy, same = run("quickstart", tmp_path, shares)
   assert 0.4 < share <= 0.5
@@ -124,7 +124,7 @@ def test_the_quickstart_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_is_pruned(tmp_path):
+def test_a_model_of_ones_own_is_pruned(optimized, tmp_path):
   names = ("small_macs / dense_macs", "dense_accuracy", "cut_accuracy", "small_accuracy", "difference")
   norms = ("kept_norms[-1]", "dropped_norms[-1]")
   share, dense, cut, small, difference, kept, dropped = run("your_own_model", tmp_path, names + norms)
@@ -135,7 +135,7 @@ def test_a_model_of_ones_own_is_pruned(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_for_a_gpu_runs_at_a_reduced_size(tmp_path):
+def test_the_notebook_for_a_gpu_runs_at_a_reduced_size(optimized, tmp_path):
   names = ("macs_share", "measured['accuracy']", "result.summary['pruned']['accuracy']", "exported.stat().st_size")
   share, accuracy, recorded, size = run("cifar10_gpu", tmp_path, names, REDUCED)
   assert 0.35 < share <= 0.5

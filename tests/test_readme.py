@@ -39,7 +39,7 @@ def test_the_page_on_saved_models(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
+def test_the_guide_prunes_a_network_of_ones_own(optimized, tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
   *_, dense, pruned, shares, nnx_module, time = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
   rows = [re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in (dense, pruned)]
