@@ -147,11 +147,9 @@ def test_two_processes_that_are_stopped_and_killed_end_like_one_that_is_not(laun
       {},
       "train.learning_rate is 0.1 on process 0 and 0.3 on process 1; start all",
     ),
-    (["--config.data.train_images=127"], {}, "data.train_images is 128 on process 0 and 127 on process 1"),
     ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "got 1 on process 0, 2 on process 1; give each"),
     ([], {"JAX_ENABLE_X64": "1"}, "jax_enable_x64 is False on process 0 and True on process 1"),
     (["--nonsense"], {}, "Unknown command line flag 'nonsense'"),
-    (["--config.data.nonsense=1"], {}, "the configuration has no such field"),
   ],
 )
 def test_processes_that_differ_are_refused(launcher, tmp_path, last, environment, text):

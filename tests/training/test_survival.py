@@ -250,7 +250,7 @@ STOPPED = "stopped by SIGTERM, all work saved; the same command resumes the run\
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5, 1, 2, 4, 6])
+@pytest.mark.parametrize("seconds", [0.5, 2, 5])
 def test_a_program_hears_a_signal_at_any_instant(tmp_path, seconds):
   with program(tmp_path / "run") as process:
     time.sleep(seconds)
