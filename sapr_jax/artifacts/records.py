@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,7 +86,8 @@ class _TensorBoard:
 
   def __init__(self, folder: pathlib.Path, first_step: int):
     """Starts a file; TensorBoard then shows nothing from `first_step` on that older files hold."""
-    from tensorboardX.event_file_writer import EventsWriter  # imports slowly
+    with _without_torch():
+      from tensorboardX.event_file_writer import EventsWriter  # imports slowly
     from tensorboardX.proto.event_pb2 import SessionLog
 
     folder.mkdir(exist_ok=True)
@@ -106,6 +108,19 @@ class _TensorBoard:
 
   def close(self) -> None:
     self._file.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """For the import of tensorboardX, which imports PyTorch too where it finds it: seconds, for one annotation."""
+  modules: dict[str, Any] = sys.modules
+  if hide := "torch" not in modules:
+    modules["torch"] = None
+  try:
+    yield
+  finally:
+    if hide:
+      del modules["torch"]
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:

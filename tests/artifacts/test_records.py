@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -35,6 +37,15 @@ def test_a_resumed_run_drops_the_epochs_that_no_checkpoint_holds(tmp_path):
   recorder.write(record(3))
   recorder.close()
   assert [r["step"] for r in read_records(tmp_path)] == [1, 2, 3]
+
+
+def test_pytorch_is_not_imported_by_the_way(tmp_path):
+  program = (
+    "import pathlib, sys; from sapr_jax.artifacts import Recorder; Recorder(pathlib.Path()).rewind(0);"
+    " assert 'tensorboardX' in sys.modules; print('torch' in sys.modules)"
+  )
+  done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+  assert done.stdout == "False\n", done.stderr
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path, capsys):
