@@ -24,7 +24,10 @@ _SCALARS = (bool, int, float, str)
 def definition_of(model: Any) -> dict[str, Any]:
   """Returns what the class of a model does not say. The fields of layers of NNX follow the shapes of the variables."""
   if is_nnx(model):
-    return {"library": NNX, "base": {"class": type(model).__name__, "fields": {}}, "widths": {}}
+    from sapr_jax.channels.nnx import NarrowNnx, dense_class  # takes a while to import
+
+    definition = {"library": NNX, "base": {"class": dense_class(model).__name__, "fields": {}}, "widths": {}}
+    return definition | ({"cuts": model.pruned_axes} if isinstance(model, NarrowNnx) else {})
   pruned = model if isinstance(model, NarrowModule) else NarrowModule(model)
   base = {"class": type(pruned.base).__name__, "fields": fields_to_json(pruned.base)}
   widths = {layer: dict(fields) for layer, fields in pruned.widths}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sapr_jax.artifacts.definition import definition_of
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.artifacts.onnx_graph import OPSET, onnx_model
 from sapr_jax.artifacts.saved_model import named_arrays
@@ -119,13 +120,14 @@ def export(
     data, about = _to_onnx(serve, spec, output, dtype, type(_base(model)).__name__)
   else:
     data, about = _to_stablehlo(serve, spec, _checked_platforms(platforms))
+  definition = definition_of(model)
   about = {
     "format": FORMAT,
     "sapr_jax": __version__,
     "jax": jax.__version__,
-    "class": type(_base(model)).__name__,
-    "widths": {layer: dict(fields) for layer, fields in model.widths} if isinstance(model, NarrowModule) else {},
-    "cuts": list(model.cuts) if isinstance(model, NarrowModule) else [],
+    "class": definition["base"]["class"],
+    "widths": definition["widths"],
+    "cuts": definition.get("cuts", ()),
     "input": {"shape": [batch or "batch", *images.shape[1:]], "dtype": images.dtype.name},
     "output": jax.tree.map(
       lambda leaf: {"shape": [batch or "batch", *leaf.shape[1:]], "dtype": leaf.dtype.name}, output

@@ -163,13 +163,13 @@ def load(path: str | os.PathLike[str], *, base: Any = None) -> Any:
     raise InputError(
       f"{weights} is damaged: a name is that of an array and of a module; save the model again."
     ) from error
+  cuts = tuple((name, axis, size, tuple(map(tuple, parts))) for name, axis, size, parts in definition.get("cuts", ()))
   if is_module:
     from sapr_jax.channels.nnx import restored  # takes a while to import
 
-    return restored(base, variables)
+    return restored(base, variables, cuts)
   if base is None:
     base = base_from_json(definition["base"], path)
-  cuts = tuple((name, axis, size, tuple(map(tuple, parts))) for name, axis, size, parts in definition.get("cuts", ()))
   if not definition["widths"] and not cuts:
     return base, variables
   widths = tuple((layer, tuple(sorted(fields.items()))) for layer, fields in sorted(definition["widths"].items()))

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from sapr_jax.channels.call import Call, errors_of_model
+from sapr_jax.channels.dense_program import together
 from sapr_jax.channels.graph import ChannelGraph, Masks
-from sapr_jax.channels.narrow_module import NarrowModule, check_module, merged_cuts
+from sapr_jax.channels.narrow_module import NarrowModule, check_module
 from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
 from sapr_jax.checks import is_integer
-from sapr_jax.errors import InputError
 
 _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
 """Fields of layers that put another operation in place of the linear one, as for quantization."""
@@ -142,10 +142,7 @@ def _program(model: nn.Module, cuts: tuple[Cut, ...]) -> NarrowModule:
   """Returns the module that evaluates the program of `model` with axes cut."""
   if not isinstance(model, NarrowModule):
     return NarrowModule(model, (), cuts)
-  together = merged_cuts(model.cuts, cuts)
-  if together is None:
-    raise InputError("The network was cut so far that its channels cannot be told apart; prune the dense one at once.")
-  return NarrowModule(model.base, model.widths, together)
+  return NarrowModule(model.base, model.widths, together(model.cuts, cuts))
 
 
 LINEN = FrontEnd(_trace, _narrow, _program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sapr_jax.channels.call import Call, errors_of_model, is_array
+from sapr_jax.channels.dense_program import DenseProgram, grown, program_errors_in_one_line, together
 from sapr_jax.channels.graph import ChannelGraph, Masks
+from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.pruning import cut
 from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of
@@ -46,13 +49,15 @@ def with_variables(module: nnx.Module, variables: Mapping[str, Any]) -> nnx.Modu
   """Returns a copy of a module with other arrays in its variables; the fields of its layers follow their shapes."""
   values = {path[1:]: leaf for path, leaf in _flat(variables).items()}
   graphdef, state = nnx.split(module)
-  copy = nnx.merge(
-    graphdef, jax.tree_util.tree_map_with_path(lambda place, leaf: values.get(path_of(place), leaf), state)
-  )
+  copy = nnx.merge(graphdef, _replaced(state, values))
   for _, layer in nnx.iter_graph(copy):
     for name, size in _sizes(layer).items():
       setattr(layer, name, size)
   return copy
+
+
+def _replaced(state: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda place, leaf: values.get(path_of(place), leaf), state)
 
 
 def storable(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,10 +65,8 @@ def storable(variables: Mapping[str, Any]) -> dict[str, Any]:
   return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, dict(variables))
 
 
-def restored(module: nnx.Module, variables: Mapping[str, Any]) -> nnx.Module:
-  """Returns a copy of a module, concrete or abstract, with what `storable` made of the variables of one like it.
-
-  Those may be narrower.
+def restored(module: nnx.Module, variables: Mapping[str, Any], cuts: tuple[Cut, ...]) -> nnx.Module:
+  """Returns a dense module, concrete or abstract, with what `storable` made of the variables of one cut from it.
 
   Raises:
     InputError: If it has other variables, or the same with other dtypes or smaller; the message names one.
@@ -83,7 +86,8 @@ def restored(module: nnx.Module, variables: Mapping[str, Any]) -> nnx.Module:
     impl = impls.get(path_of(place))
     return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
 
-  return with_variables(module, jax.tree_util.tree_map_with_path(restore, dict(variables)))
+  small = with_cuts(module, cuts) if cuts else module
+  return with_variables(small, jax.tree_util.tree_map_with_path(restore, dict(variables)))
 
 
 def _described(leaf: Any) -> tuple[tuple[int, ...], int, str]:
@@ -182,8 +186,55 @@ def _sizes_of_attention(layer: nnx.MultiHeadAttention) -> dict[str, Any]:
 
 def prune_module(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module:
   """Returns the small module; see `sapr_jax.channels.prune`."""
-  _, variables = cut(NNX, module, variables_of(module), graph, masks)
-  return with_variables(module, variables)
+  small, variables = cut(NNX, module, variables_of(module), graph, masks)
+  return with_variables(small, variables)
+
+
+class NarrowNnx(nnx.Module):
+  """A module that evaluates the program of its dense class with the shapes that are left.
+
+  `prune` returns such a module where code holds a width as a number, or computes another from it. Its class is derived
+  from that of the dense module, and it has the same attributes, whose variables are narrower. It is trained like any
+  module: then its batch statistics and random counts change. Only `__call__` can be run, and each call outside of
+  `nnx.jit` traces the dense module again.
+
+  Attributes:
+    pruned_axes: Axes of variables that are cut, as `NarrowModule.cuts`.
+  """
+
+  pruned_axes: tuple[Cut, ...]
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+      given, copy = _flat(variables), with_variables(self, variables)
+      results = super(NarrowNnx, copy).__call__(*args, **kwargs)  # type: ignore[misc]
+      return results, {path: leaf for path, leaf in _flat(variables_of(copy)).items() if leaf is not given[path]}
+
+    variables = variables_of(self)
+    with program_errors_in_one_line():
+      dense = DenseProgram(apply, grown(variables, self.pruned_axes), {}, args, kwargs, training=True)
+      results, changed = dense.run(variables, self.pruned_axes, {}, args, kwargs)
+    nnx.update(self, _replaced(nnx.state(self), {path[1:]: leaf for path, leaf in changed.items()}))
+    return results
+
+
+@functools.cache
+def _narrow_class(dense: type[nnx.Module]) -> type[NarrowNnx]:
+  about = {"__module__": dense.__module__, "__doc__": NarrowNnx.__doc__}
+  return type(f"Narrow{dense.__name__}", (NarrowNnx, dense), about)
+
+
+def dense_class(module: nnx.Module) -> type[nnx.Module]:
+  """Returns the class that the author of a module wrote."""
+  return type(module).__bases__[1] if isinstance(module, NarrowNnx) else type(module)
+
+
+def with_cuts(module: nnx.Module, cuts: tuple[Cut, ...]) -> NarrowNnx:
+  """Returns a copy of a module, whose axes may be cut already, that evaluates the dense program with `cuts`."""
+  copy: Any = nnx.clone(module)
+  copy.__class__ = type(module) if isinstance(module, NarrowNnx) else _narrow_class(type(module))
+  copy.pruned_axes = together(getattr(module, "pruned_axes", ()), cuts)
+  return copy
 
 
 def masked_apply(module: nnx.Module, graph: ChannelGraph, masks: Masks, *args: Any, **kwargs: Any) -> Any:
@@ -235,10 +286,10 @@ def _trace(module: nnx.Module, variables: Mapping[str, Any], call: Call) -> Prog
     return Program(jax.make_jaxpr(run)(abstract(dict(variables)), *call.arrays), features)
 
 
-def _narrow(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module:
+def _narrow(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module | None:
   """Returns the module as it is: it follows the shapes of its variables."""
   del graph, masks
-  return module
+  return None if isinstance(module, NarrowNnx) else module
 
 
-NNX = FrontEnd(_trace, _narrow)
+NNX = FrontEnd(_trace, _narrow, with_cuts)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from sapr_jax.channels.narrow_module import merged_cuts
+from sapr_jax.channels.dense_program import merged_cuts
 from sapr_jax.errors import InputError
 
 
