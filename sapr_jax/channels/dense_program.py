@@ -108,6 +108,8 @@ class DenseProgram:
 
 
 def _with_numbers(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  if all(map(is_integer, array.shape)):
+    return array
   return jax.ShapeDtypeStruct(tuple(n if is_integer(n) else 2 for n in array.shape), array.dtype)
 
 

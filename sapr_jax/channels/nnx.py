@@ -27,13 +27,13 @@ def variables_of(module: nnx.Module) -> dict[str, Any]:
   """Returns the variables of a module as those of linen: collection -> names on the way -> array.
 
   `nnx.Param` is in "params" and `nnx.BatchStat` in "batch_stats"; other variables are in a collection with the name of
-  their type in lower case, such as "rngkey". A variable that the module holds twice is there once, as in `nnx.state`.
-  Variables that hold no array, such as a number, are not among them.
+  their type in lower case, such as "rngkey", and arrays that are no variables in "arrays". A variable that the module
+  holds twice is there once, as in `nnx.state`. Variables that hold no array, such as a number, are not among them.
   """
   variables: dict[str, Any] = {"params": {}}
   for place, variable in jax.tree_util.tree_leaves_with_path(nnx.state(module), is_leaf=_is_variable):
     kinds = (name for kind, name in _COLLECTIONS.items() if isinstance(variable, kind))
-    collection = next(kinds, type(variable).__name__.lower())
+    collection = next(kinds, type(variable).__name__.lower() if _is_variable(variable) else "arrays")
     for rest, leaf in jax.tree_util.tree_leaves_with_path(variable):
       if not is_array(leaf):
         continue

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from laws import QUICK, random_masks, relative_error
+from laws import QUICK, drawn, random_masks, relative_error
 
 import sapr_jax as sapr
 from sapr_jax.errors import InputError
@@ -162,21 +162,6 @@ GROUPS = {
 def follows(group):
   """Says whether the code follows: `jax.nn.dot_product_attention` wants values as deep as queries."""
   return group.name != "attention/value"
-
-
-def drawn(module, seed=0):
-  """Returns a copy with random float64 variables: statistics and scales are positive."""
-  rng = np.random.default_rng(seed)
-
-  def draw(place, leaf):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    name = jax.tree_util.keystr(place)
-    value = rng.normal(size=leaf.shape) * max(1, leaf.size // leaf.shape[-1]) ** -0.5
-    return jnp.asarray(np.abs(value) + 0.5 if "var" in name or "scale" in name else value)
-
-  graphdef, state = nnx.split(module)
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def in_float64(name, seed=0):
