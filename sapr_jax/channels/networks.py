@@ -111,8 +111,7 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
   The result computes what the masked network computes. This is proved: the small model is traced, and must be the same
   program as the dense one, with the shapes that the masks give. If it is another one, as the model's code does not
   follow the cut (it holds a width as a number, or computes another from it, as in `y * y.shape[-1] ** -0.5`), the small
-  model evaluates the program of the dense one with these shapes; see `NarrowModule`. A module of NNX is not
-  cut then: the error names the group.
+  model evaluates the program of the dense one with these shapes; see `NarrowModule`.
 
   Args:
     model: The dense network.
@@ -121,8 +120,8 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
     masks: Group name -> 0/1 array `[group.size]`, concrete; 1 keeps.
 
   Returns:
-    (`NarrowModule`, its variables); for a module of NNX a smaller one of the same class. Nothing in the arguments is
-    changed.
+    (`NarrowModule`, its variables); for a module of NNX a smaller one, of the same class, or of a class derived from it
+    that evaluates the program. Nothing in the arguments is changed.
 
   Raises:
     InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model

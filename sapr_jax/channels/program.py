@@ -34,13 +34,12 @@ class FrontEnd:
   Attributes:
     trace: (model, variables, call) -> its program. Variables may be `jax.ShapeDtypeStruct`s.
     narrow: (model, graph, masks) -> the model with the layers that `masks` leaves; None if that cannot be made.
-    program: (model, cuts) -> the model that evaluates the dense program with fewer channels (`narrow_module.Cut`), if
-      there is such a form.
+    program: (model, cuts) -> the model that evaluates the dense program with fewer channels (`narrow_program.Cut`).
   """
 
   trace: Callable[[Any, Mapping[str, Any], Call], Program]
   narrow: Callable[[Any, ChannelGraph, Masks], Any]
-  program: Callable[[Any, tuple[Any, ...]], Any] | None = None
+  program: Callable[[Any, tuple[Any, ...]], Any]
 
 
 class ProgramError(Exception):
