@@ -146,6 +146,8 @@ def concatenate(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
       if dim != along:
         unify(axes[dim], axis)
   axes[along] = concatenation([operand.axes[along] for operand in operands])
+  are_kernels = all(operand.zeroed_by and not operand.producers for operand in operands)
+  interpreter.pieces[eqn.outvars[0]] = along, operands if are_kernels else ()
   return [Value(tuple(axes), producers=union([operand.producers for operand in operands]))]
 
 

@@ -111,7 +111,7 @@ LINEN = {
   "SpectralNorm": (lambda x: nn.SpectralNorm(nn.Dense(7, name="layer"))(x, update_stats=False), ROW, KEPT),
   "WeightNorm": (lambda x: nn.WeightNorm(nn.Conv(7, (3, 3), name="layer"))(x), IMAGE, {"layer": 7}),
   "LSTMCell": (rnn(nn.LSTMCell), ROW, FIRST | {"LSTMCell_0/ii": 5}),
-  "OptimizedLSTMCell": (rnn(nn.OptimizedLSTMCell), ROW, KEPT),
+  "OptimizedLSTMCell": (rnn(nn.OptimizedLSTMCell), ROW, FIRST | {"OptimizedLSTMCell_0/hi": 5}),
   "GRUCell": (rnn(nn.GRUCell), ROW, FIRST | {"GRUCell_0/ir": 5}),
   "MGUCell": (rnn(nn.MGUCell), ROW, FIRST | {"MGUCell_0/if": 5}),
   "SimpleCell": (rnn(nn.SimpleCell), ROW, FIRST | {"SimpleCell_0/i": 5}),
