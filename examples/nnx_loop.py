@@ -60,26 +60,24 @@ def main():
   schedule = optax.cosine_decay_schedule(0.1, EPOCHS * steps_per_epoch)
 
   model = Net(nnx.Rngs(0))
-  graph = sapr.trace_channels(model, train_x[:1], select="unjoined")  # + (the network is flat, without blocks)
   steps = range(START * steps_per_epoch, EPOCHS * steps_per_epoch)  # +
   gamma = sapr.gamma_for(4, schedule, steps, momentum=0.9)  # +
+  options = {"gamma": gamma, "search": sapr.Search(start=START), "select": "unjoined"}  # + (the network is flat)
+  pruner = sapr.Pruner(model, train_x[:1], budget=0.5, **options)  # +
   tx = optax.sgd(schedule, momentum=0.9, nesterov=True)
-  tx = optax.chain(sapr.regularize_by_penalty(graph, gamma, expected_from=steps.start), tx)  # +
-  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, pruner.regularize(tx), wrt=nnx.Param)  # +
 
   rng = np.random.default_rng(0)
-  for epoch in range(EPOCHS):
-    if epoch == START:  # +
-      scores = sapr.relative_to_group_mean(sapr.l2_norm(nnx.state(model, nnx.Param), graph))  # +
-      masks = sapr.project_to_budget(graph, scores, sapr.macs_budget(graph, 0.5))  # +
-      optimizer.opt_state = nnx.data(sapr.set_masks(optimizer.opt_state, masks))  # +
+  for _ in range(EPOCHS):
+    pruner.update(optimizer, model)  # +
     for rows in rng.permutation(len(train_y))[: steps_per_epoch * BATCH].reshape(-1, BATCH):
       train_step(model, optimizer, train_x[rows], train_y[rows])
-  small = sapr.prune(model, graph, masks)  # +
+  small = pruner.prune(model, optimizer)  # +
 
   dense_share, small_share = (accuracy(network, test_x, test_y) for network in (model, small))
-  print(f"dense  {graph.macs():>9,} MACs  {dense_share:.2%}")
-  print(f"pruned {graph.macs(masks):>9,} MACs  {small_share:.2%}, as cut")
+  print(pruner.report(optimizer))
+  print(f"dense  {pruner.graph.macs():>9,} MACs  {dense_share:.2%}")
+  print(f"pruned {sapr.count_macs(small, test_x[:1]):>9,} MACs  {small_share:.2%}, as cut")
   assert small_share > dense_share - 0.03, "the cut costs more than three points"
 
 

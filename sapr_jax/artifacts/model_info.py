@@ -15,12 +15,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import NarrowModule, count_macs, dense_features, errors_of_model, evaluation_kwargs
+from sapr_jax.channels import (
+  NarrowModule,
+  count_macs,
+  dense_features,
+  errors_of_model,
+  evaluate,
+  evaluation_kwargs,
+  is_nnx,
+)
 from sapr_jax.checks import check_type, is_integer, shown
 from sapr_jax.data import Inputs
 from sapr_jax.errors import InputError, one_line
@@ -56,7 +63,7 @@ class ModelInfo:
 
 
 def info_to_json(
-  model: nn.Module, variables: Mapping[str, Any], inputs: Inputs | None, metrics: Any, config: Any
+  model: Any, variables: Mapping[str, Any], inputs: Inputs | None, metrics: Any, config: Any
 ) -> dict[str, Any]:
   """Returns the content of `info.json`, after checking that the inputs fit the model.
 
@@ -88,18 +95,19 @@ def abstract(inputs: Inputs) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(inputs.input_shape, jnp.dtype(inputs.dtype))
 
 
-def _count(model: nn.Module, variables: Mapping[str, Any], inputs: Inputs) -> int:
+def _count(model: Any, variables: Mapping[str, Any], inputs: Inputs) -> int:
   """Runs the model abstractly on such inputs, and counts its multiply-accumulates."""
-  kwargs = evaluation_kwargs(model)
+  kwargs = {} if is_nnx(model) else evaluation_kwargs(model)
   with errors_of_model(f"The model, its variables and inputs of shape {inputs.input_shape}"):
-    outputs = jax.eval_shape(lambda v, x: model.apply(v, x, **kwargs), dict(variables), abstract(inputs))
+    outputs = jax.eval_shape(lambda x: evaluate(model, variables, x, **kwargs), abstract(inputs))
   names = inputs.class_names
   if names is not None and isinstance(outputs, jax.ShapeDtypeStruct) and outputs.shape[-1:] != (len(names),):
     raise InputError(
       f"class_names must name the {outputs.shape[-1:][0] if outputs.shape else 0} outputs of the model, got"
       f" {len(names)}: {shown(names)}."
     )
-  return count_macs(model, variables, inputs.input_shape, apply_kwargs=kwargs, input_dtype=inputs.dtype)
+  given = None if is_nnx(model) else variables
+  return count_macs(model, given, inputs.input_shape, apply_kwargs=kwargs, input_dtype=inputs.dtype)
 
 
 def _plain(name: str, value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -14,14 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sapr_jax.artifacts.definition import definition_of
 from sapr_jax.artifacts.files import write_atomically, write_json
 from sapr_jax.artifacts.onnx_graph import OPSET, onnx_model
 from sapr_jax.artifacts.saved_model import named_arrays
 from sapr_jax.artifacts.torch_weights import export_torch
-from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model
+from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model, evaluate, is_nnx, network_of
 from sapr_jax.checks import check_dtype, check_function, check_integer, check_path, shown
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 from sapr_jax.version import __version__
+
+if TYPE_CHECKING:
+  from flax import nnx  # takes a while to import
 
 FORMAT = 1
 SUFFIXES = (".stablehlo", ".onnx", ".safetensors")
@@ -31,9 +35,9 @@ _KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
 
 def export(
   path: str | os.PathLike[str],
-  model: nn.Module,
-  variables: Mapping[str, Any],
-  input_shape: Sequence[int],
+  model: nn.Module | nnx.Module,
+  variables: Any = None,
+  input_shape: Any = None,
   *,
   batch: int | None = None,
   platforms: Sequence[str] = PLATFORMS,
@@ -57,8 +61,8 @@ def export(
 
   Args:
     path: File to write; an older one is replaced, and parents are made.
-    model: The network, or the `NarrowModule` that `prune` returned; it is run in evaluation mode.
-    variables: Its variables, all collections.
+    model: The network, dense or pruned; it is run in evaluation mode.
+    variables: Its variables, all collections; left out for a module of NNX, `export(path, module, input_shape)`.
     input_shape: `[batch, height, width, channels]`; the batch in it does not count.
     batch: Number of images in a call; None: any.
     platforms: Where StableHLO is to run: of "cpu", "cuda", "rocm", "tpu".
@@ -90,13 +94,14 @@ def export(
   path = check_path(path)
   if path.suffix not in SUFFIXES:
     raise InputError(f"path must end in {' or '.join(SUFFIXES)}, which chooses the format, got {shown(str(path))}.")
-  check_module(model)
+  _, variables, (input_shape, *_) = network_of(model, variables, (input_shape,))
   if path.suffix == ".safetensors":
     options = {"batch": batch, "dtype": dtype, "preprocess": preprocess, "input_dtype": input_dtype}
     options |= {"apply_kwargs": apply_kwargs, "class_names": class_names}
     if given := [name for name, value in options.items() if value is not None]:
       raise InputError(f"{', '.join(given)}: a .safetensors file holds weights alone; leave it out.")
-    export_torch(path, model, variables, input_shape=input_shape)
+    check_module(model)
+    export_torch(path, model, variables, input_shape=input_shape)  # type: ignore[arg-type]
     return
   if preprocess is not None:
     check_function("preprocess", preprocess, "such as lambda images: images / 255")
@@ -115,13 +120,14 @@ def export(
     data, about = _to_onnx(serve, spec, output, dtype, type(_base(model)).__name__)
   else:
     data, about = _to_stablehlo(serve, spec, _checked_platforms(platforms))
+  definition = definition_of(model)
   about = {
     "format": FORMAT,
     "sapr_jax": __version__,
     "jax": jax.__version__,
-    "class": type(_base(model)).__name__,
-    "widths": {layer: dict(fields) for layer, fields in model.widths} if isinstance(model, NarrowModule) else {},
-    "cuts": list(model.cuts) if isinstance(model, NarrowModule) else [],
+    "class": definition["base"]["class"],
+    "widths": definition["widths"],
+    "cuts": definition.get("cuts", ()),
     "input": {"shape": [batch or "batch", *images.shape[1:]], "dtype": images.dtype.name},
     "output": jax.tree.map(
       lambda leaf: {"shape": [batch or "batch", *leaf.shape[1:]], "dtype": leaf.dtype.name}, output
@@ -144,9 +150,11 @@ def metadata_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def _server(
-  model: nn.Module, variables: Mapping[str, Any], dtype: Any, preprocess: Any, apply_kwargs: Mapping[str, Any]
+  model: Any, variables: Mapping[str, Any], dtype: Any, preprocess: Any, apply_kwargs: Mapping[str, Any]
 ) -> Callable[[jax.Array], Any]:
   """Returns the function of the images that is exported; the weights are constants of it."""
+  if is_nnx(model):  # whose random keys are no numbers; those that it holds stay
+    variables = {collection: tree for collection, tree in variables.items() if collection != "rngkey"}
   flat = {tuple(name.split("/")): np.asarray(leaf) for name, leaf in named_arrays(variables).items()}
   if dtype is not None:
     model = _with_dtype(model, dtype)
@@ -156,21 +164,21 @@ def _server(
 
   def serve(images: jax.Array) -> Any:
     inputs = images if preprocess is None else preprocess(images)
-    return model.apply(jax.tree.map(jnp.asarray, constants), inputs, **apply_kwargs)
+    return evaluate(model, jax.tree.map(jnp.asarray, constants), inputs, **apply_kwargs)
 
   return serve
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
   return model.base if isinstance(model, NarrowModule) else model
 
 
-def _with_dtype(model: nn.Module, dtype: Any) -> nn.Module:
+def _with_dtype(model: Any, dtype: Any) -> nn.Module:
   base = _base(model)
-  if not hasattr(base, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
+  if is_nnx(base) or not hasattr(base, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
     raise InputError(
-      f"dtype must be one of floats, for a model with the field dtype, got {dtype.name} for a {type(base).__name__};"
-      " leave it out, or build the model for it."
+      "dtype must be one of floats, for a linen model with the field dtype,"
+      f" got {dtype.name} for a {type(base).__name__}; leave it out, or build the model for it."
     )
   base = base.clone(dtype=dtype)
   return NarrowModule(base, model.widths, model.cuts) if isinstance(model, NarrowModule) else base

@@ -9,7 +9,6 @@ README.md             the same for people; may be edited
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
 import jax
@@ -27,26 +26,27 @@ import safetensors
 import safetensors.flax
 from flax import traverse_util
 
-from sapr_jax import models
+from sapr_jax.artifacts.definition import DEFINITION, NNX, base_from_json, check_base, definition_of
 from sapr_jax.artifacts.files import json_text, read_bytes, temporary_prefix, write_atomically, write_json
 from sapr_jax.artifacts.model_card import CARD, model_card
 from sapr_jax.artifacts.model_info import INFO, ModelInfo, info_from_json, info_to_json
-from sapr_jax.channels import NarrowModule, are_cuts, check_module, check_variables
+from sapr_jax.channels import NarrowModule, are_cuts, check_variables, is_nnx, network_of
 from sapr_jax.checks import check_concrete, check_path, is_integer, shown
 from sapr_jax.data import Inputs
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 
+if TYPE_CHECKING:
+  from flax import nnx  # takes a while to import
+
 FORMAT = 1
-DEFINITION = "model.json"
 WEIGHTS = "weights.safetensors"
 _WIDTH_FIELDS = {"features", "feature_group_count"}
-_SCALARS = (bool, int, float, str)
 
 
 def save(
   path: str | os.PathLike[str],
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: nn.Module | nnx.Module,
+  variables: Any = None,
   *,
   inputs: Inputs | None = None,
   metrics: Mapping[str, Any] | None = None,
@@ -60,8 +60,9 @@ def save(
 
   Args:
     path: Directory; its parents are made.
-    model: A module of this package, any other, or the `NarrowModule` of either.
-    variables: Its variables, all collections. Names of modules must not contain a slash (Flax's never do).
+    model: A module of this package, any other, or the `NarrowModule` of either; or a module of Flax NNX.
+    variables: Its variables, all collections; left out for a module of NNX, `save(path, module)`. Names of modules must
+      not contain a slash (Flax's never do).
     inputs: What the model takes. Without it nobody can tell later how images were normalized.
     metrics: What was measured; `ModelInfo` says which names the card knows. Numbers of NumPy and JAX will do.
     config: How it was made: a mapping, a dataclass or a ConfigDict of what JSON can hold.
@@ -82,7 +83,13 @@ def save(
     (6, {'accuracy': 0.9})
   """
   path = pathlib.Path(os.path.abspath(check_path(path)))
-  check_module(model)
+  _, variables, more = network_of(model, variables, ())
+  if more:
+    raise InputError(f"a module of NNX must be saved alone, as it holds its variables, got {shown(more[0])} too.")
+  if is_nnx(model):
+    from sapr_jax.channels.nnx import storable  # takes a while to import
+
+    variables = storable(variables)
   named = named_arrays(variables)
   info = None
   if not (inputs is None and metrics is None and config is None):
@@ -96,16 +103,8 @@ def save(
       flat = {name: jnp.asarray(leaf) for name, leaf in named.items()}
       weights = safetensors.flax.save(flat)
       write_atomically(temporary / WEIGHTS, weights)
-      pruned = model if isinstance(model, NarrowModule) else NarrowModule(model)
-      base = pruned.base
-      definition = {
-        "format": FORMAT,
-        "base": {"class": type(base).__name__, "fields": fields_to_json(base)},
-        "widths": {layer: dict(fields) for layer, fields in pruned.widths},
-        "variables": {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())},
-      }
-      if pruned.cuts:
-        definition["cuts"] = pruned.cuts
+      shapes = {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())}
+      definition = {"format": FORMAT, **definition_of(model), "variables": shapes}
       checksums = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
       if info is not None:
         checksums[INFO] = _sha256(content := json_text(info).encode())
@@ -120,16 +119,25 @@ def save(
       raise
 
 
-def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+@overload
+def load(path: str | os.PathLike[str], *, base: nnx.Module) -> nnx.Module: ...
+
+
+@overload
+def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]: ...
+
+
+def load(path: str | os.PathLike[str], *, base: Any = None) -> Any:
   """Reads a model that `save` wrote.
 
   Args:
     path: The directory.
     base: The module that was saved or pruned. Needed if its class is not one of this package, because code is never
-      looked up by a name in a file.
+      looked up by a name in a file. Of NNX the dense module, whose arrays do not matter, so that
+      `nnx.eval_shape(lambda: Net(nnx.Rngs(0)))` is enough; it stays as it is.
 
   Returns:
-    (model, variables). The model is a `NarrowModule` if it was pruned.
+    (model, variables). The model is a `NarrowModule` if it was pruned. A module of NNX is returned alone.
 
   Raises:
     InputError: If a file is missing, damaged or of another format, the variables are not those that the definition
@@ -137,9 +145,9 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
   """
   path = check_path(path)
   definition = _read_definition(path)
-  if base is not None:
-    check_module(base)
-    _check_base(base, definition["base"], path)
+  is_module = definition.get("library") == NNX
+  if base is not None or is_module:
+    check_base(base, definition["base"], path, is_module)
   weights = path / WEIGHTS
   if _sha256(_read_part(weights)) != definition["sha256"][WEIGHTS]:
     raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
@@ -155,9 +163,13 @@ def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> tupl
     raise InputError(
       f"{weights} is damaged: a name is that of an array and of a module; save the model again."
     ) from error
-  if base is None:
-    base = _base_from_json(definition["base"], path)
   cuts = tuple((name, axis, size, tuple(map(tuple, parts))) for name, axis, size, parts in definition.get("cuts", ()))
+  if is_module:
+    from sapr_jax.channels.nnx import restored  # takes a while to import
+
+    return restored(base, variables, cuts)
+  if base is None:
+    base = base_from_json(definition["base"], path)
   if not definition["widths"] and not cuts:
     return base, variables
   widths = tuple((layer, tuple(sorted(fields.items()))) for layer, fields in sorted(definition["widths"].items()))
@@ -302,56 +314,6 @@ def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
 
 def _is_name(name: str) -> bool:
   return not {"", ".", ".."} & set(name.split("/"))
-
-
-def _check_base(base: nn.Module, description: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Checks that `base` is the module that was saved, as far as its definition tells."""
-  kind, fields = type(base).__name__, json.loads(json.dumps(fields_to_json(base)))  # as they come from a file
-  if kind != description["class"]:
-    raise InputError(f"{path} holds a {description['class'][:100]}; base is a {kind}.")
-  for name, value in description["fields"].items():
-    found = fields.get(name)
-    # Text stands for values that JSON cannot hold; it may differ from one process to the next. `remat` and dtypes may
-    # differ, as they change the computation and not the variables.
-    if found != value and name != "remat" and not (isinstance(value, dict) and {"repr", "dtype"} & value.keys()):
-      raise InputError(f"{path} holds a {kind} with {name[:100]}={shown(value)}; base has {name[:100]}={shown(found)}.")
-
-
-def fields_to_json(module: nn.Module) -> dict[str, Any]:
-  """Returns the fields of a module that JSON can hold. Others are written as their repr, for people to read."""
-  names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
-  return {name: _to_json(getattr(module, name)) for name in names}
-
-
-def _to_json(value: Any) -> Any:
-  if value is None or (isinstance(value, _SCALARS) and repr(value) not in ("nan", "inf", "-inf")):
-    return value
-  if isinstance(value, tuple | list):
-    return {"tuple": [v if isinstance(v, _SCALARS) else repr(v) for v in value]}
-  try:
-    return {"dtype": jnp.dtype(value).name}
-  except TypeError:
-    return {"repr": repr(value)}
-
-
-def _base_from_json(description: Mapping[str, Any], path: pathlib.Path) -> nn.Module:
-  name = description["class"]
-  if name not in models.CLASSES:
-    raise InputError(
-      f"{path} holds a {name[:100]}, which is not a model of this package; give the module:"
-      f" load(path, base={name[:100]}(...))."
-    )
-  fields = {}
-  try:
-    for field, value in description["fields"].items():
-      if isinstance(value, dict):
-        value = tuple(value["tuple"]) if "tuple" in value else jnp.dtype(value["dtype"]) if "dtype" in value else None
-      fields[field] = value
-    return models.CLASSES[name](**fields)
-  except Exception as error:  # a field of Flax's own may make it fail in any way
-    raise InputError(
-      f"{path / DEFINITION}: {name} does not take the fields {shown(sorted(fields))} ({one_line(error, 200)})."
-    ) from None
 
 
 def _sha256(data: bytes) -> str:

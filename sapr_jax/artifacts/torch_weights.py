@@ -14,8 +14,9 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from sapr_jax.artifacts.definition import fields_to_json
 from sapr_jax.artifacts.files import write_atomically, write_json
-from sapr_jax.artifacts.saved_model import fields_to_json, named_arrays
+from sapr_jax.artifacts.saved_model import named_arrays
 from sapr_jax.artifacts.torch_file import read_state_dict
 from sapr_jax.artifacts.torch_names import COUNTER, TENSORS, LayerNames, listed, name_layers, rename_tensors
 from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model

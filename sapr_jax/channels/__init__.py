@@ -1,15 +1,11 @@
 """Channels that must be cut together in a network, and the cutting. Knows nothing of training, data or the paper."""
 
-from sapr_jax.channels.call import Call, abstract_image, checked_kwargs
+from sapr_jax.channels.call import Call, abstract_image, checked_kwargs, errors_of_model, is_array
+from sapr_jax.channels.dense_program import are_cuts
 from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
-from sapr_jax.channels.linen import (
-  dense_features,
-  errors_of_model,
-  evaluation_kwargs,
-  masked_apply,
-)
-from sapr_jax.channels.narrow_module import NarrowModule, are_cuts, check_module
-from sapr_jax.channels.networks import count_macs, prune, trace_channels
+from sapr_jax.channels.linen import dense_features, evaluation_kwargs
+from sapr_jax.channels.narrow_module import NarrowModule, check_module
+from sapr_jax.channels.networks import count_macs, evaluate, is_nnx, masked_apply, network_of, prune, trace_channels
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
@@ -31,10 +27,14 @@ __all__ = [
   "count_macs",
   "dense_features",
   "errors_of_model",
+  "evaluate",
   "evaluation_kwargs",
+  "is_array",
+  "is_nnx",
   "map_members",
   "mask_params",
   "masked_apply",
+  "network_of",
   "prune",
   "prune_tree",
   "register_rule",

@@ -254,6 +254,7 @@ def reasons_left_out(
       reasons.append((key, i, fixed or left_out_by_choice))
   kernels = {key for key, _ in analysis.roles}
   for key, variable in analysis.axes.items():
-    if key[0] == "params" and len(variable) > 1 and key not in kernels:
+    is_kept = key[0] == "params" and len(variable) > 1 and any(id(atom) not in chosen for atom in atoms(variable[-1]))
+    if is_kept and key not in kernels:
       reasons.append((key, len(variable) - 1, "it is not a kernel that a mask could zero exactly"))
   return tuple(reasons)

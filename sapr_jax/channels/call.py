@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.checks import check_dtype, check_tree, is_integer, shown
-from sapr_jax.errors import InputError
+from sapr_jax.errors import InputError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,22 @@ def checked_kwargs(apply_kwargs: Any) -> dict[str, Any]:
   if not isinstance(apply_kwargs, Mapping) or not all(isinstance(name, str) for name in apply_kwargs):
     raise InputError(f"apply_kwargs must map names to values, such as {{'train': False}}, got {shown(apply_kwargs)}.")
   return dict(apply_kwargs)
+
+
+@contextlib.contextmanager
+def errors_of_model(
+  parts: str,
+  kinds: type[Exception] = Exception,
+  cure: str = "Pass the variables of this model, all collections, made for such inputs",
+) -> Iterator[None]:
+  """Turns what a model raises into an `InputError`. It may be anything, as the model's code is the user's."""
+  try:
+    yield
+  except kinds as error:
+    reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
+    if isinstance(error, TypeError) and "required" in reason and "missing" in reason:
+      cure = "Pass these arguments too, as the model takes them"
+    raise InputError(f"{parts} do not fit together: {reason}. {cure}.") from error
 
 
 def _is_abstract(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.atoms import Axis, fix, product, unify
 from sapr_jax.channels.rules import (
@@ -82,31 +82,45 @@ def dot_general(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
   for i, j in (*zip(lhs_contract, rhs_contract, strict=True), *zip(lhs_batch, rhs_batch, strict=True)):
     unify(lhs.axes[i], rhs.axes[j])
-  lhs_free = [axis for i, axis in enumerate(lhs.axes) if i not in (*lhs_contract, *lhs_batch)]
-  rhs_free = [axis for j, axis in enumerate(rhs.axes) if j not in (*rhs_contract, *rhs_batch)]
+  left, right = (lhs, lhs_contract, lhs_batch), (rhs, rhs_contract, rhs_batch)
   batch = [lhs.axes[i] for i in lhs_batch]
-  contracted = [(lhs.axes[i], rhs.axes[j]) for i, j in zip(lhs_contract, rhs_contract, strict=True)]
-
-  kernel, free = frozenset() if rhs.producers else rhs.zeroed_by, rhs_free
-  if not kernel and lhs.zeroed_by and not lhs.producers:
-    kernel, free = lhs.zeroed_by, lhs_free
-    contracted = [(b, a) for a, b in contracted]
-  producers = lhs.producers | rhs.producers
+  axes = (*batch, *_free(*left), *_free(*right))
   # A product of two kernels is a kernel: it costs nothing per image and is zero where either of them is.
-  if not producers:
-    for axis, _ in contracted:
-      fix(axis, "two variables are multiplied along it")
-    return [Value((*batch, *lhs_free, *rhs_free), lhs.zeroed_by | rhs.zeroed_by)]
-  interpreter.contractions.append(
-    Contraction(
-      kernel=kernel,
-      reduced=tuple(contracted),
-      free=tuple(free),
-      factors=(*batch, *(axis for axis, _ in contracted), *lhs_free, *rhs_free),
-      constant=interpreter.repetitions,
+  if not lhs.producers | rhs.producers:
+    for i in lhs_contract:
+      fix(lhs.axes[i], "two variables are multiplied along it")
+    return [Value(axes, lhs.zeroed_by | rhs.zeroed_by)]
+  kernels, other, own = _kernels(interpreter, eqn.invars[1], *right), left, right
+  if not kernels and (found := _kernels(interpreter, eqn.invars[0], *left)):
+    kernels, other, own = found, right, left
+  for kernel in kernels or [Value(rhs.axes)]:
+    contracted = [(other[0].axes[i], kernel.axes[j]) for i, j in zip(other[1], own[1], strict=True)]
+    free = _free(kernel, *own[1:])
+    interpreter.contractions.append(
+      Contraction(
+        kernel=kernel.zeroed_by,
+        reduced=tuple(contracted),
+        free=tuple(free),
+        factors=(*batch, *(axis for axis, _ in contracted), *_free(*other), *free),
+        constant=interpreter.repetitions,
+      )
     )
-  )
-  return [Value((*batch, *lhs_free, *rhs_free), producers=interpreter.new_producer())]
+  return [Value(axes, producers=interpreter.new_producer())]
+
+
+def _free(value: Value, contract: Sequence[int], batch: Sequence[int]) -> list[Axis]:
+  """Returns the axes of an operand that are neither contracted nor of the batch."""
+  return [axis for i, axis in enumerate(value.axes) if i not in (*contract, *batch)]
+
+
+def _kernels(
+  interpreter: AxisInterpreter, operand: Var | Literal, value: Value, contract: Sequence[int], batch: Sequence[int]
+) -> Sequence[Value]:
+  """Returns the kernel that an operand is, or those that were concatenated to it along a free axis; else nothing."""
+  along, pieces = interpreter.pieces.get(operand, (0, ())) if isinstance(operand, Var) else (0, ())
+  if pieces and along not in (*contract, *batch):
+    return pieces
+  return [value] if value.zeroed_by and not value.producers else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.errors
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from sapr_jax.channels.call import Call
+from sapr_jax.channels.call import Call, errors_of_model
+from sapr_jax.channels.dense_program import together
 from sapr_jax.channels.graph import ChannelGraph, Masks
-from sapr_jax.channels.narrow_module import NarrowModule, check_module, merged_cuts
+from sapr_jax.channels.narrow_module import NarrowModule, check_module
 from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.trees import abstract, check_variables, kept_entries, mask_params
 from sapr_jax.checks import is_integer
-from sapr_jax.errors import InputError, one_line
 
 _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
 """Fields of layers that put another operation in place of the linear one, as for quantization."""
@@ -29,25 +29,7 @@ _OPERATIONS = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_g
 def masked_apply(
   model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, *args: Any, **kwargs: Any
 ) -> Any:
-  """Runs the dense network as the sub-network, so that gradients to the masks cost little.
-
-  Equals `model.apply` with the parameters of `mask_params`. There the gradient to the masks needs the gradient of every
-  masked kernel, a third of a training step. Here the input of a plain `nn.Conv` or `nn.Dense` is masked instead.
-
-  Args:
-    model: The dense network.
-    variables: Its variables, all collections.
-    graph: Its channel graph.
-    masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
-    *args: Of the network.
-    **kwargs: Of the network, or of `flax.linen.Module.apply`.
-
-  Returns:
-    The same as `model.apply`.
-
-  Raises:
-    InputError: If `masks` or the parameters do not fit `graph`.
-  """
+  """Runs the dense network as the sub-network; see `sapr_jax.channels.masked_apply`."""
   check_module(model)
   check_variables(variables)
   full = variables.get("params")
@@ -156,27 +138,11 @@ def _trace(model: nn.Module, variables: Mapping[str, Any], call: Call) -> Progra
     return Program(jax.make_jaxpr(apply)(abstract(dict(variables)), *call.arrays), features)
 
 
-@contextlib.contextmanager
-def errors_of_model(parts: str, kinds: type[Exception] = Exception) -> Iterator[None]:
-  """Turns what a model raises into an `InputError`. It may be anything, as the model's code is the user's."""
-  try:
-    yield
-  except kinds as error:
-    reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
-    cure = "Pass the variables of this model, all collections, made for such inputs"
-    if isinstance(error, TypeError) and "required" in reason and "missing" in reason:
-      cure = "Pass these arguments too, as in model.apply"
-    raise InputError(f"{parts} do not fit together: {reason}. {cure}.") from error
-
-
 def _program(model: nn.Module, cuts: tuple[Cut, ...]) -> NarrowModule:
   """Returns the module that evaluates the program of `model` with axes cut."""
   if not isinstance(model, NarrowModule):
     return NarrowModule(model, (), cuts)
-  together = merged_cuts(model.cuts, cuts)
-  if together is None:
-    raise InputError("The network was cut so far that its channels cannot be told apart; prune the dense one at once.")
-  return NarrowModule(model.base, model.widths, together)
+  return NarrowModule(model.base, model.widths, together(model.cuts, cuts))
 
 
 LINEN = FrontEnd(_trace, _narrow, _program)

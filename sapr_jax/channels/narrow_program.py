@@ -171,6 +171,10 @@ def _slice(program: NarrowProgram, equation: _Equation) -> dict[str, Any]:
   return {"start_indices": starts, "limit_indices": ends, "strides": params["strides"]}
 
 
+def _tile(program: NarrowProgram, equation: _Equation) -> dict[str, Any]:
+  return {"reps": tuple(n // size for n, size in zip(equation.shapes[0], np.shape(equation.operands[0]), strict=True))}
+
+
 def _pad(program: NarrowProgram, equation: _Equation) -> dict[str, Any]:
   margins = program.interpreter.margins[equation.place]
   lost = [[axis.size - program.size(axis) for axis in pair] for pair in margins]
@@ -183,6 +187,7 @@ _SHAPE_PARAMS: Mapping[str, Callable[[NarrowProgram, _Equation], dict[str, Any]]
   "reshape": lambda program, equation: {"new_sizes": equation.shapes[0]},
   "iota": lambda program, equation: {"shape": equation.shapes[0]},
   "random_bits": lambda program, equation: {"shape": equation.shapes[0]},
+  "tile": _tile,
   "dynamic_slice": lambda program, equation: {"slice_sizes": equation.shapes[0]},
   "split": lambda program, equation: {"sizes": tuple(s[equation.eqn.params["axis"]] for s in equation.shapes)},
   "conv_general_dilated": _conv,

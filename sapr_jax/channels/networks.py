@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, overload
 import flax.linen as nn
 import jax.numpy as jnp
 
+from sapr_jax.channels import linen
 from sapr_jax.channels.analysis import interpret
 from sapr_jax.channels.call import call_of
 from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
-from sapr_jax.channels.linen import LINEN
 from sapr_jax.channels.narrow_module import check_module
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, cut, find_graph
@@ -71,7 +71,7 @@ def trace_channels(
   References:
     Gao et al., ICCV 2023, supplement B: one mask a block, on the output of the upper and the input of the lower layer.
   """
-  front_end, variables, args = _network(model, variables, args)
+  front_end, variables, args = network_of(model, variables, args)
   call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
   return find_graph(Dense(front_end, model, variables, call), select, include, exclude)
 
@@ -89,7 +89,7 @@ def count_macs(
 
   Unlike `trace_channels(...).macs()` it also works where nothing can be pruned. Arguments as there.
   """
-  front_end, variables, args = _network(model, variables, args)
+  front_end, variables, args = network_of(model, variables, args)
   call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
   _, interpreter = interpret(front_end.trace(model, variables, call), variables, call)
   return sum(contraction.macs for contraction in interpreter.contractions)
@@ -111,8 +111,7 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
   The result computes what the masked network computes. This is proved: the small model is traced, and must be the same
   program as the dense one, with the shapes that the masks give. If it is another one, as the model's code does not
   follow the cut (it holds a width as a number, or computes another from it, as in `y * y.shape[-1] ** -0.5`), the small
-  model evaluates the program of the dense one with these shapes; see `NarrowModule`. A module of NNX is not
-  cut then: the error names the group.
+  model evaluates the program of the dense one with these shapes; see `NarrowModule`.
 
   Args:
     model: The dense network.
@@ -121,16 +120,16 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
     masks: Group name -> 0/1 array `[group.size]`, concrete; 1 keeps.
 
   Returns:
-    (`NarrowModule`, its variables); for a module of NNX a smaller one of the same class. Nothing in the arguments is
-    changed.
+    (`NarrowModule`, its variables); for a module of NNX a smaller one, of the same class, or of a class derived from it
+    that evaluates the program. Nothing in the arguments is changed.
 
   Raises:
     InputError: If `model`, `variables` or `masks` does not fit `graph`, a mask drops a whole group, or the cut model
       would compute something else; the message names the variable or the group.
   """
-  if not _is_nnx(model):
+  if not is_nnx(model):
     check_module(model)
-    return cut(LINEN, model, variables, graph, masks)
+    return cut(linen.LINEN, model, variables, graph, masks)
   if isinstance(variables, ChannelGraph):
     variables, graph, masks = None, variables, masks if graph is None else graph
   if variables is not None:
@@ -140,16 +139,67 @@ def prune(model: Any, variables: Any = None, graph: Any = None, masks: Any = Non
   return prune_module(model, graph, masks)
 
 
-def _is_nnx(model: Any) -> bool:
-  library = sys.modules.get("flax.nnx")  # whoever has such a module has imported it
-  return library is not None and isinstance(model, library.Module)
+@overload
+def masked_apply(model: nnx.Module, graph: ChannelGraph, masks: Masks, /, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def _network(model: Any, variables: Any, args: tuple[Any, ...]) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
-  """Returns the front end of a module, its variables and its inputs; NNX has no variables before the inputs."""
-  if _is_nnx(model):
+@overload
+def masked_apply(
+  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, *args: Any, **kwargs: Any
+) -> Any: ...
+
+
+def masked_apply(model: Any, variables: Any, graph: Any = None, masks: Any = None, *args: Any, **kwargs: Any) -> Any:
+  """Runs the dense network as the sub-network.
+
+  Equals `model.apply` with the parameters of `mask_params`. There the gradient to the masks needs the gradient of every
+  masked kernel, a third of a training step. Here the input of a plain `nn.Conv` or `nn.Dense` of linen is masked
+  instead, so that gradients to the masks cost little.
+
+  Args:
+    model: The dense network.
+    variables: Its variables, all collections; left out for a module of NNX: `masked_apply(module, graph, masks, x)`. A
+      copy of it is run, after `eval()`.
+    graph: Its channel graph.
+    masks: Group name -> array `[group.size]`; 1 keeps. May be traced, and fractional.
+    *args: Of the network.
+    **kwargs: Of the network, or of `flax.linen.Module.apply`.
+
+  Returns:
+    What the network returns.
+
+  Raises:
+    InputError: If `masks` or the parameters do not fit `graph`.
+  """
+  if not is_nnx(model):
+    return linen.masked_apply(model, variables, graph, masks, *args, **kwargs)
+  if not isinstance(variables, ChannelGraph):
+    raise InputError(f"graph must be a ChannelGraph in masked_apply(module, graph, masks, x), got {shown(variables)}.")
+  from sapr_jax.channels.nnx import masked_apply as apply_module
+
+  return apply_module(model, variables, graph, *(() if masks is None else (masks, *args)), **kwargs)
+
+
+def evaluate(model: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+  """Runs a network on such variables: `model.apply` of linen, or a copy of a module of NNX in evaluation mode."""
+  if not is_nnx(model):
+    return model.apply(variables, *args, **kwargs)
+  from sapr_jax.channels.nnx import evaluate as evaluate_module
+
+  return evaluate_module(model, variables, *args, **kwargs)
+
+
+def is_nnx(model: Any) -> bool:
+  """Says whether an object is one of Flax NNX, which holds its variables: a module, or an optimizer."""
+  library = sys.modules.get("flax.nnx")  # whoever has such an object has imported it
+  return library is not None and isinstance(model, library.Pytree)
+
+
+def network_of(model: Any, variables: Any, args: tuple[Any, ...]) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
+  """Returns the front end of a module, its variables and what follows these; those of NNX hold their variables."""
+  if is_nnx(model):
     from sapr_jax.channels.nnx import NNX, variables_of
 
     return NNX, variables_of(model), args if variables is None else (variables, *args)
   check_module(model)
-  return LINEN, variables, args
+  return linen.LINEN, variables, args

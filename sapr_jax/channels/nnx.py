@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
-from sapr_jax.channels.call import Call
+from sapr_jax.channels.call import Call, errors_of_model, is_array
+from sapr_jax.channels.dense_program import DenseProgram, grown, program_errors_in_one_line, together
 from sapr_jax.channels.graph import ChannelGraph, Masks
+from sapr_jax.channels.narrow_program import Cut
 from sapr_jax.channels.program import FrontEnd, Program
 from sapr_jax.channels.pruning import cut
-from sapr_jax.channels.trees import abstract, check_variables, path_of
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.channels.trees import abstract, check_variables, mask_params, path_of
+from sapr_jax.errors import InputError
 
 _COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
 
@@ -24,15 +27,15 @@ def variables_of(module: nnx.Module) -> dict[str, Any]:
   """Returns the variables of a module as those of linen: collection -> names on the way -> array.
 
   `nnx.Param` is in "params" and `nnx.BatchStat` in "batch_stats"; other variables are in a collection with the name of
-  their type in lower case, such as "rngkey". A variable that the module holds twice is there once, as in `nnx.state`.
-  Variables that hold no array, such as a number, are not among them.
+  their type in lower case, such as "rngkey", and arrays that are no variables in "arrays". A variable that the module
+  holds twice is there once, as in `nnx.state`. Variables that hold no array, such as a number, are not among them.
   """
   variables: dict[str, Any] = {"params": {}}
   for place, variable in jax.tree_util.tree_leaves_with_path(nnx.state(module), is_leaf=_is_variable):
     kinds = (name for kind, name in _COLLECTIONS.items() if isinstance(variable, kind))
-    collection = next(kinds, type(variable).__name__.lower())
+    collection = next(kinds, type(variable).__name__.lower() if _is_variable(variable) else "arrays")
     for rest, leaf in jax.tree_util.tree_leaves_with_path(variable):
-      if not isinstance(leaf, np.ndarray | jax.Array):
+      if not is_array(leaf):
         continue
       *names, last = path_of((*place, *rest))
       tree = variables.setdefault(collection, {})
@@ -44,15 +47,59 @@ def variables_of(module: nnx.Module) -> dict[str, Any]:
 
 def with_variables(module: nnx.Module, variables: Mapping[str, Any]) -> nnx.Module:
   """Returns a copy of a module with other arrays in its variables; the fields of its layers follow their shapes."""
-  values = {path_of(place)[1:]: leaf for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
+  values = {path[1:]: leaf for path, leaf in _flat(variables).items()}
   graphdef, state = nnx.split(module)
-  copy = nnx.merge(
-    graphdef, jax.tree_util.tree_map_with_path(lambda place, leaf: values.get(path_of(place), leaf), state)
-  )
+  copy = nnx.merge(graphdef, _replaced(state, values))
   for _, layer in nnx.iter_graph(copy):
     for name, size in _sizes(layer).items():
       setattr(layer, name, size)
   return copy
+
+
+def _replaced(state: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda place, leaf: values.get(path_of(place), leaf), state)
+
+
+def storable(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the variables with the numbers of random keys in place of the keys."""
+  return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, dict(variables))
+
+
+def restored(module: nnx.Module, variables: Mapping[str, Any], cuts: tuple[Cut, ...]) -> nnx.Module:
+  """Returns a dense module, concrete or abstract, with what `storable` made of the variables of one cut from it.
+
+  Raises:
+    InputError: If it has other variables, or the same with other dtypes or smaller; the message names one.
+  """
+  own = variables_of(module)
+  shapes = _flat(jax.eval_shape(storable, own))
+  stored, keys = _flat(variables), {path: leaf for path, leaf in _flat(own).items() if _is_key(leaf)}
+  for path in sorted(shapes.keys() | stored.keys()):
+    base, found = (_described(leaves.get(path)) for leaves in (shapes, stored))
+    if base[1:] != found[1:] or any(n < size for n, size in zip(base[0], found[0], strict=True)):
+      names = ["not there" if rank < 0 else f"{dtype}{list(shape)}" for shape, rank, dtype in (found, base)]
+      raise InputError(f"base must be the dense module: {'/'.join(path)} is {names[1]} in it, {names[0]} in the file.")
+  impls: dict[tuple[str, ...], Any] = {}
+  jax.eval_shape(lambda keys: impls.update({path: jax.random.key_impl(key) for path, key in keys.items()}), keys)
+
+  def restore(place: Any, leaf: Any) -> Any:
+    impl = impls.get(path_of(place))
+    return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+
+  small = with_cuts(module, cuts) if cuts else module
+  return with_variables(small, jax.tree_util.tree_map_with_path(restore, dict(variables)))
+
+
+def _described(leaf: Any) -> tuple[tuple[int, ...], int, str]:
+  return ((), -1, "") if leaf is None else (leaf.shape, len(leaf.shape), leaf.dtype.name)
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+  return {path_of(place): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_variable(node: Any) -> bool:
@@ -139,45 +186,110 @@ def _sizes_of_attention(layer: nnx.MultiHeadAttention) -> dict[str, Any]:
 
 def prune_module(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module:
   """Returns the small module; see `sapr_jax.channels.prune`."""
-  _, variables = cut(NNX, module, variables_of(module), graph, masks)
-  return with_variables(module, variables)
+  small, variables = cut(NNX, module, variables_of(module), graph, masks)
+  return with_variables(small, variables)
 
 
-def _apply(module: nnx.Module, variables: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+class NarrowNnx(nnx.Module):
+  """A module that evaluates the program of its dense class with the shapes that are left.
+
+  `prune` returns such a module where code holds a width as a number, or computes another from it. Its class is derived
+  from that of the dense module, and it has the same attributes, whose variables are narrower. It is trained like any
+  module: then its batch statistics and random counts change. Only `__call__` can be run, and each call outside of
+  `nnx.jit` traces the dense module again.
+
+  Attributes:
+    pruned_axes: Axes of variables that are cut, as `NarrowModule.cuts`.
+  """
+
+  pruned_axes: tuple[Cut, ...]
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+      given, copy = _flat(variables), with_variables(self, variables)
+      results = super(NarrowNnx, copy).__call__(*args, **kwargs)  # type: ignore[misc]
+      return results, {path: leaf for path, leaf in _flat(variables_of(copy)).items() if leaf is not given[path]}
+
+    variables = variables_of(self)
+    with program_errors_in_one_line():
+      dense = DenseProgram(apply, grown(variables, self.pruned_axes), {}, args, kwargs, training=True)
+      results, changed = dense.run(variables, self.pruned_axes, {}, args, kwargs)
+    nnx.update(self, _replaced(nnx.state(self), {path[1:]: leaf for path, leaf in changed.items()}))
+    return results
+
+
+@functools.cache
+def _narrow_class(dense: type[nnx.Module]) -> type[NarrowNnx]:
+  about = {"__module__": dense.__module__, "__doc__": NarrowNnx.__doc__}
+  return type(f"Narrow{dense.__name__}", (NarrowNnx, dense), about)
+
+
+def dense_class(module: nnx.Module) -> type[nnx.Module]:
+  """Returns the class that the author of a module wrote."""
+  return type(module).__bases__[1] if isinstance(module, NarrowNnx) else type(module)
+
+
+def with_cuts(module: nnx.Module, cuts: tuple[Cut, ...]) -> NarrowNnx:
+  """Returns a copy of a module, whose axes may be cut already, that evaluates the dense program with `cuts`."""
+  copy: Any = nnx.clone(module)
+  copy.__class__ = type(module) if isinstance(module, NarrowNnx) else _narrow_class(type(module))
+  copy.pruned_axes = together(getattr(module, "pruned_axes", ()), cuts)
+  return copy
+
+
+def masked_apply(module: nnx.Module, graph: ChannelGraph, masks: Masks, *args: Any, **kwargs: Any) -> Any:
+  """Runs a copy of the module as the sub-network, in evaluation mode; see `sapr_jax.channels.masked_apply`."""
+  variables = variables_of(module)
+  return evaluate(module, variables | {"params": mask_params(variables["params"], graph, masks)}, *args, **kwargs)
+
+
+def evaluate(module: nnx.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
   """Runs a copy of the module in evaluation mode."""
-  copy: Any = with_variables(module, variables)
-  copy.eval()
-  return copy(*args, **kwargs)
+  return OfVariables(module, lambda copy, *args: copy(*args, **kwargs))(variables, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfVariables:
+  """A function of the module as one of its variables, which gets a copy of it in evaluation mode.
+
+  Two of the same module and function are equal, so that `jax.jit` takes one for the other.
+  """
+
+  module: nnx.Module
+  function: Callable[..., Any]
+
+  def __call__(self, variables: Mapping[str, Any], *args: Any) -> Any:
+    copy = with_variables(self.module, variables)
+    copy.eval()
+    return self.function(copy, *args)
+
+
+def statistics_after(
+  module: nnx.Module, renew: Callable[[Any, Any], Any], variables: Mapping[str, Any], batch: Any
+) -> dict[str, Any]:
+  """Returns what `renew(copy, batch)` leaves in the variables that are no parameters, of a copy in training mode."""
+  copy = with_variables(module, variables)
+  copy.train()
+  renew(copy, batch)
+  return {collection: tree for collection, tree in variables_of(copy).items() if collection != "params"}
 
 
 def _trace(module: nnx.Module, variables: Mapping[str, Any], call: Call) -> Program:
   def run(variables: Any, *arrays: Any) -> Any:
     args, kwargs = call.filled(arrays)
-    return _apply(module, variables, args, kwargs)
+    return evaluate(module, variables, *args, **kwargs)
 
   check_variables(variables)
   leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
   features = {path_of(place)[:-1]: leaf.shape[-1] for place, leaf in leaves if len(leaf.shape) > 1}
-  with _errors_of_module(call):
+  with errors_of_model(f"The module and the inputs ({call})", cure="Pass what module(...) takes in evaluation"):
     return Program(jax.make_jaxpr(run)(abstract(dict(variables)), *call.arrays), features)
 
 
-@contextlib.contextmanager
-def _errors_of_module(call: Call) -> Iterator[None]:
-  """Turns what a module raises into an `InputError`. It may be anything, as the module's code is the user's."""
-  try:
-    yield
-  except Exception as error:
-    reason = one_line(error, 500).partition(" (https://")[0].rstrip(".") or type(error).__name__
-    raise InputError(
-      f"The module and the inputs ({call}) do not fit together: {reason}. Pass what module(...) takes in evaluation."
-    ) from error
-
-
-def _narrow(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module:
+def _narrow(module: nnx.Module, graph: ChannelGraph, masks: Masks) -> nnx.Module | None:
   """Returns the module as it is: it follows the shapes of its variables."""
   del graph, masks
-  return module
+  return None if isinstance(module, NarrowNnx) else module
 
 
-NNX = FrontEnd(_trace, _narrow)
+NNX = FrontEnd(_trace, _narrow, with_cuts)

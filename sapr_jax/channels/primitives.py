@@ -66,6 +66,14 @@ def identity(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Val
   return list(operands)
 
 
+@register_rule("psum", "psum2", "psum_invariant", "pmax", "pmin", "pvary")
+def across_devices(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Combines the entries of several devices, each with those of the same place: as batch statistics are."""
+  if not all(isinstance(axis, str) for axis in eqn.params["axes"]):  # a number is a dimension of the array
+    return unknown(interpreter, eqn, operands)
+  return list(operands)
+
+
 @register_rule("bitcast_convert_type")
 def bitcast_convert_type(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
   """Between dtypes of one size it is elementwise; but the bits of -0.0 are no zero."""
@@ -138,6 +146,8 @@ def concatenate(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
       if dim != along:
         unify(axes[dim], axis)
   axes[along] = concatenation([operand.axes[along] for operand in operands])
+  are_kernels = all(operand.zeroed_by and not operand.producers for operand in operands)
+  interpreter.pieces[eqn.outvars[0]] = along, operands if are_kernels else ()
   return [Value(tuple(axes), producers=union([operand.producers for operand in operands]))]
 
 
@@ -278,6 +288,14 @@ def reduce_window(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequenc
   factors = zip(params["window_dimensions"], params["window_strides"], params["base_dilation"] or ones, strict=True)
   touched = [set(f) != {1} or tuple(p) != (0, 0) for f, p in zip(factors, params["padding"], strict=True)]
   return [_replace_axes(eqn.outvars[0], operands[0], touched, "it is pooled over")]
+
+
+@register_rule("fft")
+def fft(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Transforms the last axes."""
+  rank = len(operands[0].axes)
+  touched = [dim >= rank - len(eqn.params["fft_lengths"]) for dim in range(rank)]
+  return [_replace_axes(eqn.outvars[0], operands[0], touched, "a Fourier transform runs along it")]
 
 
 @register_rule("dynamic_slice")

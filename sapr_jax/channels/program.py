@@ -34,13 +34,12 @@ class FrontEnd:
   Attributes:
     trace: (model, variables, call) -> its program. Variables may be `jax.ShapeDtypeStruct`s.
     narrow: (model, graph, masks) -> the model with the layers that `masks` leaves; None if that cannot be made.
-    program: (model, cuts) -> the model that evaluates the dense program with fewer channels (`narrow_module.Cut`), if
-      there is such a form.
+    program: (model, cuts) -> the model that evaluates the dense program with fewer channels (`narrow_program.Cut`).
   """
 
   trace: Callable[[Any, Mapping[str, Any], Call], Program]
   narrow: Callable[[Any, ChannelGraph, Masks], Any]
-  program: Callable[[Any, tuple[Any, ...]], Any] | None = None
+  program: Callable[[Any, tuple[Any, ...]], Any]
 
 
 class ProgramError(Exception):
@@ -78,12 +77,14 @@ def _compare_consts(a: ClosedJaxpr, b: ClosedJaxpr) -> str | None:
 def _compare(a: Jaxpr, b: Jaxpr, shapes: Shapes, outer: Place) -> str | None:
   if len(a.eqns) != len(b.eqns):
     return f"its program has {len(b.eqns)} operations instead of {len(a.eqns)}"
+  if _arity(a) != _arity(b):
+    return "its program takes or returns another number of arrays"
   first: str | None = None
   partner: dict[Var, Var] = dict(zip((*a.invars, *a.constvars), (*b.invars, *b.constvars), strict=False))
   for i, (x, y) in enumerate(zip(a.eqns, b.eqns, strict=True)):
     place = (*outer, i)
     name = x.primitive.name
-    if x.primitive is not y.primitive or len(x.invars) != len(y.invars):
+    if x.primitive is not y.primitive or _arity(x) != _arity(y):
       return f"`{y.primitive.name}` stands in place of `{name}`"
     found = (_compare_operands(name, x.invars, y.invars, partner), _compare_params(x, y, shapes, place))
     first = first or found[0] or found[1]
@@ -92,6 +93,10 @@ def _compare(a: Jaxpr, b: Jaxpr, shapes: Shapes, outer: Place) -> str | None:
         raise ProgramError(f"`{name}` gives an array {list(shape_of(var))} instead of {list(shape)}")
     partner.update(zip(x.outvars, y.outvars, strict=True))
   return first or _compare_operands("return", a.outvars, b.outvars, partner)
+
+
+def _arity(equation: JaxprEqn | Jaxpr) -> tuple[int, int]:
+  return len(equation.invars), len(equation.outvars)
 
 
 def _compare_operands(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from sapr_jax.channels.analysis import Analysis, analyze, costs, reasons_left_out, shapes_after_cut
 from sapr_jax.channels.atoms import Axis, atoms
@@ -19,7 +18,7 @@ from sapr_jax.channels.program import FrontEnd, Program, ProgramError, differenc
 from sapr_jax.channels.selection import Patterns, choice, selected
 from sapr_jax.channels.trees import abstract, check_variables, path_of, prune_tree
 from sapr_jax.checks import check_concrete
-from sapr_jax.errors import InputError, one_line
+from sapr_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +95,8 @@ def cut(
   small_variables = prune_tree(dict(variables), graph, masks)
   dense = Dense(front_end, model, variables, graph.call)
   _check_same_groups(dense, graph)
-  small, reason = _narrowed(dense, graph, masks)
-  if reason is not None:
-    if front_end.program is None:
-      culprit = _culprit(dense, graph, masks)
-      raise InputError(
-        f"Cutting group {culprit!r} changes what the model computes ({reason}): its code does not follow that width."
-        f" Leave the group out, by trace_channels(exclude={culprit!r})."
-      )
+  small = _narrowed(dense, graph, masks)
+  if small is None:
     small = front_end.program(model, _cuts(dense, graph, masks))
   return small, small_variables
 
@@ -126,21 +119,21 @@ def _check_same_groups(dense: Dense, graph: ChannelGraph) -> None:
       )
 
 
-def _narrowed(dense: Dense, graph: ChannelGraph, masks: Masks) -> tuple[Any, str | None]:
-  """Returns the model with narrower layers, and why it does not compute what the masked network does, or None."""
+def _narrowed(dense: Dense, graph: ChannelGraph, masks: Masks) -> Any:
+  """Returns the model with narrower layers; None unless it certainly computes what the masked network does."""
   small = dense.front_end.narrow(dense.model, graph, masks)
   if small is None:
-    return None, "its layers cannot be made narrower"
+    return None
   try:
     program = dense.front_end.trace(small, prune_tree(abstract(dict(dense.variables)), graph, masks), dense.call)
-  except Exception as error:  # the model's own code may fail in any way
-    return None, f"the small model does not run: {one_line(error.__cause__ or error, 200)}"
+  except Exception:  # the model's own code may fail in any way
+    return None
+  shapes = shapes_after_cut(dense.analysis, _kept(dense, graph, masks))
   try:
-    return small, difference(
-      dense.program.closed, program.closed, shapes_after_cut(dense.analysis, _kept(dense, graph, masks))
-    )
-  except ProgramError as error:
-    return None, str(error)
+    is_same = difference(dense.program.closed, program.closed, shapes) is None
+  except ProgramError:
+    return None
+  return small if is_same else None
 
 
 def _kept(dense: Dense, graph: ChannelGraph, masks: Masks) -> list[tuple[Axis, int]]:
@@ -157,12 +150,3 @@ def _cuts(dense: Dense, graph: ChannelGraph, masks: Masks) -> tuple[Cut, ...]:
       if any(n < size for size, n in parts):
         cuts.append(("/".join(key), i, axis.size, parts))
   return tuple(cuts)
-
-
-def _culprit(dense: Dense, graph: ChannelGraph, masks: Masks) -> str:
-  """Returns the first group whose cut alone changes the result."""
-  pruned = [group.name for group in graph.groups if not np.asarray(masks[group.name]).all()]
-  for name in pruned:
-    if _narrowed(dense, graph, {**graph.full_masks(), name: masks[name]})[1] is not None:
-      return name
-  return pruned[0]

@@ -80,6 +80,7 @@ class AxisInterpreter:
     margins: Place of a `slice` or `pad` -> for each dimension of its operand, the axes of the entries (before, after)
       that it takes away or adds; of size 0 where there are none. In a narrower network a slice starts at the size of
       the first, and ends before the second; an amount of padding shrinks by the channels that its margin loses.
+    pieces: Result of a `concatenate` -> its dimension, and what was concatenated if all of that are kernels, else ().
     training: Whether a network in training is traced: random numbers are then drawn for the channels that are left, as
       masks of dropout are. Otherwise they are constants, whose shape is fixed.
     repetitions: How often the current equation runs for one image (the length of enclosing scans).
@@ -90,6 +91,7 @@ class AxisInterpreter:
   contractions: list[Contraction] = dataclasses.field(default_factory=list)
   results: dict[Place, list[tuple[Axis, ...]]] = dataclasses.field(default_factory=dict)
   margins: dict[Place, tuple[tuple[Axis, Axis], ...]] = dataclasses.field(default_factory=dict)
+  pieces: dict[Var, tuple[int, Sequence[Value]]] = dataclasses.field(default_factory=dict)
   training: bool = False
   repetitions: int = 1
   next_producer: int = 1

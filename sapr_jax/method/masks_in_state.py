@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapr_jax.channels import ChannelGraph, Masks
+from sapr_jax.channels import ChannelGraph, Masks, is_nnx
 from sapr_jax.checks import check_array, check_tree, shown
 from sapr_jax.errors import InputError
 
@@ -81,9 +81,7 @@ def set_masks(opt_state: Tree, masks: Masks) -> Tree:
 
   def put(state: RegularizationState) -> RegularizationState:
     _check_fit(state.masks, masks)
-    # An array may be boxed, as in the optimizer state of NNX.
-    placed = {name: functools.partial(placed_like, new=masks[name]) for name in state.masks}
-    return state._replace(masks={name: jax.tree.map(placed[name], box) for name, box in state.masks.items()})
+    return state._replace(masks={name: placed_like(old, masks[name]) for name, old in state.masks.items()})
 
   return replace_states(opt_state, RegularizationState, put, _CURE)
 
@@ -95,7 +93,7 @@ def get_masks(opt_state: Any) -> dict[str, Any]:
     InputError: If there is no regularization in `opt_state`.
   """
   masks = find_states(opt_state, RegularizationState, _CURE)[0].masks
-  return {name: jax.tree.leaves(mask)[0] for name, mask in masks.items()}
+  return {name: array_in(mask) for name, mask in masks.items()}
 
 
 _CURE = "put sapr_jax.regularize_by_penalty or regularize_by_prox into the optimizer, and give what its init returned"
@@ -112,17 +110,35 @@ def find_states(tree: Any, kind: type[Any], cure: str) -> list[Any]:
 
 
 def replace_states(tree: Tree, kind: type[Any], change: Callable[[Any], Any], cure: str) -> Tree:
-  """Returns a tree in which `change` replaced each node that is a `kind`; raises `InputError` if there is none."""
+  """Returns a tree in which `change` replaced each node that is a `kind`; raises `InputError` if there is none.
+
+  An object of NNX, as `nnx.Optimizer` is, is changed in place, and returned.
+  """
   find_states(tree, kind, cure)
 
   def visit(node: Any) -> Any:
     return change(node) if isinstance(node, kind) else node
 
-  return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, kind))
+  changed = jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, kind))
+  if not is_nnx(tree):
+    return changed
+  from flax import nnx  # takes a while to import
+
+  nnx.update(tree, nnx.state(changed))
+  return tree
+
+
+def array_in(box: Any) -> Any:
+  """Returns an array, which may be boxed as in the optimizer state of NNX."""
+  return jax.tree.leaves(box)[0]
 
 
 def placed_like(old: Any, new: Any) -> Any:
-  """Returns `new` with the dtype, the leading axes and the place of `old`, so that no program is compiled again."""
+  """Returns `new` with the dtype, leading axes, place and box of `old`, so that no program is compiled again."""
+  return jax.tree.map(lambda array: _placed_like(array, new), old)
+
+
+def _placed_like(old: Any, new: Any) -> Any:
   if any(isinstance(array, jax.core.Tracer) for array in (old, new)):
     return jnp.broadcast_to(jnp.asarray(new).astype(old.dtype), old.shape)
   value = np.broadcast_to(np.asarray(new, old.dtype), old.shape)

@@ -6,7 +6,6 @@ pruning too.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -15,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sapr_jax.channels import ChannelGraph, Masks, check_variables, mask_params, prune, trace_channels
+from sapr_jax.channels import ChannelGraph, check_variables, is_array, is_nnx, network_of, prune, trace_channels
 from sapr_jax.channels.graph import Selection
 from sapr_jax.channels.selection import Patterns
-from sapr_jax.checks import check_function, check_integer, check_number, check_type, shown
+from sapr_jax.checks import check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import Budget, check_budget, macs_budget, project_to_budget
-from sapr_jax.method.generator import ArchitectureGenerator, split_by_group
-from sapr_jax.method.importance import Scores, make_comparable, score_channels
 from sapr_jax.method.masks_in_state import (
   RegularizationState,
+  array_in,
   find_states,
   get_masks,
   placed_like,
@@ -32,17 +30,14 @@ from sapr_jax.method.masks_in_state import (
   set_masks,
   warn_if,
 )
-from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
+from sapr_jax.method.proposer import LossFn, Proposer
 from sapr_jax.method.proposing import Search
 from sapr_jax.method.regularization import Weighting, relative_weights
 from sapr_jax.method.rounding import default_round_to
-from sapr_jax.method.search import GeneratorState, SearchOptions, learn
-from sapr_jax.method.statistics import renew_statistics, some
+from sapr_jax.method.statistics import renew_statistics
 from sapr_jax.method.transforms import regularize_by_penalty, regularize_by_prox
 
 Tree = TypeVar("Tree")
-LossFn = Callable[[Any, Any], jax.Array]
-"""(variables of the dense network, batch) -> the loss, scalar."""
 
 _CURE = "make it by tx = pruner.regularize(optimizer) and tx.init(params)"
 
@@ -66,16 +61,20 @@ class PrunerState(NamedTuple):
   optimizer: Any
 
 
-def _is_array(leaf: Any) -> bool:
-  return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-
-
 class Pruner:
   """Prunes a network while somebody's own loop trains it.
 
   An object of this class is a description and never changes. What changes lies in the optimizer state, in which
   `regularize` has put it; every method that takes `opt_state` finds it there, however deep other transforms of optax
   have nested it, and takes a whole `TrainState` of Flax too.
+
+  A network of Flax NNX is one object, which takes the place of the model and its variables in every method, and an
+  `nnx.Optimizer` is changed in place:
+
+      pruner = sapr.Pruner(module, inputs, budget=0.5, gamma=0.1)
+      optimizer = nnx.Optimizer(module, pruner.regularize(optax.sgd(0.1)), wrt=nnx.Param)
+      pruner.update(optimizer, module)  # before every epoch
+      small_module = pruner.prune(module, optimizer)
 
   Attributes:
     model: The dense network.
@@ -109,8 +108,8 @@ class Pruner:
   def __init__(
     self,
     model: Any,
-    variables: Mapping[str, Any],
-    inputs: Any,
+    variables: Any = None,
+    inputs: Any = None,
     *,
     budget: float | Budget | Callable[[ChannelGraph], Budget],
     gamma: float,
@@ -124,8 +123,8 @@ class Pruner:
     """Traces the channels of a network, and checks that the budget can be met.
 
     Args:
-      model: A Flax linen module.
-      variables: Its variables, or their shapes.
+      model: A module of Flax linen, or of Flax NNX.
+      variables: Its variables, or their shapes; left out for a module of NNX, `Pruner(module, inputs, ...)`.
       inputs: What the model is applied to: an array, or its shape; the size of the batch does not matter. Or a tuple of
         several arrays, or trees of them; costs are those of such a call.
       budget: Share of the MACs to keep, in (0, 1], in the layers that can be cut; or a function of the channel graph,
@@ -135,7 +134,8 @@ class Pruner:
       select: Which channel groups are offered, see `trace_channels`; "unjoined" for a flat network.
       include: Globs of names of groups or modules, such as "encoder/*": the only ones of these that are offered.
       exclude: Globs of those that are not.
-      apply_kwargs: Arguments of `model.apply` that choose the evaluation mode, such as `{"train": False}`.
+      apply_kwargs: Arguments of `model.apply` that choose the evaluation mode, such as `{"train": False}`. With NNX a
+        copy of the module is traced, after `eval()`.
       seed: Seed of the generator and of random importances.
 
     Raises:
@@ -146,11 +146,12 @@ class Pruner:
     self.search = Search() if search is None else search
     check_type("search", self.search, Search, "Search(start=5, importance='l2_norm') makes one")
     self.model, self.gamma = model, gamma
-    args, traced = inputs if isinstance(inputs, tuple) and any(map(_is_array, inputs)) else (inputs,), {}
-    if len(args) == 1 and _is_array(args[0]) and args[0].ndim > 1:  # the cost of one example, whatever the batch
+    _, _, (inputs, *_) = network_of(model, variables, (inputs,))
+    args, traced = inputs if isinstance(inputs, tuple) and any(map(is_array, inputs)) else (inputs,), {}
+    if len(args) == 1 and is_array(args[0]) and args[0].ndim > 1:  # the cost of one example, whatever the batch
       args, traced = (args[0].shape,), {"input_dtype": args[0].dtype}
     traced |= {"select": select, "include": include, "exclude": exclude, "apply_kwargs": apply_kwargs}
-    self.graph = trace_channels(model, variables, *args, **traced)
+    self.graph = trace_channels(model, None if is_nnx(model) else variables, *args, **traced)
     self.budget = self._budget(budget)
     min_width, round_to = self.search.min_width, self.search.round_to
     if round_to is None:
@@ -158,8 +159,7 @@ class Pruner:
     self.round_to = round_to
     check_budget(self.graph, self.budget, min_width=min_width, round_to=round_to)
     self._key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    if self.search.generator is not None:
-      self._prepare_generator()
+    self._proposer = Proposer(self.graph, self.budget, self.search)
 
   def _budget(self, budget: Any) -> Budget:
     if isinstance(budget, Budget):
@@ -169,17 +169,6 @@ class Pruner:
     made = budget(self.graph)
     check_type("What budget returns", made, Budget, "sapr_jax.macs_budget(graph, 0.5) makes one")
     return made
-
-  def _prepare_generator(self) -> None:
-    options = self.search.generator
-    assert options is not None
-    self._generator = ArchitectureGenerator.for_graph(self.graph)
-    self._generator_tx = optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
-    self._options = SearchOptions(self.budget, options.budget_weight, options.bias, options.temperature)
-    first = jax.eval_shape(self._first_generator, self._key)
-    self._structure = jax.tree.structure(first)
-    places = jax.tree_util.tree_leaves_with_path(first)
-    self._paths = [jax.tree_util.keystr(place, simple=True, separator="/") for place, _ in places]
 
   # In the loop -------------------------------------------------------------------------------------------------------
 
@@ -203,8 +192,8 @@ class Pruner:
       weighting: Weights of the groups, see `partial_group_lasso`.
 
     Returns:
-      A transform for `tx.init(params)` and `tx.update(grads, opt_state, params)`, or for any `TrainState`. It logs a
-      warning in its first step if `update` was not called before.
+      A transform for `tx.init(params)` and `tx.update(grads, opt_state, params)`, for any `TrainState`, or for an
+      `nnx.Optimizer`. It logs a warning in its first step if `update` was not called before.
 
     Raises:
       InputError: If an argument cannot be used.
@@ -223,7 +212,7 @@ class Pruner:
 
     def init(params: Any) -> PrunerState:
       key = jnp.asarray(self._key)
-      first = {} if self.search.generator is None else self._flat(jax.jit(self._first_generator)(key))
+      first = self._proposer.first(key)
       return PrunerState(jnp.zeros((), jnp.int32), key, first, regularization.init(params), inner.init(params))
 
     def update(updates: Any, state: PrunerState, params: Any = None, **extra: Any) -> tuple[Any, PrunerState]:
@@ -244,7 +233,7 @@ class Pruner:
   def update(
     self,
     opt_state: Tree,
-    variables: Mapping[str, Any],
+    variables: Any,
     batches: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
   ) -> Tree:
@@ -253,12 +242,13 @@ class Pruner:
     Call it before every epoch, outside of `jax.jit`. It is deterministic, and goes on from a saved state bit for bit.
 
     Args:
-      opt_state: The optimizer state.
-      variables: Variables of the network, all collections; they stay as they are.
+      opt_state: The optimizer state; an `nnx.Optimizer` is changed in place.
+      variables: Variables of the network, all collections, or the module of NNX; they stay as they are.
       batches: Pytrees of arrays, of one shape, that the generator learns on, or "taylor" reads: a tenth of the training
         images is enough. Arrays may be cut over several devices. Not read by other importances.
       loss_fn: (variables, batch) -> mean loss over the batch, a scalar; the network best in evaluation mode. It is
-        compiled once: pass the same function every time.
+        compiled once: pass the same function every time. With NNX it gets a copy of the module, after `eval()`:
+        (module, batch) -> loss.
 
     Returns:
       The new optimizer state; shapes, dtypes and placement stay, so that a compiled step is not compiled again.
@@ -266,16 +256,21 @@ class Pruner:
     Raises:
       InputError: If there is no state of a pruner in `opt_state`, an argument is missing, or scores hold a NaN.
     """
+    if is_nnx(variables):
+      from sapr_jax.channels import nnx  # takes a while to import
+
+      loss_fn = nnx.OfVariables(variables, loss_fn) if callable(loss_fn) else loss_fn
+      variables = nnx.variables_of(variables)
     check_variables(variables)
-    state = self._state(opt_state)
-    epoch = int(state.epoch)
+    state, epoch = self._state(opt_state), self._epoch(opt_state)
     changed = state._replace(epoch=placed_like(state.epoch, epoch + 1))
     if self.search.is_on(epoch):
-      generator, scores = self._propose(state, variables, batches, loss_fn)
-      generator = {name: placed_like(old, generator[name]) for name, old in state.generator.items()}
-      changed = changed._replace(generator=generator)
+      learned = {name: array_in(box) for name, box in state.generator.items()}
+      learned, scores = self._proposer.propose(learned, array_in(state.key), variables, batches, loss_fn)
+      changed = changed._replace(generator={n: placed_like(old, learned[n]) for n, old in state.generator.items()})
       if self.search.is_in_force(epoch):
-        changed = set_masks(changed, self._project(scores))
+        widths = {"min_width": self.search.min_width, "round_to": self.round_to}
+        changed = set_masks(changed, project_to_budget(self.graph, scores, self.budget, **widths))
     return replace_states(opt_state, PrunerState, lambda _: changed, _CURE)
 
   def masks(self, opt_state: Any) -> dict[str, Any]:
@@ -284,21 +279,22 @@ class Pruner:
 
   def prune(
     self,
-    variables: Mapping[str, Any],
+    variables: Any,
     opt_state: Any,
     batches: Iterable[Any] | None = None,
-    renew: Callable[[Any, Any, Any], Mapping[str, Any]] | None = None,
-  ) -> tuple[Any, dict[str, Any]]:
+    renew: Callable[..., Any] | None = None,
+  ) -> Any:
     """Cuts the channels that the masks drop.
 
     Args:
-      variables: Variables of the dense network, all collections.
+      variables: Variables of the dense network, all collections, or the module of NNX.
       opt_state: The optimizer state.
       batches: Pytrees of arrays on which running statistics are measured again; None keeps those of the dense network.
-      renew: (model, variables, batch) -> the new statistics, see `renew_statistics`.
+      renew: (model, variables, batch) -> the new statistics, or with NNX (module, batch) -> None, see
+        `renew_statistics`.
 
     Returns:
-      (the small model, its variables), to be fine-tuned like any other.
+      (the small model, its variables), to be fine-tuned like any other; with NNX the small module.
 
     Raises:
       InputError: If the masks do not meet the budget, as `update` was never called or not until the search; or if only
@@ -309,16 +305,17 @@ class Pruner:
     masks = jax.device_get(self.masks(opt_state))
     cost = self.budget.cost(self.graph.kept(masks))
     if cost > self.budget.limit:
-      epochs, first = int(self._state(opt_state).epoch), self.search.first_in_force
+      epochs, first = self._epoch(opt_state), self.search.first_in_force
       raise InputError(
         f"the masks must cost at most {self.budget.limit:,.0f} {self.budget.cost.name}, got {cost:,.0f}:"
         f" pruner.update was called {epochs} times, and masks come into force in call {first + 1}; call it before every"
         " epoch."
       )
-    small_model, small_variables = prune(self.model, variables, self.graph, masks)
-    if batches is not None and renew is not None:
-      small_variables = renew_statistics(small_model, small_variables, batches, renew)
-    return small_model, small_variables
+    if is_nnx(variables):
+      module: Any = prune(variables, self.graph, masks)
+      return module if batches is None else renew_statistics(module, batches, renew)
+    model, small = prune(self.model, variables, self.graph, masks)
+    return model, small if batches is None else renew_statistics(model, small, batches, renew)
 
   def report(self, opt_state: Any) -> str:
     """Returns what the masks in force leave, in a few lines to be printed: costs, and widths of the channel groups."""
@@ -328,10 +325,8 @@ class Pruner:
     return (
       f"{kept:,} of {self.graph.macs():,} MACs ({kept / self.graph.macs():.1%}),"
       f" {cost / self.budget.full:.1%} of {self.budget.cost.name} (budget {self.budget.share:.1%}),"
-      f" after {int(self._state(opt_state).epoch)} epochs\n{widths}"
+      f" after {self._epoch(opt_state)} epochs\n{widths}"
     )
-
-  # The search --------------------------------------------------------------------------------------------------------
 
   def _state(self, opt_state: Any) -> PrunerState:
     """Returns the one state of a pruner in a tree."""
@@ -340,81 +335,5 @@ class Pruner:
       raise InputError(f"opt_state must hold one PrunerState, got {len(found)}; use one pruner.regularize in it.")
     return found[0]
 
-  def _project(self, scores: Scores) -> Masks:
-    min_width = self.search.min_width
-    return project_to_budget(self.graph, scores, self.budget, min_width=min_width, round_to=self.round_to)
-
-  def _propose(
-    self, state: PrunerState, variables: Mapping[str, Any], batches: Iterable[Any] | None, loss_fn: LossFn | None
-  ) -> tuple[dict[str, jax.Array], Scores]:
-    """Returns the generator's new state, {} if there is none, and the scores of all channels."""
-    options = self.search.generator
-    if options is None:
-      return {}, self._importance(self.search.importance, state, variables, batches, loss_fn)
-    batches, loss_fn = _needed(batches, loss_fn)
-    generator = jax.tree.unflatten(self._structure, [state.generator[path] for path in self._paths])
-    if options.prior is not None and int(generator.step) == 0:
-      generator = self._of_prior(generator, self._importance(options.prior, state, variables, None, None))
-    for batch in some(batches):
-      generator = self._learn(loss_fn, generator, state.key, dict(variables), batch)
-    outputs: Any = jax.jit(self._generator.apply)(generator.variables)
-    scores: Scores = split_by_group(jax.device_get(outputs), self.graph)
-    if options.order is not None:
-      scores = reorder(scores, self._importance(options.order, state, variables, None, None))
-    return self._flat(generator), scores
-
-  def _importance(
-    self, name: str, state: PrunerState, variables: Mapping[str, Any], batches: Any, loss_fn: LossFn | None
-  ) -> Scores:
-    def gradients() -> Any:
-      given, function = _needed(batches, loss_fn)
-      total = None
-      for batch in some(given):
-        slope = self._slope(function, dict(variables), batch)
-        total = slope if total is None else jax.tree.map(jnp.add, total, slope)
-      return jax.device_get(total)
-
-    params = jax.device_get(variables.get("params"))
-    scores = score_channels(name, params, self.graph, gradients=gradients, key=lambda: jax.device_get(state.key))
-    compare, exponent = self.search.compare, self.search.cost_exponent
-    return make_comparable(
-      jax.device_get(scores), self.graph, self.budget.cost, compare=compare, cost_exponent=exponent
-    )
-
-  def _of_prior(self, generator: GeneratorState, scores: Scores) -> GeneratorState:
-    """Returns a generator that has learned nothing but knows these importances."""
-    assert self.search.generator is not None
-    strength, bias = self.search.generator.prior_strength, self._options.bias
-    outputs = outputs_of_prior(self.graph, scores, self.budget, strength=strength, bias=bias)
-    return GeneratorState.create(start_from(generator.variables, self.graph, outputs), self._generator_tx)
-
-  def _first_generator(self, key: jax.Array) -> GeneratorState:
-    return GeneratorState.create(self._generator.init(key), self._generator_tx)
-
-  def _flat(self, generator: GeneratorState) -> dict[str, jax.Array]:
-    return dict(zip(self._paths, jax.tree.leaves(generator), strict=True))
-
-  @functools.partial(jax.jit, static_argnums=(0, 1))
-  def _learn(
-    self, loss_fn: LossFn, state: GeneratorState, key: jax.Array, variables: Any, batch: Any
-  ) -> GeneratorState:
-    """Takes a step of the generator, with the weights fixed."""
-
-    def network_loss(masks: Masks) -> jax.Array:
-      return loss_fn({**variables, "params": mask_params(variables["params"], self.graph, masks)}, batch)
-
-    key = jax.random.fold_in(key, state.step + 1)
-    return learn(state, self._generator, self.graph, self._generator_tx, network_loss, key, self._options)[0]
-
-  @functools.partial(jax.jit, static_argnums=(0, 1))
-  def _slope(self, loss_fn: LossFn, variables: Any, batch: Any) -> Any:
-    return jax.grad(lambda params: loss_fn({**variables, "params": params}, batch))(variables["params"])
-
-
-def _needed(batches: Iterable[Any] | None, loss_fn: LossFn | None) -> tuple[Iterable[Any], LossFn]:
-  """Returns what a search that learns needs; raises `InputError` if it was not given."""
-  if batches is None or loss_fn is None:
-    missing = "batches" if batches is None else "loss_fn"
-    raise InputError(f"{missing} must be given to this search: pruner.update(opt_state, variables, batches, loss_fn).")
-  check_function("loss_fn", loss_fn, "it takes (variables, batch) and returns the loss")
-  return batches, loss_fn
+  def _epoch(self, opt_state: Any) -> int:
+    return int(array_in(self._state(opt_state).epoch))

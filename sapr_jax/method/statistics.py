@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from sapr_jax.channels import check_module, check_variables, errors_of_model
+from sapr_jax.channels import check_module, check_variables, errors_of_model, is_nnx
 from sapr_jax.checks import check_function, is_real, shown
 from sapr_jax.errors import InputError
 
 
-def renew_statistics(
-  model: Any, variables: Mapping[str, Any], batches: Iterable[Any], renew: Callable[[Any, Any, Any], Mapping[str, Any]]
-) -> dict[str, Any]:
+def renew_statistics(model: Any, variables: Any = None, batches: Any = None, renew: Any = None) -> Any:
   """Measures the running statistics of a network again, on some batches.
 
   The activations of a network that was cut differ from those of the one whose statistics it inherits. With a momentum
@@ -22,17 +20,20 @@ def renew_statistics(
 
   Args:
     model: The small network.
-    variables: Its variables.
+    variables: Its variables; left out for a module of NNX, `renew_statistics(module, batches, renew)`.
     batches: Pytrees of arrays, of one shape.
     renew: (model, variables, batch) -> the collections that training mode changes, such as `model.apply(variables,
-      batch["image"], train=True, mutable=["batch_stats"])[1]`. It is compiled.
+      batch["image"], train=True, mutable=["batch_stats"])[1]`. With NNX (module, batch) -> None: it runs a copy of the
+      module, which is in training mode, as in `lambda module, batch: module(batch["image"])`. It is compiled.
 
   Returns:
-    The variables with the new statistics.
+    The variables with the new statistics; with NNX a module that has them.
 
   Raises:
     InputError: If there is no batch, or `renew` returns something else.
   """
+  if is_nnx(model):
+    return _renew_module(model, *((batches, renew) if variables is None else (variables, batches)))
   check_module(model)
   check_variables(variables)
   check_function("renew", renew, "it takes (model, variables, batch) and returns the new batch_stats")
@@ -47,11 +48,27 @@ def renew_statistics(
       )
     return {**variables, **changed}
 
+  return _after(step, variables, batches)
+
+
+def _after(step: Any, variables: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, Any]:
   renewed = dict(variables)
   for batch in some(batches):
     with errors_of_model("renew, the model, its variables and a batch"):
       renewed = step(renewed, batch)
   return renewed
+
+
+def _renew_module(module: Any, batches: Any, renew: Any) -> Any:
+  from sapr_jax.channels import nnx  # takes a while to import
+
+  check_function("renew", renew, "it takes (module, batch), and runs the module")
+
+  @jax.jit
+  def step(variables: dict[str, Any], batch: Any) -> dict[str, Any]:
+    return {**variables, **nnx.statistics_after(module, renew, variables, batch)}
+
+  return nnx.with_variables(module, _after(step, nnx.variables_of(module), batches))
 
 
 def some(batches: Iterable[Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from sapr_jax.channels import ChannelGraph, count_macs, mask_params, masked_apply, prune, trace_channels
 
@@ -38,6 +38,23 @@ def random_variables(model: nn.Module, seed: int, dtype: Any = np.float64, shape
       value = rng.normal(size=leaf.shape) * (rng.uniform(size=leaf.shape) > 0.1)
     flat[key] = jnp.asarray(value, dtype)
   return traverse_util.unflatten_dict(flat)
+
+
+def drawn(module: nnx.Module, seed: int = 0, dtype: Any = np.float64) -> Any:
+  """Returns a module of NNX, which may be abstract, with random variables; statistics and scales are positive."""
+  rng = np.random.default_rng(seed)
+
+  def draw(place: Any, leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.key(0) if leaf.shape == () else jax.random.split(jax.random.key(0), leaf.shape)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return jnp.zeros(leaf.shape, leaf.dtype)
+    value = rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5
+    is_scale = any(name in jax.tree_util.keystr(place) for name in ("var", "scale", "sigma"))
+    return jnp.asarray(np.abs(value) + 0.5 if is_scale else value, dtype)
+
+  graphdef, state = nnx.split(module)
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
 def random_masks(graph: ChannelGraph, seed: int, single: bool = False) -> dict[str, np.ndarray]:

@@ -92,13 +92,6 @@ CASES = {
   "upsampling": Case(networks.UpsamplingNet("bilinear"), {"down": 5, "conv": 4}),
   "upsampling_nearest": Case(networks.UpsamplingNet("nearest"), {"down": 5, "conv": 4}),
   "scan": Case(networks.Scanned(), {"stem": 4, "blocks/conv1": 6}, seeds=(0, 1)),
-  "layer_norm": Case(networks.Normalized(nn.LayerNorm), {"free": 8}),
-  "rms_norm": Case(networks.Normalized(nn.RMSNorm), {"free": 8}),
-  "group_norm": Case(networks.Normalized(lambda: nn.GroupNorm(4)), {"free": 8, "normalized": 4}),
-  "group_norm_of_size_2": Case(
-    networks.Normalized(lambda: nn.GroupNorm(num_groups=None, group_size=2)), {"free": 8, "normalized": 4}
-  ),
-  "instance_norm": Case(networks.Normalized(nn.InstanceNorm), {"free": 8, "normalized": 8}),
   "inception": Case(
     networks.Inception(), {"stem": 4, "branch1": 4, "branch3": 3, "branch5": 5, "pooled": 2, "last": 4}
   ),

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import sapr_jax as sapr
-from sapr_jax.channels.narrow_module import merged_cuts
+from sapr_jax.channels.dense_program import merged_cuts
 from sapr_jax.errors import InputError
 
 
@@ -254,7 +255,26 @@ class InnerConstant(nn.Module):
     return jax.jit(lambda z: z * scale)(nn.Dense(3, name="b")(y))
 
 
-@pytest.mark.parametrize("kind", [Convolved, Fortran, TwoFactors, InnerConstant])
+class Tiled(nn.Module):
+  """Repeats one number for as many channels as the code holds."""
+
+  @nn.compact
+  def __call__(self, x):
+    gate = nn.sigmoid(nn.Dense(1, name="gate")(x))
+    return nn.Dense(3, name="b")(nn.elu(nn.Dense(8, name="a")(x)) * jnp.tile(gate, (1, 1, 1, 8)))
+
+
+class InnerResults(nn.Module):
+  """A program within the program, which returns as many arrays as there are channels."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(8, name="a")(x)
+    first = jax.jit(lambda z: [2 * z] * z.shape[-1])(nn.elu(y))[0]
+    return nn.Dense(3, name="b")(first)
+
+
+@pytest.mark.parametrize("kind", [Convolved, Fortran, TwoFactors, InnerConstant, Tiled, InnerResults])
 def test_what_once_was_wrong(kind):
   laws.check_laws(kind(), "exact", (0,))
 
@@ -276,6 +296,36 @@ def test_training_that_a_cut_would_change_is_refused():
   assert small.cuts and small.apply(small_variables, x).shape == (2, 4)
   with pytest.raises(InputError, match=r"cannot be run like this: 8 channels cannot be cut in this mode: it is summed"):
     small.apply(small_variables, x, train=True)
+
+
+class OverDevices(nn.Module):
+  """Batch statistics over the devices, in code that holds a width."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    y = nn.BatchNorm(use_running_average=not train, axis_name="data", name="bn")(nn.Dense(8, name="a")(x))
+    return nn.Dense(3, name="b")(nn.relu(y.reshape((-1, 8))))
+
+
+def test_batch_statistics_over_devices():
+  model = OverDevices()
+  x, variables, graph, masks = network(model, (4, 5))
+  small, small_variables = sapr.prune(model, variables, graph, masks)
+  masked = {**variables, "params": sapr.mask_params(variables["params"], graph, masks)}
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def train(model, variables):
+    step = jax.shard_map(
+      lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]),
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec("data")),
+      out_specs=(PartitionSpec("data"), PartitionSpec()),
+    )
+    return jax.jit(step, compiler_options=laws.QUICK)(variables, x)
+
+  (got, stats), (want, dense_stats) = train(small, small_variables), train(model, masked)
+  assert small.cuts and laws.relative_error(got, want) < 1e-5
+  assert laws.relative_error(stats, sapr.prune_tree(dense_stats, graph, masks)) < 1e-5
 
 
 class Stateful(nn.Module):
