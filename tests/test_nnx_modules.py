@@ -11,8 +11,6 @@ from flax import nnx
 
 import sapr_jax as sapr
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(0)
 BATCHES = [RNG.normal(size=(8, 6)).astype(np.float32) for _ in range(2)]
 TRACES = []

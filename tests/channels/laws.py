@@ -14,8 +14,6 @@ from flax import nnx, traverse_util
 from sapr_jax.channels import ChannelGraph, count_macs, mask_params, masked_apply, prune, trace_channels
 
 SHAPE = (1, 8, 8, 3)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options: each program of these tests runs once."""
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = SHAPE, dtype: Any = np.float32) -> dict[str, Any]:

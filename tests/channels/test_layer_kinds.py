@@ -151,7 +151,7 @@ def test_linen(name):
     graph = trace_channels(model, variables, x[:1], select="exact")
     masked = {**variables, "params": mask_params(variables["params"], graph, masks_of(graph))}
     small, small_variables = prune(model, variables, graph, masks_of(graph))
-    run = jax.jit(lambda *both: (small.apply(both[0], x), model.apply(both[1], x)), compiler_options=laws.QUICK)
+    run = jax.jit(lambda *both: (small.apply(both[0], x), model.apply(both[1], x)))
     check(graph, expected, *run(small_variables, masked), count_macs(small, small_variables, x[:1]))
 
 
@@ -275,8 +275,6 @@ def test_nnx(name):
     small = prune(module, graph, masks)
     small.eval()
     graphdef, state = nnx.split(small)
-    run = jax.jit(
-      lambda state: (nnx.merge(graphdef, state)(x), masked_apply(module, graph, masks, x)), compiler_options=laws.QUICK
-    )
+    run = jax.jit(lambda state: (nnx.merge(graphdef, state)(x), masked_apply(module, graph, masks, x)))
     tolerance = 1e-7 if "MultiHead" in name else 1e-10  # jax.nn.dot_product_attention has a softmax in float32
     check(graph, expected, *run(state), count_macs(small, x[:1]), tolerance)

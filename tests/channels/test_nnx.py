@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from laws import QUICK, drawn, random_masks, relative_error
+from laws import drawn, random_masks, relative_error
 
 import sapr_jax as sapr
 from sapr_jax.channels.nnx import NarrowNnx
@@ -19,8 +19,6 @@ from sapr_jax.errors import InputError
 IMAGE = (2, 8, 8, 3)
 VECTOR = (2, 6)
 TOKENS = (2, 5, 6)
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Mlp(nnx.Module):
@@ -190,9 +188,7 @@ def test_masked_is_pruned(name, float64):
   copy = nnx.clone(small)
   copy.eval()
   graphdef, state = nnx.split(copy)
-  run = jax.jit(
-    lambda state: (nnx.merge(graphdef, state)(x), sapr.masked_apply(module, graph, masks, x)), compiler_options=QUICK
-  )
+  run = jax.jit(lambda state: (nnx.merge(graphdef, state)(x), sapr.masked_apply(module, graph, masks, x)))
   assert relative_error(*run(state)) < 1e-10
   assert graph.macs(masks) == sapr.count_macs(small, x) < sapr.count_macs(module, x)
   assert graph.num_params(masks) == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(small, nnx.Param)))
