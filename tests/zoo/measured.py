@@ -56,7 +56,7 @@ def measure(name: str, entry: Entry) -> Row:
     error = _difference(_run(small, small_variables, inputs), _run(module, masked, inputs))
   shares = [f"{100 * part / graph.macs():.0f}" for part in (graph.prunable_macs(), graph.macs(masks))]
   form = "program" if small.cuts else "module"
-  return Row((name, "transformers", str(len(graph.groups)), *shares, form), error)
+  return Row((name, entry.package, str(len(graph.groups)), *shares, form), error)
 
 
 def _run(module: Any, variables: Any, inputs: Any) -> list[Any]:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_it_is_pruned_exactly(name):
-  pytest.importorskip("transformers", reason="needs pip install 'sapr_jax[zoo]'")
+  pytest.importorskip(ENTRIES[name].package, reason="needs pip install 'sapr_jax[zoo]'")
   row = measure(name, ENTRIES[name])
   assert row.error < TOLERANCE
   assert f"| {' | '.join(row.cells)} |" in PAGE.read_text()
