@@ -9,7 +9,8 @@ from sapr_jax.channels.linen import (
   masked_apply,
 )
 from sapr_jax.channels.narrow_module import NarrowModule, are_cuts, check_module
-from sapr_jax.channels.networks import count_macs, prune, trace_channels
+from sapr_jax.channels.networks import count_macs, network_pieces, prune, trace_channels
+from sapr_jax.channels.pieces import Piece
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
@@ -20,6 +21,7 @@ __all__ = [
   "Masks",
   "Member",
   "NarrowModule",
+  "Piece",
   "abstract_image",
   "are_cuts",
   "check_graph",
@@ -35,6 +37,7 @@ __all__ = [
   "map_members",
   "mask_params",
   "masked_apply",
+  "network_pieces",
   "prune",
   "prune_tree",
   "register_rule",

@@ -36,7 +36,8 @@ class Piece:
   """Some equations of a network's program, as a function of arrays whose shapes follow from the widths of groups.
 
   Attributes:
-    layer: The shapes of its layer, in words.
+    layer: Its convolution or matrix product, with shapes, in words.
+    dtype: The dtype of what that gives.
     groups: Names of the channel groups that its arrays have as axes, in the order of first use.
     sizes: Their widths in the dense network.
     key: Equal for two pieces that do the same: the same equations, shapes, and axes that change with the groups.
@@ -46,6 +47,7 @@ class Piece:
   """
 
   layer: str
+  dtype: str
   groups: tuple[str, ...]
   sizes: tuple[int, ...]
   key: str
@@ -54,11 +56,17 @@ class Piece:
   feeds_layer: tuple[bool, ...]
 
 
-def pieces_of(program: Program, variables: Mapping[str, Any], call: Call, graph: ChannelGraph) -> list[Piece]:
-  """Divides a program, of the network of `graph` for any call, into its pieces, in forward order."""
+def pieces_of(
+  program: Program, variables: Mapping[str, Any], call: Call, graph: ChannelGraph
+) -> tuple[list[Piece], Piece]:
+  """Divides a program, of the network of `graph` for any call.
+
+  Returns:
+    Its pieces, in forward order, and all of it as one.
+  """
   axes, interpreter = interpret(program, variables, call)
   network = _Network(program.closed, axes, interpreter, _atoms_of_groups(axes, graph))
-  return [network.piece(equations) for equations in network.divide()]
+  return [network.piece(equations) for equations in network.divide()], network.piece(network.equations)
 
 
 def _atoms_of_groups(axes: Axes, graph: ChannelGraph) -> dict[str, Axis]:
@@ -206,6 +214,7 @@ class _Network:
     feeds = self._needed(equations, layer)
     return Piece(
       self._in_words(layer),
+      str(dtype_of(layer.eqn.outvars[0])),
       tuple(groups),
       tuple(find(self.group_atoms[group]).size for group in groups),
       self._key(equations, inputs, outputs, groups),
