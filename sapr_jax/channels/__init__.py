@@ -1,7 +1,7 @@
 """Channels that must be cut together in a network, and the cutting. Knows nothing of training, data or the paper."""
 
 from sapr_jax.channels.call import Call, abstract_image, checked_kwargs
-from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
+from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
 from sapr_jax.channels.linen import (
   dense_features,
   errors_of_model,
@@ -15,6 +15,7 @@ from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
 __all__ = [
+  "SELECTIONS",
   "Call",
   "ChannelGraph",
   "ChannelGroup",

@@ -61,6 +61,10 @@ class Call:
       tuple(map(_from_json, document["args"])), {name: _from_json(v) for name, v in document["kwargs"].items()}
     )
 
+  def arrays_in_words(self) -> str:
+    """Returns the arrays alone: `float32[1,32,32,3]`."""
+    return ", ".join(_text(array) for array in self.arrays)
+
   def __str__(self) -> str:
     """The arguments as they are written in a call: `float32[1,32,32,3], train=False`."""
     args = [_text(value) for value in self.args]

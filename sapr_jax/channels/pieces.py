@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
@@ -131,7 +130,8 @@ class _Network:
     """Appends the equations of a jaxpr; returns the names of its results."""
     names: dict[Any, Name | Literal] = dict(zip(closed.jaxpr.invars, operands, strict=True))
     for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-      names[var] = name = (_CONSTANT, len(self.constants))
+      name: Name = (_CONSTANT, len(self.constants))
+      names[var] = name
       self.constants[name] = value
       self._note(name, tuple(map(Axis, np.shape(value))), var)
 
@@ -174,14 +174,17 @@ class _Network:
       if place not in number:  # of variables alone
         if later:
           number[place] = min(later)
-      elif len(later) == 1 and not self.outputs.intersection(equation.results):
-        if not equation.is_layer and not any(user.is_layer for user in using):
-          number[place] = max(later)
+      elif self._moves(equation, using) and len(later) == 1:
+        number[place] = max(later)
     divided: list[list[_Equation]] = [[] for _ in range(layers)]
     for equation in self.equations:
       if layers and equation.place in number:
         divided[number[equation.place] - 1].append(equation)
     return divided
+
+  def _moves(self, equation: _Equation, using: Sequence[_Equation]) -> bool:
+    """Returns whether a compiler would compute an equation where it is used."""
+    return not any(e.is_layer for e in (equation, *using)) and not self.outputs.intersection(equation.results)
 
   def piece(self, equations: Sequence[_Equation]) -> Piece:
     own = {name for equation in equations for name in equation.results}
@@ -203,7 +206,9 @@ class _Network:
       values: dict[Name, Any] = {**self.constants, **dict(zip(inputs, arrays, strict=True))}
       for equation in equations:
         read = [o.val if isinstance(o, Literal) else values[o] for o in equation.operands]
-        axes = [tuple(map(Axis, np.shape(o.val))) if isinstance(o, Literal) else self.axes[o] for o in equation.operands]
+        axes = [
+          tuple(map(Axis, np.shape(o.val))) if isinstance(o, Literal) else self.axes[o] for o in equation.operands
+        ]
         values.update(zip(equation.results, program.evaluate(equation.place, equation.eqn, read, axes), strict=True))
       return [values[name] for name in outputs]
 
@@ -265,5 +270,6 @@ class _Network:
     lines = []
     for equation in equations:
       params = re.sub(r" at 0x[0-9a-f]+|name=\w+", "", str(sorted(equation.eqn.params.items())))
-      lines.append(f"{equation.eqn.primitive.name} {params} {' '.join(map(text, (*equation.operands, *equation.results)))}")
+      values = " ".join(map(text, (*equation.operands, *equation.results)))
+      lines.append(f"{equation.eqn.primitive.name} {params} {values}")
     return "\n".join([*lines, *map(text, outputs)])

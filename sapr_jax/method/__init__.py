@@ -5,6 +5,7 @@ Knows `channels`, nothing of data or devices.
 
 from sapr_jax.method.budget import (
   Budget,
+  amount_in_words,
   budget_penalty,
   check_budget,
   check_share,
@@ -76,6 +77,7 @@ __all__ = [
   "SearchOptions",
   "TimedLayer",
   "Weighting",
+  "amount_in_words",
   "architecture_loss",
   "batch_norm_scale",
   "budget_penalty",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +43,8 @@ class LatencyTable:
       time of the network = offset + scale * sum of the times of its layers
 
   Attributes:
-    about: What was measured and where: "device", "platform", "cores", "versions", "batch_size", "dtype", "call" (the
-      inputs, for one image), "macs" (of the dense network, for one image).
+    about: What was measured and where: "device", "platform", "cores", "versions", "batch_size", "dtype", "inputs"
+      (for one image), "macs" (of the dense network, for one image).
     groups: Name of a channel group -> its width in the dense network.
     layers: Times of the layers; those that do the same are one.
     offset: Milliseconds that the network takes besides.
@@ -85,7 +84,7 @@ class LatencyTable:
       if document["format"] != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT}")
       table = cls(
-        {name: document["about"][name] for name in ("device", "batch_size", "dtype", "call", "macs")}
+        {name: document["about"][name] for name in ("device", "batch_size", "dtype", "inputs", "macs")}
         | document["about"],
         {str(name): int(size) for name, size in document["groups"].items()},
         tuple(map(_layer_from_json, document["layers"])),
@@ -153,12 +152,9 @@ def latency_cost(graph: ChannelGraph, table: LatencyTable) -> LatencyCost:
   """
   check_graph(graph)
   check_type("table", table, LatencyTable, "measure_latency(model, variables, graph) or read_latency_table returns one")
-  for name, now in (("call", str(graph.call)), ("macs", graph.macs())):
+  for name, now in (("inputs", graph.call.arrays_in_words()), ("macs", graph.macs())):
     if (then := table.about[name]) != now:
-      what = {"call": "inputs", "macs": "MACs"}[name]
-      raise InputError(
-        f"table must be of this network, got one of {what} {then}, and the graph has {now}; measure it again."
-      )
+      raise InputError(f"table must be of a network of {name} {now}, got one of {name} {then}; measure it again.")
   for group in graph.groups:
     if table.groups.get(group.name) != group.size:
       raise InputError(
@@ -185,7 +181,8 @@ class LatencyCost:
     self._constant, alone, self._pairs = table.offset, [np.zeros(size + 1) for size in sizes], []
     for layer in table.layers:
       for groups in layer.uses:
-        times, known = table.scale * layer.milliseconds, []
+        times: Any = table.scale * layer.milliseconds
+        known: list[tuple[int, np.ndarray]] = []
         for axis in reversed(range(len(groups))):
           if groups[axis] in order:
             known.insert(0, (order[groups[axis]], layer.widths[axis]))
@@ -196,8 +193,8 @@ class LatencyCost:
             self._constant += float(times)
           case [(k, widths)]:
             alone[k] += np.interp(np.arange(sizes[k] + 1), widths, times)
-          case [(k, rows), (l, columns)]:
-            self._pairs.append((k, l, rows, columns, _from_above(times)))
+          case [(k, rows), (j, columns)]:
+            self._pairs.append((k, j, rows, columns, _from_above(times)))
           case _:
             raise InputError(f"table must have at most two groups in a layer, got {len(known)} in {layer.layer!r}.")
     self._times = alone
@@ -209,27 +206,27 @@ class LatencyCost:
     """Returns milliseconds: an exact float for an int64 NumPy array `[K]`, else a differentiable JAX scalar."""
     if isinstance(kept, np.ndarray) and kept.dtype == np.int64:
       total = self._constant + self._alone[np.arange(kept.size), kept].sum()
-      return float(total + sum(_bilinear(np, kept[k], kept[l], *grid) for k, l, *grid in self._pairs))
+      return float(total + sum(_bilinear(np, kept[k], kept[j], *grid) for k, j, *grid in self._pairs))
     kept = jnp.asarray(kept)
     kept = kept if jnp.issubdtype(kept.dtype, jnp.floating) else kept.astype(jnp.float32)
     dtype, fixed, rows = kept.dtype, jax.lax.stop_gradient(kept), np.arange(kept.size)
     low = jnp.clip(jnp.floor(fixed).astype(jnp.int32), 0, self._alone.shape[1] - 2)
-    part = fixed - low
+    part = fixed - low.astype(dtype)
 
     def between(table: np.ndarray) -> jax.Array:
       values = jnp.asarray(table, dtype)
       return values[rows, low] * (1 - part) + values[rows, low + 1] * part
 
     total = self._constant + jnp.sum(between(self._alone) + between(self._slopes) * (kept - fixed))
-    for k, l, *grid in self._pairs:
-      total += _bilinear(jnp, kept[k], kept[l], *(jnp.asarray(part, dtype) for part in grid))
+    for k, j, *grid in self._pairs:
+      total += _bilinear(jnp, kept[k], kept[j], *(jnp.asarray(part, dtype) for part in grid))
     return total
 
   def time(self, kept: Sequence[int] | np.ndarray) -> float:
     """Returns the predicted milliseconds of one network, `[K]` channels, even if a wider one is faster."""
     widths = np.asarray(kept, np.int64)
     total = self._constant + sum(row[width] for row, width in zip(self._times, widths, strict=True))
-    return float(total + sum(_bilinear(np, widths[k], widths[l], *grid) for k, l, *grid in self._pairs))
+    return float(total + sum(_bilinear(np, widths[k], widths[j], *grid) for k, j, *grid in self._pairs))
 
 
 def _from_above(times: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from sapr_jax.channels.graph import Selection
 from sapr_jax.channels.selection import Patterns
 from sapr_jax.checks import check_function, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
-from sapr_jax.method.budget import Budget, check_budget, macs_budget, project_to_budget
+from sapr_jax.method.budget import Budget, amount_in_words, check_budget, macs_budget, project_to_budget
 from sapr_jax.method.generator import ArchitectureGenerator, split_by_group
 from sapr_jax.method.importance import Scores, make_comparable, score_channels
 from sapr_jax.method.masks_in_state import (
@@ -311,9 +311,9 @@ class Pruner:
     if cost > self.budget.limit:
       epochs, first = int(self._state(opt_state).epoch), self.search.first_in_force
       raise InputError(
-        f"the masks must cost at most {self.budget.limit:,.0f} {self.budget.cost.name}, got {cost:,.0f}:"
-        f" pruner.update was called {epochs} times, and masks come into force in call {first + 1}; call it before every"
-        " epoch."
+        f"the masks must cost at most {amount_in_words(self.budget.limit)} {self.budget.cost.name}, got"
+        f" {amount_in_words(cost)}: pruner.update was called {epochs} times, and masks come into force in call"
+        f" {first + 1}; call it before every epoch."
       )
     small_model, small_variables = prune(self.model, variables, self.graph, masks)
     if batches is not None and renew is not None:

@@ -20,6 +20,7 @@ from sapr_jax.channels import ChannelGraph, Piece, network_pieces
 from sapr_jax.checks import check_function, check_integer, check_path, check_type
 from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.method import LatencyCost, LatencyTable, TimedLayer
+from sapr_jax.runtime import say
 
 if TYPE_CHECKING:
   from flax import nnx
@@ -76,7 +77,7 @@ def measure_latency(
   points = [(same[0], widths) for same in alike.values() for widths in _grid(same[0].sizes)]
   chosen = list(_networks(graph))
   order = [group.name for group in graph.groups]
-  timers = [_LayerTimer(piece, widths) for piece, widths in points]
+  timers: list[Any] = [_LayerTimer(piece, widths) for piece, widths in points]
   timers += [_NetworkTimer(whole, [widths[order.index(name)] for name in whole.groups]) for widths in chosen]
   for _ in range(_ROUNDS):
     for timer in timers:
@@ -88,7 +89,7 @@ def measure_latency(
     **_device(),
     "batch_size": batch_size,
     "dtype": _dtype(pieces),
-    "call": str(graph.call),
+    "inputs": graph.call.arrays_in_words(),
     "macs": graph.macs(),
   }
   sizes = {group.name: group.size for group in graph.groups}
@@ -120,6 +121,30 @@ def read_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
     return LatencyTable.from_json(json.loads(data))
   except (InputError, RecursionError, ValueError) as error:
     raise InputError(f"{path} is damaged or is no latency table; measure it again, with sapr latency.") from error
+
+
+def table_for(
+  model: nn.Module,
+  variables: Any,
+  graph: ChannelGraph,
+  *,
+  path: str | os.PathLike[str] | None = None,
+  batch_size: int | None = None,
+  dtype: str | None = None,
+) -> LatencyTable:
+  """Returns the table in a file, if `path` names one, or measures it here.
+
+  Raises:
+    InputError: If the file cannot be read, or is of another batch or dtype, unless that is None.
+  """
+  if path is None:
+    say("Measuring how long the layers take in many widths; this takes some minutes.")
+    return measure_latency(model, variables, graph, batch_size=batch_size or 1)
+  table = read_latency_table(path)
+  for name, asked in (("batch_size", batch_size), ("dtype", dtype)):
+    if asked is not None and table.about[name] != asked:
+      raise InputError(f"{path} must be of {name} {asked}, got {table.about[name]}; measure it again, or ask for that.")
+  return table
 
 
 # What is measured.
@@ -164,7 +189,7 @@ def _networks(graph: ChannelGraph) -> Iterator[list[int]]:
 # Timing.
 
 
-def _clock() -> float:
+def clock() -> float:
   """Returns seconds: on a single core those of this process, to which other programs add nothing."""
   alone = jax.default_backend() == "cpu" and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
   return time.process_time() if alone else time.perf_counter()
@@ -198,9 +223,9 @@ class _LayerTimer:
 
     def seconds(count: int) -> float:
       nonlocal results
-      number, start = jnp.int32(count), _clock()
+      number, start = jnp.int32(count), clock()
       results = jax.block_until_ready(self.program(results, number, *inputs))
-      return (_clock() - start) / count
+      return (clock() - start) / count
 
     seconds(1)
     self.count = self.count or int(np.clip(_SECONDS / max(seconds(1), 1e-9), 1, 1000))
@@ -219,9 +244,9 @@ class _NetworkTimer:
     inputs = list(map(_filled, self.inputs))
     jax.block_until_ready(self.program(*inputs))
     for _ in range(10):
-      start = _clock()
+      start = clock()
       jax.block_until_ready(self.program(*inputs))
-      self.best = min(self.best, _clock() - start)
+      self.best = min(self.best, clock() - start)
 
 
 def _filled(array: jax.ShapeDtypeStruct) -> jax.Array:
