@@ -42,6 +42,8 @@ class Piece:
     key: Equal for two pieces that do the same: the same equations, shapes, and axes that change with the groups.
     function: Evaluates it: a list of narrow arrays -> a list of narrow results.
     shapes: Widths of its groups -> shapes and dtypes of the arrays that it takes.
+    takes: Names of these arrays. The k-th input of the program, a leaf of the variables or of the call, is ((-1,), k).
+    gives: Names of its results.
     feeds_layer: Whether the layer depends on each of them.
   """
 
@@ -52,6 +54,8 @@ class Piece:
   key: str
   function: Callable[[Sequence[int], Sequence[Any]], list[Any]]
   shapes: Callable[[Sequence[int]], list[jax.ShapeDtypeStruct]]
+  takes: tuple[Name, ...]
+  gives: tuple[Name, ...]
   feeds_layer: tuple[bool, ...]
 
 
@@ -225,6 +229,8 @@ class _Network:
       self._key(equations, inputs, outputs, groups),
       function,
       shapes,
+      tuple(inputs),
+      tuple(outputs),
       tuple(name in feeds for name in inputs),
     )
 

@@ -87,9 +87,9 @@ def test_the_projection_stops_below_a_step_and_fills_what_is_free(graph):
   scores = {a: [9, 8, 7, 5, 4.5, 0.4, 0.3, 0.2], b: [9, 8, 6, 4, 3.5, 2, 1, 0.1]}
   masks = sapr.project_to_budget(graph, scores, sapr.make_budget(graph, cost, amount=7.5))
   assert [int(masks[name].sum()) for name in (a, b)] == [4, 5]
-  # Channels 2 to 4 of a come together: they are worth their mean, 3, more than the fifth of b, and less than its fourth.
+  # Channels 2 to 4 of a come together, and are worth their mean, 3: less than the fifth of b, more than its sixth.
   scores[a][1:5] = [7, 1, 1, 0.5]
-  for amount, widths in ((4, [1, 3]), (5, [1, 4]), (6, [4, 4])):
+  for amount, widths in ((4, [1, 3]), (6, [1, 5]), (7, [4, 5])):
     masks = sapr.project_to_budget(graph, scores, sapr.make_budget(graph, cost, amount=amount))
     assert [int(masks[name].sum()) for name in (a, b)] == widths
     assert cost(graph.kept(masks)) == cost.time(graph.kept(masks)) == amount
