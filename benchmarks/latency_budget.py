@@ -2,7 +2,8 @@
 
     taskset -c 0 python -m benchmarks.latency_budget [--quick] [ROW ...]
 
-On one core, where processor time counts, to which other programs add nothing. Random scores are projected onto half of
+On one core, where processor time counts. The dense network's time is that which was measured with the table, the
+others' by their ratio to it within a round, so that it does not matter how busy the machine is. Random scores are projected onto half of
 the network's MACs, with widths that are multiples of 1 and 8, and onto a latency that is predicted for these two.
 Some ten minutes for each row.
 """
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import goal, measure_rows, shown, table
+from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
 from benchmarks.training_pieces import random_variables
 from sapr_jax import (
   latency_cost,
@@ -71,7 +72,7 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
   start = time.monotonic()
   # On a CPU the program is served with the layers that are fast there.
   times = measure_latency(model, variables, graph, batch_size=row.batch, transform=with_fast_layers)
-  seconds = time.monotonic() - start
+  took = time.monotonic() - start
   cost = latency_cost(graph, times)
   rng = np.random.default_rng(SEED)
   scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
@@ -83,18 +84,20 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
     by_time = project_to_budget(graph, scores, make_budget(graph, cost, amount=amount))
     masks[f"the latency of round_to {round_to}"] = by_time
   calls = {name: _call(*prune(model, variables, graph, kept), row.batch) for name, kept in masks.items()}
-  least = _least_seconds(calls, 1 if quick else 60)
+  rounds, repeats = (3, 1) if quick else (41, max(1, 32 // row.batch // 4))
+  seconds = time_in_turns(calls, rounds=rounds, repeats=repeats, clock=clock)
+  ratios = {name: median_ratio(each, seconds[DENSE]) for name, each in seconds.items()}
   return {
     "title": row.title,
     "batch": row.batch,
     "table": {
-      "seconds": round(seconds, 1),
+      "seconds": round(took, 1),
       "widths": int(sum(layer.milliseconds.size for layer in times.layers)),
       "networks": [{k: np.round(v, 3).tolist() for k, v in known.items()} for known in times.networks],
     },
     "forms": {
       name: {
-        "milliseconds": round(1e3 * least[name], 4),
+        "milliseconds": round(ratios[name] * times.networks[0]["milliseconds"], 4),
         "predicted": round(cost.time(graph.kept(kept)), 4),
         "macs": graph.macs(kept),
         "channels": int(graph.kept(kept).sum()),
@@ -112,19 +115,6 @@ def _call(model: Any, variables: Any, batch: int) -> Any:
   return lambda: jax.block_until_ready(program(variables, x))
 
 
-def _least_seconds(calls: Mapping[str, Any], seconds: float) -> dict[str, float]:
-  """Returns the least time of calls that take turns for so long, as the table counts time."""
-  least, end = dict.fromkeys(calls, np.inf), time.monotonic() + seconds
-  while time.monotonic() < end:
-    for name, call in calls.items():
-      call()  # the one before filled the caches
-      for _ in range(3):
-        start = clock()
-        call()
-        least[name] = min(least[name], clock() - start)
-  return least
-
-
 # What the page shows.
 
 
@@ -140,20 +130,18 @@ def _table(row: Mapping[str, Any]) -> str:
   for name, form in row["forms"].items():
     speed_up = dense["milliseconds"] / form["milliseconds"]
     kept = [f"{form[what] / dense[what]:.1%}" for what in ("macs", "channels")]
-    times = [shown(form["milliseconds"]), shown(form["predicted"]), f"{_error(row, form):+.1%}"]
+    times = [
+      shown(form["milliseconds"]),
+      shown(form["predicted"]),
+      f"{form['predicted'] / form['milliseconds'] - 1:+.1%}",
+    ]
     rows.append([name, *kept, *times, shown(speed_up), shown(speed_up * form["macs"] / dense["macs"], 2)])
   header = ["network", "MACs", "channels", "ms", "predicted, ms", "error", "speed-up", "share of the promised one"]
   return table(header, rows)
 
 
-def _error(row: Mapping[str, Any], form: Mapping[str, Any]) -> float:
-  """Returns the error of a prediction, on a machine as fast as it was when the table was measured."""
-  slower = row["forms"][DENSE]["milliseconds"] / row["table"]["networks"][0]["milliseconds"]
-  return slower * form["predicted"] / form["milliseconds"] - 1
-
-
 def _verdict(row: Mapping[str, Any]) -> str:
-  errors = [abs(_error(row, form)) for form in row["forms"].values()]
+  errors = [abs(form["predicted"] / form["milliseconds"] - 1) for form in row["forms"].values()]
   text = (
     f"{row['title']}, batch {row['batch']}: predicted within {max(errors):.1%}, asked for {GOAL:.0%}; the table of"
     f" {row['table']['widths']} widths took {row['table']['seconds']:.0f} s."

@@ -18,6 +18,7 @@ from sapr_jax.channels.pieces import Piece, pieces_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, check_fit, cut, find_graph
 from sapr_jax.channels.selection import Patterns
+from sapr_jax.channels.trees import check_variables
 from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 
@@ -108,6 +109,7 @@ def network_pieces(
   """
   check_graph(graph)
   front_end, variables, _ = _network(model, variables, ())
+  check_variables(variables)
   check_fit(variables, graph)
   call = graph.call.with_batch(batch_size)
   return pieces_of(front_end.trace(model, variables, call), variables, call, graph)

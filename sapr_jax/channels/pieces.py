@@ -23,6 +23,7 @@ from sapr_jax.channels.graph import ChannelGraph
 from sapr_jax.channels.narrow_program import INLINED, NarrowProgram
 from sapr_jax.channels.program import Program
 from sapr_jax.channels.rules import AxisInterpreter, Place, closed_jaxprs, dtype_of, shape_of
+from sapr_jax.errors import InputError
 
 Name = tuple[Place, int]
 """A value: the place of its equation, and which of its results. `_INPUT` and `_CONSTANT` stand in for a place."""
@@ -66,10 +67,18 @@ def pieces_of(
 
   Returns:
     Its pieces, in forward order, and all of it as one.
+
+  Raises:
+    InputError: If it has no layer, or not those groups.
   """
   axes, interpreter = interpret(program, variables, call)
   network = _Network(program.closed, axes, interpreter, _atoms_of_groups(axes, graph))
-  return [network.piece(equations) for equations in network.divide()], network.piece(network.equations)
+  divided = network.divide()
+  if not divided:
+    raise InputError(
+      "graph must be of this model, which has no convolution or matrix product; call trace_channels again."
+    )
+  return [network.piece(equations) for equations in divided], network.piece(network.equations)
 
 
 def _atoms_of_groups(axes: Axes, graph: ChannelGraph) -> dict[str, Axis]:
@@ -78,7 +87,12 @@ def _atoms_of_groups(axes: Axes, graph: ChannelGraph) -> dict[str, Axis]:
   for group in graph.groups:
     member = group.members[0]
     axis = axes[member.collection, *member.path][member.axis]
-    found[group.name] = next(a for a in atoms(axis) if np.array_equal(channel_index(axis, a), member.channels))
+    same = [a for a in atoms(axis) if np.array_equal(channel_index(axis, a), member.channels)]
+    if not same:
+      raise InputError(
+        f"graph must be of this model, which has no such group {group.name!r}; call trace_channels again."
+      )
+    found[group.name] = same[0]
   return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 from typing import Any
 
 from sapr_jax.commands import networks
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> Answer:
   from sapr_jax import channels, models, training
   from sapr_jax.runtime.devices import start_jax
 
+  folder = pathlib.Path(args.out).parent
+  if not os.access(folder, os.W_OK | os.X_OK) or os.path.isdir(args.out):  # told before minutes have passed
+    raise InputError(f"FILE must be a file in a folder that can be written, got {args.out}.")
   start_jax()
   if args.select not in channels.SELECTIONS:
     raise InputError(f"--select must be one of {', '.join(channels.SELECTIONS)}, got {args.select!r}.")
