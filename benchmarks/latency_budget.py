@@ -3,8 +3,9 @@
     taskset -c 0 python -m benchmarks.latency_budget [--quick] [ROW ...]
 
 On one core, where processor time counts. The dense network's time is that which was measured with the table, the
-others' by their ratio to it within a round, so that it does not matter how busy the machine is. Random scores are projected onto half of
-the network's MACs, with widths that are multiples of 1 and 8, and onto a latency that is predicted for these two.
+others' by their ratio to it within a round, so that it does not matter how busy the machine is. Random scores are
+projected onto half of the network's MACs, with widths that are multiples of 1 and 8, and onto a latency that is
+predicted for these two.
 Some ten minutes for each row.
 """
 
