@@ -285,7 +285,7 @@ def test_a_table_of_latencies_is_a_budget(here, facts, tmp_path):
   table = ("--latency-table", str(tmp_path / "times.json"))
   cut = facts("prune", "dense", str(tmp_path / "small"), "--cost", "latency", *table, "--keep", "1.0")
   assert cut["pruned"]["macs"] <= cut["dense"]["macs"]
-  assert sapr.load_info(tmp_path / "small").config["prune.cost"] == "latency"
+  assert sapr.load_info(tmp_path / "small").config["prune"]["cost"] == "latency"
 
 
 @pytest.mark.slow
