@@ -41,7 +41,7 @@ def test_the_page_on_saved_models(tmp_path):
 @pytest.mark.slow
 def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
   pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'sapr_jax[demo]'")
-  *_, dense, pruned, shares, nnx_module, time = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
+  *_, dense, pruned, shares, nnx_module, energy = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
   rows = [re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in (dense, pruned)]
   dense_macs, pruned_macs = (int(macs.replace(",", "")) for macs, _ in rows)
   assert 0.49 * dense_macs < pruned_macs < 0.52 * dense_macs
@@ -50,7 +50,7 @@ def test_the_guide_prunes_a_network_of_ones_own(tmp_path):
   assert all(0.45 < float(share) <= 0.5 for share in shares.split())
   width, counted, predicted = map(int, nnx_module.split())
   assert width < 32 and counted == predicted
-  assert 2.0 < float(time.removesuffix(" ms")) <= 2.2
+  assert 2.0 < float(energy.removesuffix(" mJ")) <= 2.2
 
 
 def test_the_commands_name_fields_that_exist():
