@@ -15,6 +15,9 @@ from sapr_jax.checks import check_type
 from sapr_jax.errors import InputError
 
 FORMAT = 1
+_LANES = 8
+"""Numbers that hardware computes with at once are multiples of it."""
+
 _REACH = 8
 """Channels on each side over which the slope of a table is taken: times rise in steps of so many lanes."""
 
@@ -27,7 +30,8 @@ class TimedLayer:
     layer: The layer in words.
     uses: The groups, once for each place of the network that has such a layer.
     widths: Widths of each group that were measured, ascending.
-    milliseconds: `[len(widths[0]), ...]`: the times. Between two widths they are taken to be linear.
+    milliseconds: `[len(widths[0]), ...]`: the times. Between two widths they are linear; where there is one group,
+      multiples of 8 are told from the widths between them.
   """
 
   layer: str
@@ -192,7 +196,7 @@ class LatencyCost:
           case []:
             self._constant += float(times)
           case [(k, widths)]:
-            alone[k] += np.interp(np.arange(sizes[k] + 1), widths, times)
+            alone[k] += _every_width(sizes[k], widths, times)
           case [(k, rows), (j, columns)]:
             self._pairs.append((k, j, rows, columns, _from_above(times)))
           case _:
@@ -227,6 +231,24 @@ class LatencyCost:
     widths = np.asarray(kept, np.int64)
     total = self._constant + sum(row[width] for row, width in zip(self._times, widths, strict=True))
     return float(total + sum(_bilinear(np, widths[k], widths[j], *grid) for k, j, *grid in self._pairs))
+
+
+def _every_width(size: int, widths: np.ndarray, times: np.ndarray) -> np.ndarray:
+  """Returns the times of 0 to `size` channels.
+
+  Between measured widths they are linear, but for what full lanes save: where multiples of 8 were measured and the
+  widths one above them, the other multiples lie on the line of the first, and what is between them on the second's.
+  """
+  every = np.arange(size + 1)
+  found = np.interp(every, widths, times)
+  full = widths % _LANES == 0
+  above = (widths % _LANES == 1) & np.isin(widths - 1, widths[full])
+  if full.sum() > 1 and above.any() and widths.size < size:
+    line = np.interp(every, widths[full], times[full])
+    excess = np.interp(every, widths[above], times[above] / line[widths[above]])
+    between = (every > widths[full][0]) & ~np.isin(every, widths)
+    found[between] = (line * np.where(every % _LANES == 0, 1.0, excess))[between]
+  return found
 
 
 def _from_above(times: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 
 import sapr_jax as sapr
 from sapr_jax.method import LatencyTable
+from sapr_jax.method.latency import _every_width
 
 MODEL = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(8), nn.relu, nn.Dense(2)])
 VARIABLES = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 3)))
@@ -61,6 +62,16 @@ def test_times_of_layers_are_added_by_hand(graph):
   both = (1 * 2 + 2 * 5) / 7 * 4 / 7 + (3 * 2 + 9 * 5) / 7 * 3 / 7
   assert cost(kept) == pytest.approx(0.5 + 2 * (2 + 5 + 3 + both)) == cost.time(kept)
   assert isinstance(cost(kept), float)
+
+
+def test_multiples_of_eight_are_told_from_what_is_between_them():
+  times = _every_width(48, np.array([1, 16, 17, 32, 33, 48]), np.array([2.0, 4, 6, 8, 10, 12]))
+  assert times[[1, 16, 17, 32, 33, 48]].tolist() == [2, 4, 6, 8, 10, 12]
+  assert times[[24, 40]].tolist() == [6, 10]  # on the line of 16, 32 and 48
+  assert times[10] == pytest.approx(2 + 2 * 9 / 15)  # below the first multiple nothing else is known
+  # 17 is 6 / 4.25 times as slow as a multiple would be, 33 is 10 / 8.25 times.
+  assert times[25] == pytest.approx(6.25 * (6 / 4.25 + 10 / 8.25) / 2)
+  assert times[47] == pytest.approx(11.75 * 10 / 8.25)
 
 
 def test_the_cost_never_falls_and_is_the_time_of_a_network_at_least_as_wide(graph):
