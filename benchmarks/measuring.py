@@ -24,7 +24,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torch-pruning"
 
 
 def time_in_turns(
-  calls: Mapping[str, Callable[[], Any]], *, rounds: int = 9, warm_up: int = 2, repeats: int = 1
+  calls: Mapping[str, Callable[[], Any]],
+  *,
+  rounds: int = 9,
+  warm_up: int = 2,
+  repeats: int = 1,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
   """Times calls that take turns, so that what else the machine does hits all of them alike.
 
@@ -33,6 +38,7 @@ def time_in_turns(
     rounds: Timings of each.
     warm_up: Calls of each beforehand, which do not count: they compile and fill caches.
     repeats: Calls in one timing, for short ones.
+    clock: Returns seconds.
 
   Returns:
     Name -> seconds of one call in each round.
@@ -43,16 +49,16 @@ def time_in_turns(
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      seconds[name].append(seconds_of(call, repeats))
+      seconds[name].append(seconds_of(call, repeats, clock))
   return seconds
 
 
-def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
+def seconds_of(call: Callable[[], Any], repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
   """Returns the seconds that a call takes."""
-  start = time.perf_counter()
+  start = clock()
   for _ in range(repeats):
     call()
-  return (time.perf_counter() - start) / repeats
+  return (clock() - start) / repeats
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:

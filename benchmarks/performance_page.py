@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measuring import recorded, renew_tables
 
 PAGE = pathlib.Path("docs/performance.md")
-SECTIONS = ("training_step", "method_cost", "pruned_speed", "start_up", "growth")
+SECTIONS = ("training_step", "method_cost", "pruned_speed", "latency_budget", "start_up", "growth")
 """Benchmarks; the function `parts` of each makes tables of what it recorded on a platform."""
 
 

@@ -65,9 +65,11 @@ def get_config() -> ConfigDict:
 
   config.prune = ConfigDict()
   config.prune.proposer = "generator"  # ranks the channels; or l1_norm, l2_norm, batch_norm_scale, taylor, random
-  config.prune.cost = "prunable_macs"  # of layers that can be cut; or macs, params: of the whole network
+  config.prune.cost = "prunable_macs"  # of layers that can be cut; or macs, params, latency: of the whole network
+  config.prune.latency_table = placeholder(str)  # file of `sapr latency`; unset: times are measured here, at the start
+  config.prune.latency_batch_size = placeholder(int)  # images in a call; unset: those of the table, or 1
   config.prune.p = 0.48  # share of that cost to keep
-  config.prune.limit = placeholder(float)  # the cost to keep at most, such as 30e6; unset: the share p
+  config.prune.limit = placeholder(float)  # the cost to keep at most: 30e6, or milliseconds; unset: the share p
   config.prune.start_epoch = 40  # E_start: epochs of plain training before masks are in force and regularize
   config.prune.gamma = 5e-4  # strength of the partial regularization
   config.prune.shrinkage = placeholder(float)  # or: the norm that a dropped channel can lose in all; unset: gamma

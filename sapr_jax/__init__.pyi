@@ -38,6 +38,7 @@ from .method import (
   Budget as Budget,
   Cost as Cost,
   GeneratorOptions as GeneratorOptions,
+  LatencyTable as LatencyTable,
   Pruner as Pruner,
   Search as Search,
   SearchOptions as SearchOptions,
@@ -49,6 +50,7 @@ from .method import (
   get_masks as get_masks,
   l1_norm as l1_norm,
   l2_norm as l2_norm,
+  latency_cost as latency_cost,
   macs_budget as macs_budget,
   make_budget as make_budget,
   params_budget as params_budget,
@@ -69,5 +71,13 @@ from .method import (
   split_by_group as split_by_group,
   taylor as taylor,
 )
-from .training import RunResult as RunResult, evaluate as evaluate, load_run as load_run, run as run
+from .training import (
+  RunResult as RunResult,
+  evaluate as evaluate,
+  load_run as load_run,
+  measure_latency as measure_latency,
+  read_latency_table as read_latency_table,
+  run as run,
+  write_latency_table as write_latency_table,
+)
 from .version import __version__ as __version__

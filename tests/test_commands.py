@@ -208,6 +208,16 @@ MISUSE = [
   ("benchmark dense", r"required: PRUNED"),
   ("benchmark dense pruned --batch-size 0", r"--batch-size must be at least 1, got 0"),
   ("benchmark dense nothing", r"nothing/model\.json is missing"),
+  ("latency nothing new.json", r"The model 'nothing' is unknown; expected one of"),
+  ("latency dense nowhere/new.json", r"FILE must be a file in a folder that can be written, got nowhere/new\.json"),
+  ("latency dense new.json --batch-size 0", r"batch_size must be an integer of at least 1, got 0"),
+  ("latency dense new.json --select all", r"--select must be one of blocks, .*, got 'all'"),
+  ("latency dense new.json --classes 3", r"--classes must be left out for a saved model"),
+  (
+    "prune dense new --latency-table file",
+    r"--latency-table must be left out where --cost is macs",
+  ),
+  ("prune dense new --cost latency --latency-table file", r"file is damaged or is no latency table; measure it again"),
   ("report nowhere", r"nowhere"),
   ("train digits", r"required: WORKDIR; see sapr train --help"),
   ("train digits run --set epochs", r"--set must be NAME=VALUE, such as --set train\.epochs=10, got 'epochs'"),
@@ -266,6 +276,16 @@ def test_the_version(capsys):
   with pytest.raises(SystemExit) as end:
     command.main(["--version"])
   assert end.value.code == 0 and capsys.readouterr().out == f"sapr {sapr.__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_table_of_latencies_is_a_budget(here, facts, tmp_path):
+  found = facts("latency", "dense", str(tmp_path / "times.json"), "--batch-size", "2")
+  assert found["batch_size"] == 2 and found["inputs"] == "float32[1,8,8,1]" and len(found["networks"]) == 5
+  table = ("--latency-table", str(tmp_path / "times.json"))
+  cut = facts("prune", "dense", str(tmp_path / "small"), "--cost", "latency", *table, "--keep", "1.0")
+  assert cut["pruned"]["macs"] <= cut["dense"]["macs"]
+  assert sapr.load_info(tmp_path / "small").config["prune"]["cost"] == "latency"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shutil
+import unittest.mock
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ import pytest
 from flax import nnx
 
 import sapr_jax as sapr
+from sapr_jax.training import latency
 
 
 class Net(nn.Module):
@@ -86,6 +88,23 @@ def sample_masks(key, outputs, bias, temperature):
   return jax.eval_shape(lambda: sapr.sample_masks(key, outputs, bias=bias, temperature=temperature))
 
 
+class Instant:
+  """In the place of a timer."""
+
+  best = 1e-3
+
+  def __init__(self, piece, widths):
+    self.count = len(widths)
+
+  def run(self):
+    pass
+
+
+def measure_latency(**arguments):
+  with unittest.mock.patch.multiple(latency, _LayerTimer=Instant, _NetworkTimer=Instant):
+    return sapr.measure_latency(**arguments)
+
+
 NETWORK = {"model": MODEL, "variables": VARIABLES}
 TRACE = {**NETWORK, "input_shape": (1, 3), "apply_kwargs": {}, "input_dtype": jnp.float32}
 CUT = {"graph": GRAPH, "masks": MASKS}
@@ -97,6 +116,8 @@ OPTIONS = {"budget": BUDGET, "budget_weight": 4.0, "bias": 3.0, "temperature": 0
 INPUTS = sapr.Inputs((3,))
 INFO = sapr.ModelInfo("Net", INPUTS, {"accuracy": 0.5}, {"epochs": 3}, 20, 26, {"up": (8, 4)})
 TORCH = {"model": MODEL, "input_shape": (1, 3), "layer_names": {"up": "a", "bn": "b", "down": "c"}}
+
+TABLE = measure_latency(**NETWORK, graph=GRAPH)
 
 CALLS = {
   "trace_channels": (sapr.trace_channels, {**TRACE, "select": "unjoined"}),
@@ -110,6 +131,11 @@ CALLS = {
   "params_budget": (sapr.params_budget, {"graph": GRAPH, "amount": 10}),
   "make_budget": (sapr.make_budget, {"graph": GRAPH, "cost": "macs", "share": 0.5}),
   "Budget": (sapr.Budget, {"cost": BUDGET.cost, "limit": 10.0, "full": 20.0}),
+  "measure_latency": (measure_latency, {**NETWORK, "graph": GRAPH, "batch_size": 2, "transform": lambda f: f}),
+  "latency_cost": (sapr.latency_cost, {"graph": GRAPH, "table": TABLE}),
+  "LatencyTable.from_json": (sapr.LatencyTable.from_json, {"document": TABLE.to_json()}),
+  "read_latency_table": (sapr.read_latency_table, {"path": "given/times.json"}),
+  "write_latency_table": (sapr.write_latency_table, {"path": "times.json", "table": TABLE}),
   "check_budget": (sapr.check_budget, {"graph": GRAPH, "budget": BUDGET, "min_width": 1, "round_to": 1}),
   "project_to_budget": (sapr.project_to_budget, {"graph": GRAPH, "scores": SCORES, "budget": BUDGET}),
   "budget_penalty": (sapr.budget_penalty, {**CUT, "budget": BUDGET}),
@@ -233,6 +259,7 @@ NONE_IS_RIGHT = {
   "masks of update of the penalty",
   "masks of update of the prox",
   "updates of update of the penalty",
+  "transform of measure_latency",
   "search of Pruner",
   "end of Search",
   "in_force of Search",
@@ -241,7 +268,17 @@ NONE_IS_RIGHT = {
   "prior of GeneratorOptions",
   "order of GeneratorOptions",
 }
-FUNCTIONS = {"select", "weighting", "loss_fn", "layer_names", "function", "learning_rate", "renew", "budget of Pruner"}
+FUNCTIONS = {
+  "select",
+  "weighting",
+  "loss_fn",
+  "transform",
+  "layer_names",
+  "function",
+  "learning_rate",
+  "renew",
+  "budget of Pruner",
+}
 """Arguments that may be any function, so that Flax modules are too."""
 
 
@@ -284,6 +321,7 @@ def absurd():
 def given(tmp_path_factory):
   folder = tmp_path_factory.mktemp("given")
   sapr.save(folder / "own", MODEL, VARIABLES)
+  sapr.write_latency_table(folder / "times.json", TABLE)
   sapr.save(folder / "resnet", RESNET, RESNET_VARIABLES)
   sapr.export_torch(folder / "weights.safetensors", variables=VARIABLES, **TORCH)
   return folder
@@ -343,6 +381,7 @@ def test_every_public_name_is_called():
     "DivergedError",
     "InputError",
     "InterruptedRunError",
+    "LatencyTable",
     "ModelInfo",
   }
   from_types |= {"RunResult"}

@@ -44,7 +44,7 @@ def test_the_guide_prunes_a_network_of_ones_own(optimized, tmp_path):
   lines = run_example((ROOT / "docs" / "own_model.md").read_text(), tmp_path)
   first = next(i for i, line in enumerate(lines) if line.startswith("dense "))
   dense, pruned, shares = lines[first : first + 3]
-  of_module, time = lines[first + 3], lines[-1]
+  of_module, energy = lines[first + 3], lines[-1]
   rows = [re.search(r"([\d,]+) MACs +([\d.]+)%", line).groups() for line in (dense, pruned)]
   dense_macs, pruned_macs = (int(macs.replace(",", "")) for macs, _ in rows)
   assert 0.49 * dense_macs < pruned_macs < 0.52 * dense_macs
@@ -52,7 +52,7 @@ def test_the_guide_prunes_a_network_of_ones_own(optimized, tmp_path):
   assert dense_accuracy > 90 and pruned_accuracy > 75
   assert all(0.45 < float(share) <= 0.5 for share in shares.split())
   assert "(budget 50.0%)" in of_module
-  assert 2.0 < float(time.removesuffix(" ms")) <= 2.2
+  assert 2.0 < float(energy.removesuffix(" mJ")) <= 2.2
 
 
 def test_the_commands_name_fields_that_exist():

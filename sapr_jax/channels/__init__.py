@@ -2,20 +2,32 @@
 
 from sapr_jax.channels.call import Call, abstract_image, checked_kwargs, errors_of_model, is_array
 from sapr_jax.channels.dense_program import are_cuts
-from sapr_jax.channels.graph import ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
+from sapr_jax.channels.graph import SELECTIONS, ChannelGraph, ChannelGroup, Masks, Member, check_graph, check_masks
 from sapr_jax.channels.linen import dense_features, evaluation_kwargs
 from sapr_jax.channels.narrow_module import NarrowModule, check_module
-from sapr_jax.channels.networks import count_macs, evaluate, is_nnx, masked_apply, network_of, prune, trace_channels
+from sapr_jax.channels.networks import (
+  count_macs,
+  evaluate,
+  is_nnx,
+  masked_apply,
+  network_of,
+  network_pieces,
+  prune,
+  trace_channels,
+)
+from sapr_jax.channels.pieces import Piece
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
 __all__ = [
+  "SELECTIONS",
   "Call",
   "ChannelGraph",
   "ChannelGroup",
   "Masks",
   "Member",
   "NarrowModule",
+  "Piece",
   "abstract_image",
   "are_cuts",
   "check_graph",
@@ -35,6 +47,7 @@ __all__ = [
   "mask_params",
   "masked_apply",
   "network_of",
+  "network_pieces",
   "prune",
   "prune_tree",
   "register_rule",

@@ -38,6 +38,12 @@ class Call:
     values = iter(arrays)
     return jax.tree.map(lambda leaf: next(values) if _is_abstract(leaf) else leaf, (self.args, dict(self.kwargs)))
 
+  def with_batch(self, size: int) -> Call:
+    """Returns the call on a batch of this size, in all arrays that begin with the axis of the first array's batch."""
+    first = self.arrays[0].shape[:1]
+    arrays = [a if a.shape[:1] != first else jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in self.arrays]
+    return Call(*self.filled(arrays)) if first else self
+
   def to_json(self) -> dict[str, Any]:
     """Returns the call in JSON types.
 
@@ -55,6 +61,10 @@ class Call:
     return cls(
       tuple(map(_from_json, document["args"])), {name: _from_json(v) for name, v in document["kwargs"].items()}
     )
+
+  def arrays_in_words(self) -> str:
+    """Returns the arrays alone: `float32[1,32,32,3]`."""
+    return ", ".join(_text(array) for array in self.arrays)
 
   def __str__(self) -> str:
     """The arguments as they are written in a call: `float32[1,32,32,3], train=False`."""

@@ -68,22 +68,26 @@ class NarrowProgram:
 
     for i, eqn in enumerate(jaxpr.eqns):
       here = (*place, i)
-      found = self.interpreter.results.get(here, ())
-      if len(found) != len(eqn.outvars):
-        raise ProgramError("the model's code takes another way where the size of the batch is not known")
-      shapes = [self._shape(a, var) for a, var in zip(found, eqn.outvars, strict=True)]
-      equation = _Equation(eqn, here, list(map(read, eqn.invars)), list(map(axes_of, eqn.invars)), shapes)
-      results = self._evaluate(equation)
-      for result, shape in zip(results, equation.shapes, strict=True):
-        if np.shape(result) != shape:
-          raise ProgramError(f"`{eqn.primitive.name}` gives an array {list(np.shape(result))} instead of {list(shape)}")
+      results = self.evaluate(here, eqn, list(map(read, eqn.invars)), list(map(axes_of, eqn.invars)))
       values.update(zip(eqn.outvars, results, strict=True))
-      known.update(zip(eqn.outvars, found, strict=True))
+      known.update(zip(eqn.outvars, self.interpreter.results[here], strict=True))
     return list(map(read, jaxpr.outvars))
 
-  def _shape(self, axes: Sequence[Axis], var: Var) -> tuple[int, ...]:
-    """Returns the narrow shape of a result. A size may be a symbol in `var`, which the interpreter saw as a number."""
-    sizes = zip(axes, map(self.size, axes), shape_of(var), strict=True)
+  def evaluate(self, place: Place, eqn: JaxprEqn, operands: Sequence[Any], axes: Axes) -> list[Any]:
+    """Evaluates one equation of the program, on narrow arrays; arguments as in `run`."""
+    found = self.interpreter.results.get(place, ())
+    if len(found) != len(eqn.outvars):
+      raise ProgramError("the model's code takes another way where the size of the batch is not known")
+    shapes = [self.shape(a, shape_of(var)) for a, var in zip(found, eqn.outvars, strict=True)]
+    results = self._evaluate(_Equation(eqn, place, operands, axes, shapes))
+    for result, shape in zip(results, shapes, strict=True):
+      if np.shape(result) != shape:
+        raise ProgramError(f"`{eqn.primitive.name}` gives an array {list(np.shape(result))} instead of {list(shape)}")
+    return results
+
+  def shape(self, axes: Sequence[Axis], dense_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns a narrow shape. A size may be a symbol in `dense_shape`, which the interpreter saw as a number."""
+    sizes = zip(axes, map(self.size, axes), dense_shape, strict=True)
     return tuple(dense if n == axis.size else dense // axis.size * n for axis, n, dense in sizes)
 
   def _evaluate(self, equation: _Equation) -> list[Any]:
@@ -287,3 +291,6 @@ _HOLDS_JAXPR: Mapping[str, Callable[[NarrowProgram, _Equation], list[Any]]] = {
   **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _custom_derivative),
   "scan": _scan,
 }
+
+INLINED = frozenset(name for name, evaluate in _HOLDS_JAXPR.items() if evaluate is not _scan)
+"""Equations that compute what their jaxpr does, once."""

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from sapr_jax.channels import linen
 from sapr_jax.channels.analysis import interpret
 from sapr_jax.channels.call import call_of
-from sapr_jax.channels.graph import ChannelGraph, Masks, Selection
+from sapr_jax.channels.graph import ChannelGraph, Masks, Selection, check_graph
 from sapr_jax.channels.narrow_module import check_module
+from sapr_jax.channels.pieces import Piece, pieces_of
 from sapr_jax.channels.program import FrontEnd
-from sapr_jax.channels.pruning import Dense, cut, find_graph
+from sapr_jax.channels.pruning import Dense, check_fit, cut, find_graph
 from sapr_jax.channels.selection import Patterns
+from sapr_jax.channels.trees import check_variables
 from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 
@@ -93,6 +95,24 @@ def count_macs(
   call = call_of(args, kwargs, input_shape=input_shape, input_dtype=input_dtype, apply_kwargs=apply_kwargs)
   _, interpreter = interpret(front_end.trace(model, variables, call), variables, call)
   return sum(contraction.macs for contraction in interpreter.contractions)
+
+
+def network_pieces(
+  model: nn.Module | nnx.Module, variables: Any, graph: ChannelGraph, batch_size: int
+) -> tuple[list[Piece], Piece]:
+  """Returns the pieces of a network on a batch of `batch_size`, in forward order, and the whole network as one.
+
+  Nothing is computed. `variables` may be abstract; they are None for a module of NNX, which holds its own.
+
+  Raises:
+    InputError: If `graph` is not of this model.
+  """
+  check_graph(graph)
+  front_end, variables, _ = network_of(model, variables, ())
+  check_variables(variables)
+  check_fit(variables, graph)
+  call = graph.call.with_batch(batch_size)
+  return pieces_of(front_end.trace(model, variables, call), variables, call, graph)
 
 
 @overload

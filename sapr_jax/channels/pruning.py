@@ -91,7 +91,7 @@ def cut(
   check_graph(graph)
   check_variables(variables)
   check_concrete("variables", dict(variables), "prune")
-  _check_fit(variables, graph)
+  check_fit(variables, graph)
   small_variables = prune_tree(dict(variables), graph, masks)
   dense = Dense(front_end, model, variables, graph.call)
   _check_same_groups(dense, graph)
@@ -101,7 +101,8 @@ def cut(
   return small, small_variables
 
 
-def _check_fit(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
+def check_fit(variables: Mapping[str, Any], graph: ChannelGraph) -> None:
+  """Raises `InputError` unless the variables have the shapes that the graph was traced with."""
   found = {path_of(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(dict(variables))}
   for key, shape in graph.shapes.items():
     if key not in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from sapr_jax.commands import benchmark, evaluate, export, inspect, prune, report, train
+from sapr_jax.commands import benchmark, evaluate, export, inspect, latency, prune, report, train
 from sapr_jax.errors import InputError
 from sapr_jax.version import __version__
 
@@ -20,6 +20,7 @@ COMMANDS = {
   "prune": prune,
   "export": export,
   "benchmark": benchmark,
+  "latency": latency,
   "report": report,
 }
 """Name -> module."""

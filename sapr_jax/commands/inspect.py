@@ -83,6 +83,7 @@ def _read_config(target: str) -> Any:
 
 def _config(args: argparse.Namespace, config: Any) -> Answer:
   from sapr_jax import models
+  from sapr_jax.method import amount_in_words
   from sapr_jax.report import cost_in_words
   from sapr_jax.training.config import check_config
 
@@ -106,7 +107,7 @@ def _config(args: argparse.Namespace, config: Any) -> Answer:
     "keep": prune.p if prune.limit is None else None,
     "limit": prune.limit,
   }
-  budget = f"{prune.p:.0%} of" if prune.limit is None else f"at most {prune.limit:,.0f}:"
+  budget = f"{prune.p:.0%} of" if prune.limit is None else f"at most {amount_in_words(prune.limit)}:"
   head = (
     f"{config.model.name} on {name}: {config.train.epochs} epochs, then {config.finetune.epochs} of fine-tuning\n"
     f"{prune.proposer} chooses; {budget} {cost_in_words(prune.cost)} stay"

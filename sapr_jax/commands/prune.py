@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("out", metavar="OUT", help="directory of the pruned model")
   how = parser.add_argument_group("what is cut")
   how.add_argument("--keep", type=float, default=0.5, metavar="SHARE", help="of the cost (default: %(default)s)")
-  how.add_argument("--cost", default="macs", metavar="COST", help="macs (default), params or prunable_macs")
+  how.add_argument("--cost", default="macs", metavar="COST", help="macs (default), params, prunable_macs, latency")
+  how.add_argument("--latency-table", metavar="FILE", help="of sapr latency; unset: times are measured here")
   how.add_argument("--importance", default="l2_norm", metavar="NAME", help="l2_norm (default), l1_norm, taylor, ...")
   how.add_argument("--compare", default="equal_shares", metavar="NAME", help="equal_shares (default) or group_mean")
   how.add_argument(
@@ -108,11 +109,13 @@ def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
   for name, known in (
     ("importance", IMPORTANCES),
     ("compare", COMPARISONS),
-    ("cost", COSTS),
+    ("cost", (*COSTS, "latency")),
     ("select", ("blocks", "unjoined", "exact")),
   ):
     if (value := getattr(args, name)) not in known:
       raise InputError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
+  if args.latency_table is not None and args.cost != "latency":
+    raise InputError(f"--latency-table must be left out where --cost is {args.cost}; add --cost latency.")
   if not args.cost_exponent >= 0:
     raise InputError(f"--cost-exponent must be at least 0, got {args.cost_exponent}.")
   if args.importance == "taylor" and not has_images:
@@ -123,12 +126,15 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   """Cuts the network without an image."""
   import jax
 
-  from sapr_jax import artifacts, channels, method
+  from sapr_jax import artifacts, channels, method, training
 
   model, variables, inputs = dense.model, dense.variables, dense.inputs
   chosen: Any = {name: getattr(args, name) or () for name in ("include", "exclude")} | {"select": args.select}
   graph = channels.trace_channels(model, variables, inputs.input_shape, input_dtype=inputs.dtype, **chosen)
-  budget = method.make_budget(graph, args.cost, share=args.keep)
+  cost: Any = args.cost
+  if cost == "latency":
+    cost = method.latency_cost(graph, training.table_for(model, variables, graph, path=args.latency_table))
+  budget = method.make_budget(graph, cost, share=args.keep)
   round_to = args.round_to
   if round_to is None:
     round_to = method.default_round_to(graph, budget, jax.devices()[0].platform, min_width=args.min_width)
@@ -202,6 +208,7 @@ def _config(args: argparse.Namespace, dense: _Dense, fields: dict[str, Any]) -> 
     "prune.start_epoch": 0,
     "prune.proposer": args.importance,
     "prune.cost": args.cost,
+    "prune.latency_table": args.latency_table,
     "prune.p": args.keep,
     "prune.select": args.select,
     "prune.include": tuple(args.include or ()),

@@ -5,6 +5,7 @@ Knows `channels`, nothing of data or devices.
 
 from sapr_jax.method.budget import (
   Budget,
+  amount_in_words,
   budget_penalty,
   check_budget,
   check_share,
@@ -37,6 +38,7 @@ from sapr_jax.method.importance import (
   score_channels,
   taylor,
 )
+from sapr_jax.method.latency import LatencyCost, LatencyTable, TimedLayer, latency_cost
 from sapr_jax.method.masks_in_state import RegularizationState, get_masks, set_masks
 from sapr_jax.method.prior import outputs_of_prior, reorder, start_from
 from sapr_jax.method.progress import learned_share, overlap
@@ -64,6 +66,8 @@ __all__ = [
   "Cost",
   "GeneratorOptions",
   "GeneratorState",
+  "LatencyCost",
+  "LatencyTable",
   "Pruner",
   "PrunerState",
   "RegularizationState",
@@ -71,7 +75,9 @@ __all__ = [
   "Search",
   "SearchMetrics",
   "SearchOptions",
+  "TimedLayer",
   "Weighting",
+  "amount_in_words",
   "architecture_loss",
   "batch_norm_scale",
   "budget_penalty",
@@ -84,6 +90,7 @@ __all__ = [
   "keep_probability",
   "l1_norm",
   "l2_norm",
+  "latency_cost",
   "learn",
   "learned_share",
   "macs_budget",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_masks
 from sapr_jax.checks import check_array, check_concrete, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
-from sapr_jax.method.cost import COSTS, Cost
+from sapr_jax.method.cost import COSTS, Cost, PolynomialCost
 
 _MACS_OF = {"prunable": "prunable_macs", "network": "macs"}
 
@@ -119,7 +120,7 @@ def make_budget(
     check_share(share)
     limit = float(share) * full
   else:
-    must = f"above 0 and at most {_text(full)} {cost.name}, all there are"
+    must = f"above 0 and at most {amount_in_words(full)} {cost.name}, all there are"
     check_number("amount", amount, must, lambda x: 0 < x <= full)
     limit = float(amount)  # type: ignore[arg-type]
   budget = Budget(cost, limit, full)
@@ -146,8 +147,8 @@ def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, rou
   least = budget.cost(np.array([_widths(group.size, min_width, round_to)[0] for group in graph.groups], np.int64))
   if least > budget.limit:
     raise InputError(
-      f"The budget must be at least {_text(least)} {budget.cost.name} ({least / budget.full:.4f} of all), the cost of"
-      f" the smallest widths (min_width={min_width}, round_to={round_to}), got {_text(budget.limit)}"
+      f"The budget must be at least {amount_in_words(least)} {budget.cost.name} ({least / budget.full:.4f} of all), the"
+      f" cost of the smallest widths (min_width={min_width}, round_to={round_to}), got {amount_in_words(budget.limit)}"
       f" ({budget.share:.4f}); raise it, or lower min_width or round_to."
     )
 
@@ -199,8 +200,11 @@ def project_to_budget(
   then single steps of the groups that still fit are added in order of rank, so that what is left of the budget is less
   than any group's next step.
 
+  A cost may rise in steps, as a measured latency does. Then groups first take only widths that are worth their cost:
+  none that is as good as free to widen, nor one just above a step. What these leave of the budget goes to any width.
+
   The result never exceeds the budget, and no group could take one more step, whatever the cost. A cost that falls
-  somewhere as a width grows, as a measured latency may, can make the search stop at a higher threshold than need be.
+  somewhere as a width grows can make the search stop at a higher threshold than need be.
 
   Args:
     graph: The channel graph.
@@ -232,21 +236,38 @@ def project_to_budget(
   ladders = [_widths(group.size, min_width, round_to) for group in graph.groups]
   order = [np.argsort(-np.asarray(scores[group.name], np.float64), kind="stable") for group in graph.groups]
   ranked = [np.asarray(scores[g.name], np.float64)[o] for g, o in zip(graph.groups, order, strict=True)]
-  # A step is taken at the score of the last channel that it adds.
-  prices = [s[np.array(ladder[1:], np.int64) - 1] for s, ladder in zip(ranked, ladders, strict=True)]
 
-  def fits(steps: np.ndarray) -> bool:
-    widths = np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)], np.int64)
-    return budget.cost(widths) <= budget.limit
+  def climb(ladders: Sequence[Sequence[int]], price: Callable[[np.ndarray], float], widths: Any) -> np.ndarray:
+    """Returns the widths after all steps that fit: from `widths` on, or from the lowest threshold."""
+    prices = [
+      np.array([price(s[low:high]) for low, high in itertools.pairwise(ladder)])
+      for s, ladder in zip(ranked, ladders, strict=True)
+    ]
 
-  steps = _steps_of_lowest_threshold(prices, fits)
-  while (group_index := _next_step(steps, prices, fits)) is not None:
-    steps[group_index] += 1
+    def widths_after(steps: np.ndarray) -> np.ndarray:
+      return np.array([ladder[step] for ladder, step in zip(ladders, steps, strict=True)], np.int64)
 
+    def fits(steps: np.ndarray) -> bool:
+      return budget.cost(widths_after(steps)) <= budget.limit
+
+    if widths is None:
+      steps = _steps_of_lowest_threshold(prices, fits)
+    else:
+      steps = np.array([ladder.index(width) for ladder, width in zip(ladders, widths, strict=True)], np.int64)
+    while (group_index := _next_step(steps, prices, fits)) is not None:
+      steps[group_index] += 1
+    return widths_after(steps)
+
+  # A step is taken at the score of the last channel that it adds, and at their mean where steps are uneven.
+  worthwhile = [_worthwhile(budget.cost, graph.kept(), k, ladder) for k, ladder in enumerate(ladders)]
+  if worthwhile == ladders:
+    widths = climb(ladders, np.min, None)
+  else:
+    widths = climb(ladders, np.min, climb(worthwhile, np.mean, None))
   masks = {}
-  for group, ladder, chosen, taken in zip(graph.groups, ladders, order, steps, strict=True):
+  for group, chosen, width in zip(graph.groups, order, widths, strict=True):
     mask = np.zeros(group.size, np.float32)
-    mask[chosen[: ladder[taken]]] = 1.0
+    mask[chosen[:width]] = 1.0
     masks[group.name] = mask
   return masks
 
@@ -255,6 +276,32 @@ def _widths(size: int, min_width: int, round_to: int) -> list[int]:
   """Returns the widths that a group may take, ascending."""
   widths = [width for width in range(min_width, size) if width % round_to == 0]
   return [*widths, size]
+
+
+_REACH, _SLACK = 8, 0.25
+"""Channels below and above a width that it is compared with, and how far it may lie above the line between two of them,
+as a share of how much the cost rises over all of them."""
+
+
+def _worthwhile(cost: Cost, full: np.ndarray, k: int, ladder: list[int]) -> list[int]:
+  """Returns those widths of group k that are worth their cost while all other groups are whole.
+
+  That is none from which the next is free, and none just above a step: where a mixture of a narrower and a wider one
+  would cost much less. The first and the last are always among them.
+  """
+  if isinstance(cost, PolynomialCost):  # which has no steps
+    return ladder
+  prices = np.array([float(cost(np.where(np.arange(full.size) == k, width, full))) for width in ladder])
+  found = ladder[:1]
+  for i in range(1, len(ladder) - 1):
+    below = [j for j in range(i) if ladder[i] - ladder[j] <= _REACH or j == i - 1]
+    above = [j for j in range(i + 1, len(ladder)) if ladder[j] - ladder[i] <= _REACH or j == i + 1]
+    shares = [[(ladder[i] - ladder[a]) / (ladder[b] - ladder[a]) for b in above] for a in below]
+    lines = prices[below][:, None] * (1 - np.array(shares)) + prices[above] * np.array(shares)
+    is_step = prices[i] - lines.min() > _SLACK * (prices[above[-1]] - prices[below[0]])
+    if prices[i] < prices[i + 1] and not is_step:
+      found.append(ladder[i])
+  return [*found, ladder[-1]] if len(ladder) > 1 else found
 
 
 def _steps_of_lowest_threshold(prices: Sequence[np.ndarray], fits: Callable[[np.ndarray], bool]) -> np.ndarray:
@@ -306,6 +353,6 @@ def _check_scores(graph: ChannelGraph, scores: Mapping[str, Any]) -> None:
       raise InputError(f"The scores of group {group.name!r} must be numbers, got a NaN; what they come from diverged.")
 
 
-def _text(amount: float) -> str:
+def amount_in_words(amount: float) -> str:
   """Writes an amount of any cost: MACs in full, milliseconds with their decimals."""
   return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"

@@ -278,7 +278,7 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
 def relative_to_cost(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
   """Divides scores by a power of what a channel of their group costs, so that cheap channels are kept rather.
 
-      scores[c] / (cost of the network - its cost without one channel of the group)^exponent
+      scores[c] / (slope of the dense network's cost in the width of the group)^exponent
 
   Args:
     scores: Scores of at least 0, comparable between groups.
@@ -298,12 +298,12 @@ def relative_to_cost(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: 
     >>> relative_to_cost(scores, graph, sapr.macs_budget(graph, 0.5).cost, 0.5)["layers_0"]  # 8 + 8 MACs a channel
     Array([1., 2.], dtype=float32)
   """
-  full, result = np.asarray(graph.kept(), np.int64), {}
-  for k, group in enumerate(graph.groups):
-    without = full - np.eye(len(full), dtype=np.int64)[k]
-    price = float(cost(full)) - float(cost(without))
-    result[group.name] = jnp.asarray(scores[group.name]) / max(price, 1e-12) ** exponent
-  return result
+  slope = jax.grad(lambda kept: jnp.asarray(cost(kept), jnp.float32))(jnp.asarray(graph.kept(), jnp.float32))
+  prices = np.maximum(np.asarray(slope, np.float64), 1e-12)
+  return {
+    group.name: jnp.asarray(scores[group.name]) / price**exponent
+    for group, price in zip(graph.groups, prices, strict=True)
+  }
 
 
 COMPARISONS: dict[str, Callable[[Scores], Scores]] = {

@@ -19,7 +19,7 @@ from sapr_jax.channels.graph import Selection
 from sapr_jax.channels.selection import Patterns
 from sapr_jax.checks import check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
-from sapr_jax.method.budget import Budget, check_budget, macs_budget, project_to_budget
+from sapr_jax.method.budget import Budget, amount_in_words, check_budget, macs_budget, project_to_budget
 from sapr_jax.method.masks_in_state import (
   RegularizationState,
   array_in,
@@ -307,9 +307,9 @@ class Pruner:
     if cost > self.budget.limit:
       epochs, first = self._epoch(opt_state), self.search.first_in_force
       raise InputError(
-        f"the masks must cost at most {self.budget.limit:,.0f} {self.budget.cost.name}, got {cost:,.0f}:"
-        f" pruner.update was called {epochs} times, and masks come into force in call {first + 1}; call it before every"
-        " epoch."
+        f"the masks must cost at most {amount_in_words(self.budget.limit)} {self.budget.cost.name}, got"
+        f" {amount_in_words(cost)}: pruner.update was called {epochs} times, and masks come into force in call"
+        f" {first + 1}; call it before every epoch."
       )
     if is_nnx(variables):
       module: Any = prune(variables, self.graph, masks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sapr_jax.channels import ChannelGraph, check_graph
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import Budget, check_budget
+from sapr_jax.method.latency import LatencyCost
 
 DEFAULT_ROUND_TO = {
   "cpu": 8,  # measured, see docs/performance.md: faster than uneven widths at the same MACs, 16 is no better
@@ -27,10 +28,12 @@ def default_round_to(graph: ChannelGraph, budget: Budget, platform: str, *, min_
     min_width: Channels that each group keeps at least.
 
   Returns:
-    1 where the narrowest group would have less than eight widths to choose from, or rounded widths cannot meet the
-    budget.
+    1 where the budget is in latency, whose table has the steps of the hardware; where the narrowest group would have
+    less than eight widths to choose from; and where rounded widths cannot meet the budget.
   """
   check_graph(graph)
+  if isinstance(budget.cost, LatencyCost):
+    return 1
   value = DEFAULT_ROUND_TO.get(platform, 1)
   if min(group.size for group in graph.groups) < _LEAST_CHOICE * value:
     return 1

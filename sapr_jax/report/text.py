@@ -15,7 +15,13 @@ _NETWORKS = {
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
 }
-_COSTS = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
+_COSTS = {
+  "prunable_macs": "the prunable MACs",
+  "macs": "the network's MACs",
+  "params": "the parameters",
+  "latency": "the latency",
+  "latency_ms": "the latency",
+}
 
 _LEARNED = 0.5
 """Share of a ranking that must be learned for it not to count as noise."""

@@ -3,6 +3,7 @@
 from sapr_jax.training.config import check_config
 from sapr_jax.training.evaluation import evaluate
 from sapr_jax.training.experiment import Experiment, build, make_proposer
+from sapr_jax.training.latency import measure_latency, read_latency_table, table_for, write_latency_table
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Proposer
 from sapr_jax.training.result import RunResult, load_run
 from sapr_jax.training.run import run
@@ -18,5 +19,9 @@ __all__ = [
   "evaluate",
   "load_run",
   "make_proposer",
+  "measure_latency",
+  "read_latency_table",
   "run",
+  "table_for",
+  "write_latency_table",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import math
@@ -123,6 +124,8 @@ def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
   }
 
 
+_COSTS: collections.ChainMap[str, None] = collections.ChainMap({"latency": None}, COSTS)  # type: ignore[arg-type]
+
 FIELDS: dict[str, Rule | OneOf] = {
   "seed": integer(0, 2**32 - 1),
   "steps_per_call": integer(1).or_unset(),
@@ -152,7 +155,9 @@ FIELDS: dict[str, Rule | OneOf] = {
   **_phase("train", least_epochs=0),
   **_phase("finetune", least_epochs=0),
   "prune.proposer": OneOf(PROPOSERS),
-  "prune.cost": OneOf(COSTS),
+  "prune.cost": OneOf(_COSTS),
+  "prune.latency_table": PATH.or_unset(),
+  "prune.latency_batch_size": integer(1).or_unset(),
   "prune.p": SHARE,
   "prune.limit": POSITIVE.or_unset(),
   "prune.start_epoch": integer(0),
@@ -219,6 +224,9 @@ def check_config(config: Any) -> None:
       f"data.test_images must be unset where data.validation_images={config.data.validation_images} are evaluated in"
       f" their place, got {config.data.test_images}."
     )
+  for name in ("latency_table", "latency_batch_size"):
+    if (value := config.prune[name]) is not None and config.prune.cost != "latency":
+      raise InputError(f"prune.{name} must be unset unless prune.cost=latency, got {value!r}.")
   if config.train.optimizer != "sgd" and config.prune.form == "penalty":
     raise InputError(
       f"prune.form must be proximal where train.optimizer={config.train.optimizer}, which would rescale a penalty's"

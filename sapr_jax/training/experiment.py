@@ -17,10 +17,12 @@ from sapr_jax.channels import ChannelGraph, Masks, trace_channels
 from sapr_jax.errors import InputError
 from sapr_jax.method import (
   Budget,
+  LatencyTable,
   Scores,
   SearchOptions,
   check_budget,
   default_round_to,
+  latency_cost,
   make_budget,
   make_comparable,
   project_to_budget,
@@ -29,9 +31,11 @@ from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.adoption import compare_images, inputs_of_weights, with_inputs
 from sapr_jax.training.config import check_streamed
 from sapr_jax.training.feed import open_feed
+from sapr_jax.training.latency import table_for
 from sapr_jax.training.passes import Passes, Purpose
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
 from sapr_jax.training.state import first_not_finite
+from sapr_jax.training.workdir import LATENCY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +83,18 @@ class Experiment:
     feed = self.passes.feed
     return {
       **feed.fingerprint,
+      "the cost of the dense network": self.budget.full,
       "their mean and deviation": [feed.preprocessing.mean, feed.preprocessing.std],
       "the checksum of the first weights": processes.fingerprint(self.variables),
     }
 
 
-def build(config: Any) -> Experiment:
+def build(config: Any, workdir: pathlib.Path | None = None) -> Experiment:
   """Opens the data, creates the network and traces its channels.
+
+  Args:
+    config: The configuration.
+    workdir: Where an earlier part of the run may have left its table of latencies.
 
   Raises:
     InputError: If the data or the first weights cannot be read, the weights are of a network of other inputs, a batch
@@ -105,7 +114,10 @@ def build(config: Any) -> Experiment:
   prune = config.prune
   chosen = {"select": prune.select, "include": tuple(prune.include), "exclude": tuple(prune.exclude)}
   graph = trace_channels(model, variables, input_shape, **chosen)
-  budget = make_budget(graph, prune.cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
+  cost: Any = prune.cost
+  if cost == "latency":
+    cost = latency_cost(graph, _latency_table(config, model, variables, graph, workdir))
+  budget = make_budget(graph, cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
   # A budget that no masks can meet shows now, not at E_start.
   round_to = prune.round_to
   if round_to is None:
@@ -113,6 +125,21 @@ def build(config: Any) -> Experiment:
   check_budget(graph, budget, min_width=prune.min_width, round_to=round_to)
   passes = Passes(mesh, feed, config.seed, variables["params"], config.fast_cpu)
   return Experiment(config, passes, model, variables, graph, budget, round_to)
+
+
+def _latency_table(
+  config: Any, model: nn.Module, variables: Any, graph: ChannelGraph, workdir: pathlib.Path | None
+) -> LatencyTable:
+  """Returns the table that the run began with, or the one that the configuration names, or measures one."""
+  path, batch_size = config.prune.latency_table, config.prune.latency_batch_size
+  if workdir is not None and (workdir / LATENCY).exists():
+    path = workdir / LATENCY
+  if path is None and jax.process_count() > 1:
+    raise InputError(
+      "prune.latency_table must be given to a run of several processes, which would all measure other times; `sapr"
+      " latency` makes one."
+    )
+  return table_for(model, variables, graph, path=path, batch_size=batch_size, dtype=config.model.dtype)
 
 
 def first_network(

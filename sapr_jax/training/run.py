@@ -18,12 +18,13 @@ from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import free_name, read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line, os_errors_in_one_line
-from sapr_jax.method import Budget, Weighting, relative_weights
+from sapr_jax.method import Budget, LatencyCost, Weighting, amount_in_words, relative_weights
 from sapr_jax.runtime import Interruption, processes, say, use_compilation_cache
 from sapr_jax.runtime.devices import is_main_process
 from sapr_jax.training import loop, stages, workdir as layout
 from sapr_jax.training.config import check_config
 from sapr_jax.training.experiment import Experiment, build, make_proposer
+from sapr_jax.training.latency import write_latency_table
 from sapr_jax.training.passes import recalibrate_batch_norm
 from sapr_jax.training.position import Position
 from sapr_jax.training.proposers import Proposer
@@ -91,7 +92,7 @@ def run(
       return RunResult(path, finished)
     started = time.monotonic()
     # Bad data shows before anything is written.
-    experiment = processes.together(lambda: build(config))
+    experiment = processes.together(lambda: build(config, path))
     processes.check_equal(**experiment.fingerprint())
     processes.together(lambda: stack.enter_context(layout.locked(path, config)))
     functions = [getattr(function, "__qualname__", repr(type(function))) for function in (proposer, weighting)]
@@ -171,8 +172,8 @@ def check_masks_meet(budget: Budget, graph: ChannelGraph, masks: Masks) -> None:
   """
   if (cost := budget.cost(graph.kept(masks))) > budget.limit:
     raise InputError(
-      f"the masks after training must cost at most {budget.limit:,.0f} {budget.cost.name}, got {cost:,.0f}; the"
-      " proposer must return scores before at least one epoch."
+      f"the masks after training must cost at most {amount_in_words(budget.limit)} {budget.cost.name}, got"
+      f" {amount_in_words(cost)}; the proposer must return scores before at least one epoch."
     )
 
 
@@ -241,6 +242,8 @@ def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[s
   if is_main_process():
     groups = {group.name: group.size for group in experiment.graph.groups}
     network = {"groups": groups, "macs": experiment.graph.macs(), "round_to": experiment.round_to}
+    if isinstance(cost := experiment.budget.cost, LatencyCost) and not (path / layout.LATENCY).exists():
+      write_latency_table(path / layout.LATENCY, cost.table)
     network |= {"functions": functions}  # of the run, as far as names tell
     network |= {"images": experiment.passes.feed.fingerprint}
     write_json(path / layout.NETWORK, network)
@@ -263,5 +266,7 @@ def _write_results(
 def _shared_fields(config: Any) -> dict[str, Any]:
   """Returns the fields of a configuration for a model that may be given away: of whole paths only the last part."""
   fields = layout.flat_fields(config)
-  paths = {name: fields[name] for name in ("data.path", "init.weights") if fields[name] is not None}
+  paths = {
+    name: fields[name] for name in ("data.path", "init.weights", "prune.latency_table") if fields[name] is not None
+  }
   return fields | {name: pathlib.Path(path).name for name, path in paths.items() if os.path.isabs(path)}

@@ -31,6 +31,7 @@ DENSE = "dense"
 PRUNED = "pruned"
 REPORT = "report.txt"
 SKIPPED = "skipped_images.jsonl"
+LATENCY = "latency.json"
 LOCK = ".lock"
 
 # Fields that change how a run goes about its work but not its results; they may differ when it resumes.
@@ -40,6 +41,7 @@ _FREE_FIELDS = (
   "data.workers",
   "data.skip_broken",
   "data.changed_ok",
+  "prune.latency_table",  # it is kept in the work directory
   "checkpoint.",
   "report.",
   "eval_batch_size",
@@ -68,7 +70,7 @@ def check_workdir(path: pathlib.Path, config: Any) -> None:
     if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
       raise InputError(f"{path} holds other files and no run; name a new or empty --workdir.")
     return
-  for name in (CONFIG, NETWORK, RECORDS, SUMMARY, REPORT, LOCK):
+  for name in (CONFIG, NETWORK, RECORDS, SUMMARY, REPORT, LATENCY, LOCK):
     if (path / name).is_dir():
       raise InputError(f"{path / name} is a directory, but must be a file; remove it, or name a new --workdir.")
   earlier = read_json(file)

@@ -25,7 +25,8 @@ def test_the_line_of_an_epoch():
 
 def test_costs_have_names_that_a_reader_expects():
   words = {"prunable_macs": "the prunable MACs", "macs": "the network's MACs", "params": "the parameters"}
-  assert {name: report.cost_in_words(name) for name in [*words, "latency"]} == words | {"latency": "latency"}
+  words |= {"latency": "the latency", "latency_ms": "the latency"}
+  assert {name: report.cost_in_words(name) for name in [*words, "energy_mj"]} == words | {"energy_mj": "energy_mj"}
 
 
 def test_the_table():
