@@ -181,15 +181,19 @@ def shown(value: float, digits: int = 3) -> str:
   return f"{float(text):.0f}" if "e" in text else text
 
 
+MISSED = "- Goal missed: "
+"""What a line about a goal that is missed begins with."""
+
+
 def goal(reached: bool, text: str) -> str:
   """Formats a line that says whether a goal was reached."""
-  return f"- Goal {'reached' if reached else 'missed'}: {text}"
+  return f"{'- Goal reached: ' if reached else MISSED}{text}"
 
 
-def renew_tables(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+def renew_tables(page: str, tables: Mapping[str, str]) -> str:
   """Returns a page with its tables renewed, each between `<!-- table: name -->` and `<!-- end -->`."""
 
   def replace(match: re.Match) -> str:
-    return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+    return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
 
   return re.sub(r"<!-- table: ([\w ]+) -->\n.*?<!-- end -->", replace, page, flags=re.DOTALL)

@@ -41,6 +41,8 @@ TIMED = (WEIGHTS, METHOD, GENERATOR, EVALUATION, OPTIMIZER, PENALTY, PROXIMAL, M
 ADDED = (GENERATOR, PENALTY, MASKS, EVALUATION)
 
 GENERATOR_SHARE = 0.1
+EVALUATED_EVERY = 5
+"""Epochs; both as in the configurations of the paper's experiments."""
 GOAL_EPOCH, GOAL_PENALTY = 0.05, 0.01
 
 
@@ -188,7 +190,7 @@ def shares(report: Mapping[str, Any]) -> dict[str, float]:
     GENERATOR: GENERATOR_SHARE * median[GENERATOR] * scale / weights,
     PENALTY: median[PENALTY] / weights,
     MASKS: median[MASKS] / (weights * steps_per_epoch),
-    EVALUATION: evaluated * median[EVALUATION] * scale / weights,
+    EVALUATION: evaluated * median[EVALUATION] * scale / weights / EVALUATED_EVERY,
   }
 
 

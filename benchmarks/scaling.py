@@ -12,7 +12,6 @@ minutes on two CPU cores. `--tables` only renews the tables; `--step-time tpu_v5
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import os
@@ -150,7 +149,7 @@ def hours(results: Results, chip: str, network: str, chips: int, images: float) 
 
 def renew(page: str, results: Results) -> str:
   """Returns the page with the tables that `results` gives."""
-  return renew_tables(page, {name: functools.partial(make, results) for name, make in TABLES.items()})
+  return renew_tables(page, {name: make(results) for name, make in TABLES.items()})
 
 
 def chips_table(results: Results) -> str:

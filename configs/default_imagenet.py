@@ -45,4 +45,6 @@ def get_config() -> ConfigDict:
 
   config.checkpoint.every_steps = 1000  # an epoch has 5,004
   config.report.latency_batch_sizes = (1, 64)
+
+  config.evaluate.every_epochs = 5  # dense and sub-network, each of which adds some percent to an epoch
   return config

@@ -24,4 +24,6 @@ def get_config() -> ConfigDict:
   config.model.name = "mobilenetv2_cifar"
   config.prune.p = 0.54
   config.prune.start_epoch = 40
+
+  config.evaluate.every_epochs = 5  # dense and sub-network, each of which adds some percent to an epoch
   return config

@@ -19,7 +19,7 @@ from sapr_jax.configs import default
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration: the default is this experiment, here once more number by number."""
+  """Returns the configuration: the default is this experiment, which is here once more, number by number."""
   config = default.get_config()
   config.model.name = "resnet56"
 
@@ -35,4 +35,6 @@ def get_config() -> ConfigDict:
   config.finetune.epochs = 160
   config.finetune.learning_rate = 0.1
   config.finetune.decay_epochs = (80, 120)
+
+  config.evaluate.every_epochs = 5  # dense and sub-network, each of which adds some percent to an epoch
   return config
