@@ -50,6 +50,7 @@ def test_what_exact_adds_to_the_choice_of_the_paper(name):
   assert {group.name for group in graph.groups if not SELECTIONS["blocks"](group)} == EXACT_ONLY[name]
 
 
+@pytest.mark.slow
 def test_streams_of_equal_widths_are_not_added():
   """Shortcuts are there by the nominal widths: streams that were cut to the same width get none."""
   model, shape = NETWORKS["mobilenetv2"](), (1, 24, 20, 3)

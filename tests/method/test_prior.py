@@ -25,6 +25,7 @@ def scores(tiny):
   return sapr.relative_to_group_mean(jax.device_get(sapr.l2_norm(tiny.params, tiny.graph)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.3, 0.7])
 def test_the_first_samples_cost_what_they_may_and_rank_as_the_importance(tiny, scores, p):
   budget, generator = sapr.macs_budget(tiny.graph, p), sapr.ArchitectureGenerator.for_graph(tiny.graph)

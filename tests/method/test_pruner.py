@@ -167,6 +167,7 @@ def test_masks_come_when_the_search_says():
   assert int(state.opt_state.epoch) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [LEARNING, sapr.GeneratorOptions(prior="l2_norm", order="l1_norm")])
 def test_a_generator_learns_and_meets_the_budget(options):
   pruner = make(sapr.Search(generator=options))

@@ -142,6 +142,7 @@ def test_residual_network(remat):
   assert "custom_vjp" in compare(model, normal(4, 8, 8, 3), train=True)
 
 
+@pytest.mark.slow
 def test_inverted_residual():
   program = compare(InvertedResidual(inputs=4, features=8, expansion=3, stride=2), normal(4, 8, 8, 4), train=True)
   assert program.count("conv_general_dilated[") == 2  # those of 1x1

@@ -49,6 +49,7 @@ def test_sparse_learning_takes_off_as_much_as_the_recipe_does():
   assert torch_runs.scaled_reg(2.0, recipe / 10) == pytest.approx(1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["all", "kernels", "convolutions"])
 def test_weight_decay_shrinks_in_pytorch_what_it_shrinks_here(of):
   ours = sapr.models.create("resnet8", width_multiplier=0.5)

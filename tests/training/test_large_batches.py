@@ -191,6 +191,7 @@ def test_a_network_that_computes_activations_again_keeps_less_for_the_backward_p
   assert kept(tiny.model.clone(remat=True)) < 0.5 * kept(tiny.model)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_with_activations_computed_again(tiny):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
 

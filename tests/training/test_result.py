@@ -94,6 +94,7 @@ def test_a_page_that_cannot_be_written_is_no_failure(finished, monkeypatch, caps
   assert "report.html" not in out and str(finished / "pruned") in out
 
 
+@pytest.mark.slow
 def test_callbacks_get_the_records_and_their_errors_lose_nothing(whole, tmp_path, monkeypatch):
   """The first part in a thread, as a server would; the second in a running event loop, as a notebook has."""
   seen, caught = [], []

@@ -333,6 +333,7 @@ def test_channels_compete_in_shares_and_by_their_cost():
   assert tilted != shares
 
 
+@pytest.mark.slow
 def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(tmp_path, capsys):
   config = small_config(
     search__start_epoch=0, search__end_epoch=3, prune__start_epoch=2, **SHORT | {"train__epochs": 4}
@@ -350,6 +351,7 @@ def test_a_search_begins_before_its_masks_are_in_force_and_ends_before_training(
   assert len(warned) == sum(record.get("generator_learned", 1) < 0.5 for record in records[2:])
 
 
+@pytest.mark.slow
 def test_a_generator_begins_with_what_it_knows():
   config = small_config(generator__prior="l2_norm", generator__prior_strength=20.0, generator__order="l1_norm")
   run = parts.build(config)
@@ -435,6 +437,7 @@ def test_a_proposer_that_proposes_nothing_is_refused_at_the_end_of_training(tmp_
     training.run(small_config(**SHORT), tmp_path / "run", proposer=Silent)
 
 
+@pytest.mark.slow
 def test_scores_that_diverge_are_divergence(tmp_path):
   config = small_config(**SHORT | {"generator__learning_rate": 1e38})
   with pytest.raises(sapr.DivergedError, match="hold a NaN before epoch 2 of train"):
