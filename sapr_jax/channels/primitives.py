@@ -53,7 +53,9 @@ def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
     for other in same[1:]:
       unify(same[0], other)
     axes.append(same[0])
-  if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in full if o.producers}) > 1:
+  # What is the same at all positions only shifts the channels, as a bias does: an embedding of the time, or of a class.
+  whole = [operand for operand in full if tuple(axis.size for axis in operand.axes) == shape]
+  if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in whole if o.producers}) > 1:
     for axis in axes:
       mark_joined(axis)
   producers = union([operand.producers for operand in operands])
@@ -323,6 +325,33 @@ def gather(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value
   for axis in indices.axes:
     fix(axis, reason)
   return [Value(tuple(results), producers=value.producers | indices.producers)]
+
+
+@register_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+def scatter(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Unifies the axes that are written whole with those of what is written; fixes the others, and those of the indices.
+
+  A sum over the edges of a graph, or `x.at[i].set(y)`.
+  """
+  value, indices, updates = operands
+  numbers = eqn.params["dimension_numbers"]
+  reason = "its entries are written at indices"
+  gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+  places = iter(numbers.update_window_dims)
+  whole = set()
+  for dim, axis in enumerate(value.axes):
+    place = None if dim in gone else next(places)
+    if place is not None and updates.axes[place].size == axis.size and dim not in numbers.scatter_dims_to_operand_dims:
+      unify(axis, updates.axes[place])
+      whole.add(place)
+    else:
+      fix(axis, reason)
+  for axis in (*indices.axes, *(axis for place, axis in enumerate(updates.axes) if place not in whole)):
+    fix(axis, reason)
+  if value.producers and updates.producers - value.producers:
+    for axis in value.axes:
+      mark_joined(axis)
+  return [Value(value.axes, producers=value.producers | updates.producers | indices.producers)]
 
 
 @register_rule("rev")
