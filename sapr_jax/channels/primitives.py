@@ -53,7 +53,8 @@ def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
     for other in same[1:]:
       unify(same[0], other)
     axes.append(same[0])
-  # What is the same at all positions only shifts the channels, as a bias does: an embedding of the time, or of a class.
+  # What is the same along another axis only shifts the channels, as a bias does: an embedding of the time, added at all
+  # places of an image, or an attention mask, added for all heads.
   whole = [operand for operand in full if tuple(axis.size for axis in operand.axes) == shape]
   if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in whole if o.producers}) > 1:
     for axis in axes:
