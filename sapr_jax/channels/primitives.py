@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from jax.extend.core import JaxprEqn, Var
 
 from sapr_jax.channels.atoms import Axis, atoms, concatenation, fix, mark_joined, product, unify
@@ -13,6 +14,7 @@ from sapr_jax.channels.rules import (
   AxisInterpreter,
   ParamKey,
   Value,
+  dtype_of,
   fixed_axes,
   register_rule,
   shape_of,
@@ -54,8 +56,9 @@ def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
       unify(same[0], other)
     axes.append(same[0])
   # What is the same along another axis only shifts the channels, as a bias does: an embedding of the time, added at all
-  # places of an image, or an attention mask, added for all heads.
-  whole = [operand for operand in full if tuple(axis.size for axis in operand.axes) == shape]
+  # places of an image, or an attention mask, added for all heads. What is true or false only selects.
+  pairs = zip(operands, eqn.invars, strict=True)
+  whole = [operand for operand, var in pairs if shape_of(var) == shape and dtype_of(var) != np.bool_]
   if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in whole if o.producers}) > 1:
     for axis in axes:
       mark_joined(axis)
