@@ -32,7 +32,8 @@ class Axis:
   Attributes:
     size: Number of entries.
     fixed: Why the axis must keep its size, or None. Meaningful for atoms (see `atoms`).
-    joined: Whether two different activations are added along it, as on a residual stream. Likewise for atoms.
+    joined: Whether two different activations are added along it at each position, as on a residual stream. Likewise for
+      atoms.
     kind: How `parts` form the axis; None for an atom.
     parts: The axes it is made of, major first for a product, in order for a concatenation.
   """

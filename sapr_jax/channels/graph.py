@@ -86,7 +86,8 @@ class ChannelGroup:
     members: The axes that are cut, in the order of the variables.
     scope: Deepest module that holds all members, () for the whole network.
     is_block: Whether `scope` is a sub-module of the network.
-    joined: Whether two different activations are added along it: a residual stream.
+    joined: Whether two different activations are added along it, each with its own entry at each position: a residual
+      stream.
   """
 
   name: str

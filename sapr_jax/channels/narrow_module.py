@@ -70,7 +70,9 @@ class NarrowModule(nn.Module):
     """Evaluates the program of the dense module."""
     scope: Any = self.scope
     module = NarrowModule(self.base, self.widths, parent=None)
-    rngs = {name: self.make_rng(name) for name in scope.rngs}
+    # The keys of the dense module, which then draws the same numbers; where it is called again, others.
+    new = {name: self.make_rng(name) for name in scope.rngs}
+    rngs = {name: key if scope.rng_counters[name] > 1 else scope.rngs[name] for name, key in new.items()}
     is_new = self.is_initializing()
     mutable = False if is_new else scope.mutable
 

@@ -53,8 +53,8 @@ def trace_channels(
     input_shape: The short form for images, `[batch, height, width, channels]`; the batch is traced as 1.
     select: Which of the groups that can be cut exactly are offered. "blocks" is the paper's choice: groups inside one
       sub-module and not joined by an addition of two different activations, so neither residual streams nor stem nor
-      head. "unjoined" drops the first condition (a flat VGG needs that), "exact" both. Or a predicate over
-      `ChannelGroup`.
+      head. (An addend that is the same at all positions, as an embedding of the time, joins nothing.) "unjoined" drops
+      the first condition (a flat VGG needs that), "exact" both. Or a predicate over `ChannelGroup`.
     include: Of those that `select` chooses, only groups with such a name, or in such a module: a glob or several, such
       as "encoder/*"; () for all.
     exclude: Groups, or modules, that are left out, in the same way; it wins over `include`.

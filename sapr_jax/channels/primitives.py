@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from jax.extend.core import JaxprEqn, Var
 
 from sapr_jax.channels.atoms import Axis, atoms, concatenation, fix, mark_joined, product, unify
@@ -13,6 +14,7 @@ from sapr_jax.channels.rules import (
   AxisInterpreter,
   ParamKey,
   Value,
+  dtype_of,
   fixed_axes,
   register_rule,
   shape_of,
@@ -53,7 +55,11 @@ def elementwise(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[
     for other in same[1:]:
       unify(same[0], other)
     axes.append(same[0])
-  if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in full if o.producers}) > 1:
+  # What is the same along another axis only shifts the channels, as a bias does: an embedding of the time, added at all
+  # places of an image, or an attention mask, added for all heads. What is true or false only selects.
+  pairs = zip(operands, eqn.invars, strict=True)
+  whole = [operand for operand, var in pairs if shape_of(var) == shape and dtype_of(var) != np.bool_]
+  if eqn.primitive.name not in _NOT_JOINING and len({o.producers for o in whole if o.producers}) > 1:
     for axis in axes:
       mark_joined(axis)
   producers = union([operand.producers for operand in operands])
@@ -323,6 +329,33 @@ def gather(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value
   for axis in indices.axes:
     fix(axis, reason)
   return [Value(tuple(results), producers=value.producers | indices.producers)]
+
+
+@register_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+def scatter(interpreter: AxisInterpreter, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+  """Unifies the axes that are written whole with those of what is written; fixes the others, and those of the indices.
+
+  A sum over the edges of a graph, or `x.at[i].set(y)`.
+  """
+  value, indices, updates = operands
+  numbers = eqn.params["dimension_numbers"]
+  reason = "its entries are written at indices"
+  gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+  places = iter(numbers.update_window_dims)
+  whole = set()
+  for dim, axis in enumerate(value.axes):
+    place = None if dim in gone else next(places)
+    if place is not None and updates.axes[place].size == axis.size and dim not in numbers.scatter_dims_to_operand_dims:
+      unify(axis, updates.axes[place])
+      whole.add(place)
+    else:
+      fix(axis, reason)
+  for axis in (*indices.axes, *(axis for place, axis in enumerate(updates.axes) if place not in whole)):
+    fix(axis, reason)
+  if value.producers and updates.producers - value.producers:
+    for axis in value.axes:
+      mark_joined(axis)
+  return [Value(value.axes, producers=value.producers | updates.producers | indices.producers)]
 
 
 @register_rule("rev")

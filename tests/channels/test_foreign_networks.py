@@ -294,6 +294,20 @@ def test_activations_that_add_functions_of_one_value_are_no_join():
   assert offered(model, "unjoined")["conv1"] == 8
 
 
+def test_a_shift_that_is_the_same_at_all_positions_is_no_join():
+  """As a diffusion network adds an embedding of the time to each of its blocks."""
+  model = networks.Between(lambda x: x + nn.Dense(8, name="shift")(x.mean((1, 2)))[:, None, None])
+  graph = laws.check_laws(model, "unjoined", (0,))
+  (group,) = (group for group in graph.groups if group.name == "conv1")
+  assert {"/".join(member.path[:-1]) for member in group.members} >= {"conv1", "shift"}
+
+
+def test_a_layer_that_says_where_to_select_is_no_join():
+  """As a mask of the input selects the scores of attention in Flax."""
+  model = networks.Between(lambda x: jnp.where(nn.Conv(8, (1, 1), name="other")(x) > 0, x, 0.0))
+  assert offered(model, "unjoined")["conv1"] == 8
+
+
 def test_an_addition_of_two_layers_is_a_join():
   model = networks.Between(lambda x: x + nn.Conv(8, (1, 1), name="other")(x))
   assert "conv1" not in offered(model, "unjoined")

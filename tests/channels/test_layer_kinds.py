@@ -79,6 +79,10 @@ def spectrum(x):
   return jnp.fft.ifft(layer(jnp.fft.fft(x, axis=1)), axis=1).real
 
 
+def over_edges(x):
+  return jax.ops.segment_sum(nn.Dense(7, name="layer")(x)[0], jnp.array([0, 2, 0, 1]), num_segments=3)[None]
+
+
 HEADS = FIRST | {"layer/query": 3, "layer/value": 4}
 
 # (the layer, shape of the input, the groups that must be offered beside "next")
@@ -97,6 +101,7 @@ LINEN = {
   "Conv, reflected": (conv(7, (3, 3), padding="REFLECT"), IMAGE, BOTH),
   "Conv, dilated": (conv(7, (2, 2), kernel_dilation=2), IMAGE, BOTH),
   "Conv, input dilated": (conv(7, (2, 2), input_dilation=2, padding=1), IMAGE, BOTH),
+  "segment_sum": (over_edges, ROW, BOTH),
   "Conv, depthwise": (conv(12, (3,), feature_group_count=6), ROW, FIRST),
   "ConvTranspose": (named(nn.ConvTranspose, 7, (2, 2, 2), strides=(2, 2, 2), transpose_kernel=True), VOLUME, BOTH),
   "ConvLocal": (named(nn.ConvLocal, 7, (3, 3)), IMAGE, BOTH),

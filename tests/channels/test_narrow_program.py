@@ -97,6 +97,35 @@ def test_heads_in_the_code_are_cut(heads):
   assert graph.macs(masks) == sapr.count_macs(small, small_variables, x[:2, :5])
 
 
+class Noisy(nn.Module):
+  """Draws numbers in evaluation too, in code that holds a width."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(6, name="up")(x).reshape((-1, 6))
+    return nn.Dense(2, name="down")(x + jax.random.normal(self.make_rng("noise"), (x.shape[0], 1)))
+
+
+def test_it_draws_the_numbers_of_the_dense_network():
+  class Twice(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+      return self.inner(x), self.inner(x)
+
+  model, x, rngs = Noisy(), jnp.ones((3, 4)), {"noise": KEY}
+  variables = model.init({"params": KEY, **rngs}, x)
+  graph = sapr.trace_channels(model, variables, x, rngs=rngs, select="unjoined")
+  masks = {"up": np.array([1.0, 0, 1, 1, 0, 1])}
+  small, small_variables = sapr.prune(model, variables, graph, masks)
+  assert small.cuts
+  want = model.apply({"params": sapr.mask_params(variables["params"], graph, masks)}, x, rngs=rngs)
+  assert laws.relative_error(small.apply(small_variables, x, rngs=rngs), want) < 1e-6
+  first, second = Twice(small).apply({"params": {"inner": small_variables["params"]}}, x, rngs=rngs)
+  assert not jnp.allclose(first, second)
+
+
 def loss(model, variables, params, x):
   y, updates = model.apply({**variables, "params": params}, x, True, mutable=["batch_stats"], rngs={"dropout": KEY})
   return jnp.mean(y**2), updates
