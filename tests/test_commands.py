@@ -208,7 +208,7 @@ MISUSE = [
   ("benchmark dense", r"required: PRUNED"),
   ("benchmark dense pruned --batch-size 0", r"--batch-size must be at least 1, got 0"),
   ("benchmark dense nothing", r"nothing/model\.json is missing"),
-  ("latency nothing new.json", r"The model 'nothing' is unknown; expected one of"),
+  ("latency nothing new.json", r"'nothing' is no saved model or network; networks are resnet8"),
   ("latency dense nowhere/new.json", r"FILE must be a file in a folder that can be written, got nowhere/new\.json"),
   ("latency dense new.json --batch-size 0", r"batch_size must be an integer of at least 1, got 0"),
   ("latency dense new.json --select all", r"--select must be one of blocks, .*, got 'all'"),
