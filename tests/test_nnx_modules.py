@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,8 @@ def test_a_small_module_is_saved_and_exported(kind, tmp_path):
   assert type(loaded) is type(small) and nnx.graphdef(loaded) == nnx.graphdef(small)
   np.testing.assert_array_equal(loaded(BATCHES[0]), small(BATCHES[0]))  # with dropout of the same numbers
   assert np.array_equal(run(loaded, BATCHES[1]), run(small, BATCHES[1]))
+  pickled = pickle.loads(pickle.dumps(small))
+  assert type(pickled) is type(small) and np.array_equal(run(pickled, BATCHES[1]), run(small, BATCHES[1]))
   info = sapr.load_info(tmp_path / "net")
   assert (info.module, info.macs) == (kind.__name__, sapr.count_macs(small, BATCHES[0][:1]))
   sapr.export(tmp_path / "net.stablehlo", small, (1, 6))

@@ -232,11 +232,21 @@ class NarrowNnx(nnx.Module):
     nnx.update(self, _replaced(nnx.state(self), {path[1:]: leaf for path, leaf in changed.items()}))
     return results
 
+  def __reduce_ex__(self, protocol: Any) -> Any:
+    """Lets a module be pickled: its class has no name in the code, and is derived again."""
+    reduced: Any = super().__reduce_ex__(protocol)
+    return _new_narrow, (dense_class(self),), *reduced[2:]
+
 
 @functools.cache
 def _narrow_class(dense: type[nnx.Module]) -> type[NarrowNnx]:
   about = {"__module__": dense.__module__, "__doc__": NarrowNnx.__doc__}
   return type(f"Narrow{dense.__name__}", (NarrowNnx, dense), about)
+
+
+def _new_narrow(dense: type[nnx.Module]) -> NarrowNnx:
+  narrow = _narrow_class(dense)
+  return narrow.__new__(narrow)
 
 
 def dense_class(module: nnx.Module) -> type[nnx.Module]:
