@@ -16,6 +16,7 @@ import pytest
 
 import sapr_jax as sapr
 from sapr_jax import __main__ as command, commands
+from sapr_jax.method import TimedLayer
 
 ROOT = pathlib.Path(__file__).parent.parent
 INPUTS = sapr.Inputs((8, 8, 1), mean=[0.3], std=[0.4], class_names=[str(digit) for digit in range(10)])
@@ -32,6 +33,9 @@ def folder(tiny, tmp_path_factory):
   sapr.save(folder / "bare", tiny.model, tiny.variables)
   sapr.export_torch(folder / "weights.safetensors", tiny.model, tiny.variables)
   (folder / "file").write_text("no model")
+  about = {"device": "abacus", "batch_size": 1, "dtype": "bfloat16", "inputs": "float32[1,8,8,1]", "macs": 1}
+  layers = (TimedLayer("dot", ((),), (), np.array(3.0)),)
+  sapr.write_latency_table(folder / "half.json", sapr.LatencyTable(about, {}, layers, 0.0, 1.0, ()))
   return folder
 
 
@@ -208,7 +212,7 @@ MISUSE = [
   ("benchmark dense", r"required: PRUNED"),
   ("benchmark dense pruned --batch-size 0", r"--batch-size must be at least 1, got 0"),
   ("benchmark dense nothing", r"nothing/model\.json is missing"),
-  ("latency nothing new.json", r"The model 'nothing' is unknown; expected one of"),
+  ("latency nothing new.json", r"'nothing' is no saved model or network; networks are resnet8"),
   ("latency dense nowhere/new.json", r"FILE must be a file in a folder that can be written, got nowhere/new\.json"),
   ("latency dense new.json --batch-size 0", r"batch_size must be an integer of at least 1, got 0"),
   ("latency dense new.json --select all", r"--select must be one of blocks, .*, got 'all'"),
@@ -218,6 +222,7 @@ MISUSE = [
     r"--latency-table must be left out where --cost is macs",
   ),
   ("prune dense new --cost latency --latency-table file", r"file is damaged or is no latency table; measure it again"),
+  ("prune dense new --cost latency --latency-table half.json", r"must be of dtype float32, got bfloat16; measure it"),
   ("report nowhere", r"nowhere"),
   ("train digits", r"required: WORKDIR; see sapr train --help"),
   ("train digits run --set epochs", r"--set must be NAME=VALUE, such as --set train\.epochs=10, got 'epochs'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,11 +120,25 @@ def test_a_small_module_is_saved_and_exported(kind, tmp_path):
   assert type(loaded) is type(small) and nnx.graphdef(loaded) == nnx.graphdef(small)
   np.testing.assert_array_equal(loaded(BATCHES[0]), small(BATCHES[0]))  # with dropout of the same numbers
   assert np.array_equal(run(loaded, BATCHES[1]), run(small, BATCHES[1]))
+  pickled = pickle.loads(pickle.dumps(small))
+  assert type(pickled) is type(small) and np.array_equal(run(pickled, BATCHES[1]), run(small, BATCHES[1]))
   info = sapr.load_info(tmp_path / "net")
   assert (info.module, info.macs) == (kind.__name__, sapr.count_macs(small, BATCHES[0][:1]))
   sapr.export(tmp_path / "net.stablehlo", small, (1, 6))
   served = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
   np.testing.assert_allclose(served.call(BATCHES[0]), run(small, BATCHES[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_in_a_variable_comes_from_a_base_that_holds_it(tmp_path):
+  def dense():
+    module = nnx.Sequential(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    module.number = nnx.Variable(3)
+    return module
+
+  sapr.save(tmp_path / "net", dense())
+  assert sapr.load(tmp_path / "net", base=dense()).number.get_value() == 3
+  with pytest.raises(sapr.InputError, match=r"variable/number is int32\[\] in it, not there .*give the module itself"):
+    sapr.load(tmp_path / "net", base=nnx.eval_shape(dense))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +149,15 @@ def test_a_small_module_is_saved_and_exported(kind, tmp_path):
     (lambda path: sapr.load(path, base=cut(HoldsWidth)), "holds a Net; base is a NarrowHoldsWidth"),
     (lambda path: sapr.load(path, base=with_width(2)), r"norm/mean is float32\[2\] in it, float32\[4\] in the file"),
     (lambda path: sapr.save(path, cut(Net), {}), "a module of NNX must be saved alone"),
+    (
+      lambda path: sapr.save(path, nnx.eval_shape(lambda: Net(nnx.Rngs(0)))),
+      r"variables must hold arrays .*got ShapeDtype",
+    ),
+    (
+      lambda path: sapr.save(path, nnx.Optimizer(cut(Net), optax.sgd(0.1), wrt=nnx.Param)),
+      "module, got NNX's Optimizer",
+    ),
+    (lambda path: sapr.trace_channels(Net, BATCHES[0]), r"must be a module, got the class Net; make one, Net\("),
     (lambda path: sapr.export(path / "net.stablehlo", cut(Net)), "input_shape must be positive sizes, .* got None"),
     (lambda path: sapr.export(path / "a.stablehlo", cut(Net), (1, 6), dtype="float16"), "for a linen model"),
     (lambda path: sapr.export(path / "a.safetensors", cut(Net), (1, 6)), "must be a Flax linen module"),

@@ -113,7 +113,8 @@ def export(
     input_shape, input_dtype if input_dtype is not None else jnp.float32 if preprocess is None else jnp.uint8
   )
   serve = _server(model, variables, dtype, preprocess, dict(apply_kwargs or {}))
-  with errors_of_model(f"The model, its variables and an input of shape {images.shape}"):
+  cure = "Pass variables of this model, and input_shape and input_dtype of what it takes"
+  with errors_of_model(f"The model, its variables and an input {images.dtype}{list(images.shape)}", cure=cure):
     output = jax.eval_shape(serve, images)
   spec = jax.ShapeDtypeStruct((batch or _symbolic_batch(), *images.shape[1:]), images.dtype)
   if path.suffix == ".onnx":

@@ -97,7 +97,9 @@ def check_module(model: Any) -> None:
   """Raises `InputError` unless `model` is a module of Flax linen."""
   if isinstance(model, nn.Module):
     return
-  kind = "an NNX module" if any(cls.__module__.startswith("flax.nnx") for cls in type(model).__mro__) else shown(model)
+  if isinstance(model, type):
+    raise InputError(f"model must be a module, got the class {model.__name__}; make one, {model.__name__}(...).")
+  kind = "an NNX module" if any(cls.__module__ == "flax.nnx.module" for cls in type(model).__mro__) else shown(model)
   raise InputError(f"model must be a Flax linen module, such as nn.Dense(3), got {kind}; wrap other code in a module.")
 
 

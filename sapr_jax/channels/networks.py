@@ -218,8 +218,9 @@ def is_nnx(model: Any) -> bool:
 def network_of(model: Any, variables: Any, args: tuple[Any, ...]) -> tuple[FrontEnd, Any, tuple[Any, ...]]:
   """Returns the front end of a module, its variables and what follows these; those of NNX hold their variables."""
   if is_nnx(model):
-    from sapr_jax.channels.nnx import NNX, variables_of
+    from sapr_jax.channels.nnx import NNX, check_is_module, variables_of
 
+    check_is_module(model)
     return NNX, variables_of(model), args if variables is None else (variables, *args)
   check_module(model)
   return linen.LINEN, variables, args

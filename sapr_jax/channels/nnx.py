@@ -23,6 +23,12 @@ from sapr_jax.errors import InputError
 _COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
 
 
+def check_is_module(module: Any) -> None:
+  """Raises `InputError` for another object of NNX, such as an optimizer."""
+  if not isinstance(module, nnx.Module):
+    raise InputError(f"model must be a module, got NNX's {type(module).__name__}; pass the module itself.")
+
+
 def variables_of(module: nnx.Module) -> dict[str, Any]:
   """Returns the variables of a module as those of linen: collection -> names on the way -> array.
 
@@ -61,8 +67,12 @@ def _replaced(state: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
 
 
 def storable(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the variables with the numbers of random keys in place of the keys."""
-  return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, dict(variables))
+  """Returns the variables with the numbers of random keys in place of the keys, but for abstract ones."""
+
+  def numbers(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and _is_key(leaf) else leaf
+
+  return jax.tree.map(numbers, dict(variables))
 
 
 def restored(module: nnx.Module, variables: Mapping[str, Any], cuts: tuple[Cut, ...]) -> nnx.Module:
@@ -78,7 +88,12 @@ def restored(module: nnx.Module, variables: Mapping[str, Any], cuts: tuple[Cut, 
     base, found = (_described(leaves.get(path)) for leaves in (shapes, stored))
     if base[1:] != found[1:] or any(n < size for n, size in zip(base[0], found[0], strict=True)):
       names = ["not there" if rank < 0 else f"{dtype}{list(shape)}" for shape, rank, dtype in (found, base)]
-      raise InputError(f"base must be the dense module: {'/'.join(path)} is {names[1]} in it, {names[0]} in the file.")
+      cure = ""
+      if path not in stored and isinstance(_flat(own)[path], jax.ShapeDtypeStruct):
+        cure = " If it is a number there, which is not saved, give the module itself in place of what eval_shape makes."
+      raise InputError(
+        f"base must be the dense module: {'/'.join(path)} is {names[1]} in it, {names[0]} in the file.{cure}"
+      )
   impls: dict[tuple[str, ...], Any] = {}
   jax.eval_shape(lambda keys: impls.update({path: jax.random.key_impl(key) for path, key in keys.items()}), keys)
 
@@ -217,11 +232,21 @@ class NarrowNnx(nnx.Module):
     nnx.update(self, _replaced(nnx.state(self), {path[1:]: leaf for path, leaf in changed.items()}))
     return results
 
+  def __reduce_ex__(self, protocol: Any) -> Any:
+    """Lets a module be pickled: its class has no name in the code, and is derived again."""
+    reduced: Any = super().__reduce_ex__(protocol)
+    return _new_narrow, (dense_class(self),), *reduced[2:]
+
 
 @functools.cache
 def _narrow_class(dense: type[nnx.Module]) -> type[NarrowNnx]:
   about = {"__module__": dense.__module__, "__doc__": NarrowNnx.__doc__}
   return type(f"Narrow{dense.__name__}", (NarrowNnx, dense), about)
+
+
+def _new_narrow(dense: type[nnx.Module]) -> NarrowNnx:
+  narrow = _narrow_class(dense)
+  return narrow.__new__(narrow)
 
 
 def dense_class(module: nnx.Module) -> type[nnx.Module]:

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> Answer:
     saved = networks.open_saved(args.target, args.input_shape)
     model, variables, shape, dtype = saved.model, saved.variables, saved.inputs.shape, saved.inputs.dtype
   else:
+    if args.target not in models.MODELS:
+      raise InputError(f"{args.target!r} is no saved model or network; networks are {', '.join(models.MODELS)}.")
     model = models.create(args.target, **({} if args.classes is None else {"num_classes": args.classes}))
     shape, dtype = args.input_shape or networks.usual_shape(model), "float32"
     variables = networks.abstract_variables(model, shape)

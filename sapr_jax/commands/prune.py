@@ -133,7 +133,9 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   graph = channels.trace_channels(model, variables, inputs.input_shape, input_dtype=inputs.dtype, **chosen)
   cost: Any = args.cost
   if cost == "latency":
-    cost = method.latency_cost(graph, training.table_for(model, variables, graph, path=args.latency_table))
+    base = model.base if isinstance(model, channels.NarrowModule) else model
+    found = training.table_for(model, variables, graph, path=args.latency_table, dtype=jax.numpy.dtype(base.dtype).name)
+    cost = method.latency_cost(graph, found)
   budget = method.make_budget(graph, cost, share=args.keep)
   round_to = args.round_to
   if round_to is None:

@@ -163,7 +163,7 @@ def latency_cost(graph: ChannelGraph, table: LatencyTable) -> LatencyCost:
     if table.groups.get(group.name) != group.size:
       raise InputError(
         f"table must have the channel group {group.name!r} of {group.size} channels, got"
-        f" {table.groups.get(group.name, 'none')}; measure it again, with the same select."
+        f" {table.groups.get(group.name, 'none')}; measure it again, with the same select and include."
       )
   return LatencyCost(graph, table)
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
 import jax
@@ -16,8 +16,8 @@ import numpy as np
 
 from sapr_jax import report
 from sapr_jax.artifacts.files import read_bytes, write_json
-from sapr_jax.channels import ChannelGraph, Piece, network_pieces
-from sapr_jax.checks import check_function, check_integer, check_path, check_type
+from sapr_jax.channels import ChannelGraph, Piece, is_nnx, network_pieces
+from sapr_jax.checks import check_function, check_integer, check_path, check_type, shown
 from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.method import LatencyCost, LatencyTable, TimedLayer
 from sapr_jax.runtime import say
@@ -33,13 +33,28 @@ _EVERY_WIDTH = 64
 """Up to so many channels, each width of a group is measured."""
 
 
+_Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@overload
+def measure_latency(
+  model: nnx.Module, graph: ChannelGraph, /, *, batch_size: int = 1, transform: _Transform | None = None
+) -> LatencyTable: ...
+
+
+@overload
 def measure_latency(
   model: nn.Module | nnx.Module,
   variables: Any,
   graph: ChannelGraph,
   *,
   batch_size: int = 1,
-  transform: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+  transform: _Transform | None = None,
+) -> LatencyTable: ...
+
+
+def measure_latency(
+  model: Any, variables: Any = None, graph: Any = None, *, batch_size: int = 1, transform: _Transform | None = None
 ) -> LatencyTable:
   """Times the layers of a network, compiled and in evaluation mode, in many widths.
 
@@ -54,7 +69,7 @@ def measure_latency(
 
   Args:
     model: The dense network.
-    variables: Its variables, or their shapes; None for a module of NNX.
+    variables: Its variables, or their shapes; left out for a module of NNX: `measure_latency(module, graph)`.
     graph: Its channel graph, of one image.
     batch_size: Images in a call.
     transform: What the function that is served goes through, such as `sapr_jax.models.with_fast_layers`.
@@ -65,6 +80,11 @@ def measure_latency(
   Raises:
     InputError: If `graph` is of another network.
   """
+  if is_nnx(model):
+    if isinstance(variables, ChannelGraph):
+      variables, graph = None, variables if graph is None else graph
+    if variables is not None:
+      raise InputError(f"graph must be a ChannelGraph in measure_latency(module, graph), got {shown(variables)}.")
   check_type("graph", graph, ChannelGraph, "trace_channels(model, variables, input_shape) returns it")
   check_integer("batch_size", batch_size, 1)
   if transform is not None:

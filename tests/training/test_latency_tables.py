@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_run import small_config
 
 import sapr_jax as sapr
@@ -46,6 +47,19 @@ def test_a_table_has_every_layer_in_its_widths_and_tells_its_error(table):
   budget = sapr.make_budget(GRAPH, cost, share=1.0)
   masks = sapr.project_to_budget(GRAPH, {group.name: np.arange(group.size) for group in GRAPH.groups}, budget)
   assert all(mask.all() for mask in masks.values())
+
+
+def test_a_module_of_nnx_is_measured_without_variables(monkeypatch):
+  for name in ("_LayerTimer", "_NetworkTimer"):
+    monkeypatch.setattr(latency, name, lambda piece, widths: types.SimpleNamespace(run=lambda: None, best=1e-3))
+  rngs = nnx.Rngs(0)
+  module = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs))
+  graph = sapr.trace_channels(module, jnp.zeros((1, 5)), select="unjoined")
+  found = sapr.measure_latency(module, graph, batch_size=2)
+  assert found.about["batch_size"] == 2 and list(found.groups.values()) == [4]
+  assert sapr.measure_latency(module, None, graph, batch_size=2).to_json() == found.to_json()
+  with pytest.raises(sapr.InputError, match=r"^graph must be a ChannelGraph in measure_latency\(module, graph\), got"):
+    sapr.measure_latency(module, {"params": {}}, graph)
 
 
 def test_a_table_is_written_and_read(table, tmp_path):
