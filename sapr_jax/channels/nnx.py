@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -240,6 +242,15 @@ class NarrowNnx(nnx.Module):
 
 @functools.cache
 def _narrow_class(dense: type[nnx.Module]) -> type[NarrowNnx]:
+  own = [kind for kind in dense.__mro__ if kind is not object and kind.__module__.partition(".")[0] != "flax"]
+  methods = {name for kind in own for name, value in vars(kind).items() if inspect.isfunction(value)}
+  if others := sorted(name for name in methods if not name.startswith("_")):
+    logging.getLogger("sapr_jax").warning(
+      "%s holds widths as numbers; pruned, it evaluates the dense program in __call__ alone. Other methods run as they"
+      " are written, on narrower arrays, which may be wrong unless they call the module: %s.",
+      dense.__name__,
+      ", ".join(others),
+    )
   about = {"__module__": dense.__module__, "__doc__": NarrowNnx.__doc__}
   return type(f"Narrow{dense.__name__}", (NarrowNnx, dense), about)
 

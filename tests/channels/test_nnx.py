@@ -325,6 +325,20 @@ def test_a_width_in_the_code_stays_and_the_program_is_evaluated(rigid):
   assert relative_error(smaller(x), sapr.masked_apply(small, again, masks, x)) < 1e-5
 
 
+def test_methods_that_run_as_they_are_written_are_named(caplog):
+  class WithMethods(Rigid):
+    def features(self, x):
+      return self.up(x)
+
+  module = WithMethods(nnx.Rngs(0))
+  graph = sapr.trace_channels(module, jax.ShapeDtypeStruct((2, 6), jnp.float32), select="exact")
+  masks = {group.name: np.arange(group.size) > 0 for group in graph.groups}
+  for _ in range(2):
+    sapr.prune(module, graph, masks)
+  (record,) = caplog.records
+  assert "WithMethods holds widths as numbers" in record.getMessage() and record.getMessage().endswith(": features.")
+
+
 def test_it_trains_as_the_masked_module_does(rigid):
   """Gradients and batch statistics; dropout is off, as its numbers are others in another shape."""
   module, x, graph, masks, small = rigid
