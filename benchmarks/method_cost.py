@@ -20,6 +20,7 @@ import optax
 
 from benchmarks import training_pieces
 from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
+from sapr_jax.configs import resnet56_cifar10
 from sapr_jax.method import (
   ArchitectureGenerator,
   GeneratorState,
@@ -40,9 +41,9 @@ OPTIMIZER, PENALTY, PROXIMAL, MASKS = "optimizer", "penalty", "proximal step", "
 TIMED = (WEIGHTS, METHOD, GENERATOR, EVALUATION, OPTIMIZER, PENALTY, PROXIMAL, MASKS)
 ADDED = (GENERATOR, PENALTY, MASKS, EVALUATION)
 
-GENERATOR_SHARE = 0.1
-EVALUATED_EVERY = 5
-"""Epochs; both as in the configurations of the paper's experiments."""
+_CONFIG = resnet56_cifar10.get_config()
+GENERATOR_SHARE, EVALUATED_EVERY = _CONFIG.generator.data_share, _CONFIG.evaluate.every_epochs
+"""Of the images, and epochs: as in all experiments of the paper."""
 GOAL_EPOCH, GOAL_PENALTY = 0.05, 0.01
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> Answer:
 
   if target in models.MODELS:
     given = {} if args.classes is None else {"num_classes": args.classes}
-    return _fresh(args, models.create(target, **given), None, {}, _chosen(args, {}))
+    return _fresh(args, models.create(target, **given), None, {}, networks.chosen_groups(args))
   if configs.file_of(target) is not None or target.endswith(".py"):
     return _config(args, _read_config(target))
   raise InputError(
@@ -112,7 +112,7 @@ def _config(args: argparse.Namespace, config: Any) -> Answer:
     f"{config.model.name} on {name}: {config.train.epochs} epochs, then {config.finetune.epochs} of fine-tuning\n"
     f"{prune.proposer} chooses; {budget} {cost_in_words(prune.cost)} stay"
   )
-  return _fresh(args, model, shape, facts, _chosen(args, prune), head)
+  return _fresh(args, model, shape, facts, networks.chosen_groups(args, prune), head)
 
 
 def _fresh(
@@ -139,7 +139,7 @@ def _saved(args: argparse.Namespace) -> Answer:
   saved = networks.open_saved(args.target, args.input_shape)
   info, inputs, metrics = saved.info, saved.inputs, saved.info.metrics
   of_run = {name.removeprefix("prune."): value for name, value in info.config.items()}
-  graph = _graph(saved.model, saved.variables, inputs.shape, _chosen(args, of_run), inputs.dtype)
+  graph = _graph(saved.model, saved.variables, inputs.shape, networks.chosen_groups(args, of_run), inputs.dtype)
   dense: Any = metrics.get("dense")
   dense = dense if isinstance(dense, dict) else {}
   known = {key: value for key in ("macs", "params") if isinstance(value := dense.get(key), int)}
@@ -171,12 +171,6 @@ def _saved(args: argparse.Namespace) -> Answer:
     names = textwrap.shorten(", ".join(inputs.class_names), 70, placeholder=" ...")
     lines.append(f"{len(inputs.class_names)} classes: {names}")
   return Answer(facts, "\n".join([*lines, "", *_text(graph, info.widths)]))
-
-
-def _chosen(args: argparse.Namespace, of_run: Any) -> dict[str, Any]:
-  """Returns which groups `trace_channels` is to offer: as the command says, or else the fields of a run."""
-  default = {"select": "blocks", "include": (), "exclude": ()}
-  return {name: getattr(args, name) or of_run.get(name) or value for name, value in default.items()}
 
 
 def _graph(model: Any, variables: Any, shape: tuple[int, ...], chosen: Any, dtype: str) -> ChannelGraph:

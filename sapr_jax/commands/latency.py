@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> Answer:
     model = models.create(args.target, **({} if args.classes is None else {"num_classes": args.classes}))
     shape, dtype = args.input_shape or networks.usual_shape(model), "float32"
     variables = networks.abstract_variables(model, shape)
-  chosen: Any = {name: getattr(args, name) or () for name in ("include", "exclude")} | {"select": args.select}
-  graph = channels.trace_channels(model, variables, (1, *shape), input_dtype=dtype, **chosen)
+  graph = channels.trace_channels(model, variables, (1, *shape), input_dtype=dtype, **networks.chosen_groups(args))
   found = training.measure_latency(model, variables, graph, batch_size=args.batch_size)
   training.write_latency_table(args.out, found)
   widths = sum(layer.milliseconds.size for layer in found.layers)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import types
 from typing import TYPE_CHECKING, Any
 
 from sapr_jax.errors import InputError
@@ -38,6 +39,12 @@ def shape(text: str) -> tuple[int, ...]:
 def add_patterns(parser: argparse._ActionsContainer) -> None:
   for name, help in (("include", "only groups in these"), ("exclude", "no groups in these")):
     parser.add_argument(f"--{name}", nargs="+", metavar="GLOB", help=f"{help} modules, such as 'stage1*' or '*/conv2'")
+
+
+def chosen_groups(args: argparse.Namespace, of_run: Any = types.MappingProxyType({})) -> dict[str, Any]:
+  """Returns which groups `trace_channels` is to offer: as the command says, or else the fields of a run."""
+  default = {"select": "blocks", "include": (), "exclude": ()}
+  return {name: getattr(args, name) or of_run.get(name) or value for name, value in default.items()}
 
 
 def add_shape(parser: argparse.ArgumentParser, when: str) -> None:

@@ -104,13 +104,14 @@ def _open(args: argparse.Namespace) -> _Dense:
 
 
 def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
+  from sapr_jax.channels import SELECTIONS
   from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
 
   for name, known in (
     ("importance", IMPORTANCES),
     ("compare", COMPARISONS),
     ("cost", (*COSTS, "latency")),
-    ("select", ("blocks", "unjoined", "exact")),
+    ("select", SELECTIONS),
   ):
     if (value := getattr(args, name)) not in known:
       raise InputError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
@@ -126,13 +127,15 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   """Cuts the network without an image."""
   import jax
 
-  from sapr_jax import artifacts, channels, method, training
+  from sapr_jax import artifacts, channels, method
 
   model, variables, inputs = dense.model, dense.variables, dense.inputs
-  chosen: Any = {name: getattr(args, name) or () for name in ("include", "exclude")} | {"select": args.select}
+  chosen = networks.chosen_groups(args)
   graph = channels.trace_channels(model, variables, inputs.input_shape, input_dtype=inputs.dtype, **chosen)
   cost: Any = args.cost
   if cost == "latency":
+    from sapr_jax import training  # takes a while to import
+
     base = model.base if isinstance(model, channels.NarrowModule) else model
     found = training.table_for(model, variables, graph, path=args.latency_table, dtype=jax.numpy.dtype(base.dtype).name)
     cost = method.latency_cost(graph, found)

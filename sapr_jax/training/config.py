@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from sapr_jax.channels import SELECTIONS
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
 from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
@@ -164,7 +165,7 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.gamma": AT_LEAST_0,
   "prune.shrinkage": AT_LEAST_0.or_unset(),
   "prune.form": OneOf(("penalty", "proximal")),
-  "prune.select": OneOf(("blocks", "unjoined", "exact")),
+  "prune.select": OneOf(SELECTIONS),
   "prune.include": GLOBS,
   "prune.exclude": GLOBS,
   "prune.min_width": integer(1),
