@@ -8,9 +8,9 @@ images; reading them needs `pip install -e '.[torch]'`). Their network saw image
 deviation. DIR has `train/<class>/*` and `test/<class>/*`; without it the images come from tensorflow-datasets.
 
 One epoch lets the network adapt to images that may differ from those that it was trained on, such as a JPEG copy of
-them. Then the generator decides how wide each layer is to be, and the norm of its weights which channels fill it; for
-two epochs those that are to go lose their norm. Nine epochs of fine-tuning follow. To choose a setting, leave the test
-images alone: `--config.data.validation_images=5000`.
+them. Then the norms of its weights choose: every layer keeps about the same share of its channels, those whose channels
+cost more a little less. For two epochs the channels that are to go lose their norm, and nine epochs of fine-tuning
+follow. To choose a setting, leave the test images alone: `--config.data.validation_images=5000`.
 
 Sized for a CPU.
 
@@ -35,18 +35,15 @@ def get_config() -> ConfigDict:
   config.train.decay_epochs = ()
   config.train.weight_decay = 5e-4
 
+  config.prune.proposer = "l2_norm"
   config.prune.p = 0.5
   config.prune.start_epoch = 1
   config.prune.shrinkage = 4.0
   config.search.end_epoch = 2  # a second choice would undo what the first made small
 
-  config.generator.order = "l2_norm"
-  config.generator.learning_rate = 1e-2  # a hundred and fifty steps in all
-  config.generator.batch_size = 32
-
   config.finetune.epochs = 9
   config.finetune.batch_size = 64
-  config.finetune.learning_rate = 0.05
+  config.finetune.learning_rate = 0.02
   config.finetune.schedule = "cosine"
   config.finetune.decay_epochs = ()
   config.finetune.weight_decay = 5e-4

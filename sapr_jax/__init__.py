@@ -3,7 +3,7 @@
     import sapr_jax as sapr
 
     graph = sapr.trace_channels(model, variables, input_shape=(1, 32, 32, 3))
-    scores = sapr.relative_to_group_mean(sapr.l1_norm(variables["params"], graph))
+    scores = sapr.rank_within_groups(sapr.l2_norm(variables["params"], graph))
     masks = sapr.project_to_budget(graph, scores, sapr.macs_budget(graph, 0.5))
     small_model, small_variables = sapr.prune(model, variables, graph, masks)
 

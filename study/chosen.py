@@ -36,27 +36,34 @@ STRENGTHS = (0.3,)
 """Of Torch-Pruning's sparse learning, as multiples of its recipe's, which is for longer training: at 1, 69.1 in place
 of 78.1 %."""
 
-EQUAL: Mapping[str, Any] = {"importance.compare": "equal_shares"}
-TILTED: Mapping[str, Any] = {**EQUAL, "importance.cost_exponent": 0.2}
+COMPETING: Mapping[str, Any] = {"importance.compare": "group_mean", "importance.cost_exponent": 0.0}
+EQUAL: Mapping[str, Any] = {"importance.compare": "equal_shares", "importance.cost_exponent": 0.0}
+TILTED: Mapping[str, Any] = {"importance.compare": "equal_shares", "importance.cost_exponent": 0.2}
 """How the norms of the main row compare between layers; the exponent was chosen by `results/pretrained_probe.json`."""
 
 MAIN_ROW = "l2_norm,penalty,shares=tilted"
 """The row that stands for the improved method."""
 
+GENERATOR: Mapping[str, Any] = {"prune.proposer": "generator", "generator.batch_size": 32}
+WIDTHS: Mapping[str, Any] = {**GENERATOR, "generator.order": "l2_norm", "generator.learning_rate": 1e-2}
+"""The generator decides on widths, norms fill them."""
+
 GENERATORS: Mapping[str, Mapping[str, Any]] = {
   "generator,penalty": {  # as the paper has it, with masks that are renewed in every epoch
-    "generator.order": None,
+    **GENERATOR,
     "generator.learning_rate": 1e-3,
     "generator.data_share": 0.1,
     "search.end_epoch": None,
   },
-  "widths,penalty": {},  # the generator decides on widths, norms fill them
+  "widths,penalty": WIDTHS,
 }
 """Rows with a generator -> their fields."""
 
 MORE_GENERATORS: Mapping[str, Mapping[str, Any]] = {
-  "widths,penalty,learning_rate=0": {"generator.learning_rate": 1e-9},  # random widths: what its learning is worth
+  # Random widths, which say what its learning is worth:
+  "widths,penalty,learning_rate=0": {**WIDTHS, "generator.learning_rate": 1e-9},
   "widths,penalty,start=tilted,statistics=batch": {
+    **WIDTHS,
     "generator.prior": "l2_norm",
     "generator.prior_strength": 4.0,
     "generator.learning_rate": 3e-3,

@@ -13,7 +13,17 @@ from ml_collections import ConfigDict
 from sapr_jax.configs import default
 from sapr_jax.errors import InputError
 from sapr_jax.training.workdir import DENSE
-from study.chosen import CANDIDATE_RATES, DISTILLED, EPOCHS, EQUAL, GENERATORS, MAIN_ROW, MORE_GENERATORS, TILTED
+from study.chosen import (
+  CANDIDATE_RATES,
+  COMPETING,
+  DISTILLED,
+  EPOCHS,
+  EQUAL,
+  GENERATORS,
+  MAIN_ROW,
+  MORE_GENERATORS,
+  TILTED,
+)
 from study.sizes import Experiment, Overrides
 
 MAIN, COMPARED, OTHER_GAMMAS, ABLATIONS = range(4)
@@ -28,10 +38,10 @@ ADAPTED = "adapted"
 RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
   ("l2_norm", ",shares=tilted", TILTED),
   ("l1_norm", ",shares=equal", EQUAL),
-  ("random", "", {}),
-  ("l2_norm", "", {}),
+  ("random", "", COMPETING),
+  ("l2_norm", "", COMPETING),
   ("l2_norm", ",shares=equal", EQUAL),
-  ("taylor", "", {}),
+  ("taylor", "", {**COMPETING, "generator.batch_size": 32}),
 )
 """Importances by which channels are chosen before any training, last factor of the row's name, how scores compare."""
 

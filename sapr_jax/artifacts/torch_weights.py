@@ -108,7 +108,8 @@ def export_torch(
     layer_names: As in `import_torch`.
 
   Raises:
-    InputError: If `path` ends otherwise, `variables` are not those of `model`, or its layers have no known names.
+    InputError: If `path` ends otherwise, `variables` are not those of `model`, its layers have no known names, or it
+      was cut where its code holds widths, which no change of single layers does in PyTorch.
 
   Example:
     >>> import json, pathlib, tempfile
@@ -125,6 +126,12 @@ def export_torch(
   path, base = check_path(path), _base(model)
   if path.suffix != ".safetensors":
     raise InputError(f"{path} must end in .safetensors; export_torch writes no other format.")
+  if cuts := _cuts(model):
+    raise InputError(
+      f"model must be cut in layers only, got one whose code holds widths that were cut (of {cuts[0][0]} and"
+      f" {len(cuts) - 1} more), as the code in PyTorch may too; prune without these groups, such as by select='blocks',"
+      " or write it as ONNX by sapr_jax.export."
+    )
   flat = {tuple(name.split("/")): array for name, array in named_arrays(variables).items()}
   if input_shape is None:
     if layer_names is not None:
@@ -149,6 +156,11 @@ def export_torch(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.numpy.save(state, metadata={"format": "pt"}))
     write_json(path.with_suffix(".json"), description)
+
+
+def _cuts(model: nn.Module) -> tuple[Any, ...]:
+  """Returns the axes of variables that are cut in the program of the network, not in its layers."""
+  return (*model.cuts, *_cuts(model.base)) if isinstance(model, NarrowModule) else ()
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -209,6 +209,10 @@ def test_export_refuses_what_it_cannot_write(tmp_path, tiny):
   wider = sapr.models.create("resnet8", width_multiplier=0.5)
   with pytest.raises(sapr.InputError, match=r"of shape \(4,\); CifarResNet has \(8,\)"):
     sapr.export_torch(path, wider, tiny.variables)
+  graph = sapr.trace_channels(tiny.model, tiny.variables, (1, 8, 8, 1), select="exact")
+  masks = {group.name: np.arange(group.size) > 0 for group in graph.groups}  # with the streams, which it pads
+  with pytest.raises(sapr.InputError, match=r"cut in layers only, got one whose code holds widths.*select='blocks'"):
+    sapr.export_torch(path, *sapr.prune(tiny.model, tiny.variables, graph, masks))
   assert not list(tmp_path.iterdir())
 
 
