@@ -26,7 +26,7 @@ for name in sys.argv[2:]:
 """
 
 
-def pruned(name, size, share=0.5, **fields):
+def pruned(name, size, share=0.5, select="blocks", **fields):
   """Returns a network with variables unlike those of initialization, pruned by l1 norm."""
   model = sapr.models.create(name, **fields)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
@@ -42,7 +42,7 @@ def pruned(name, size, share=0.5, **fields):
     return jnp.asarray(values, leaf.dtype)
 
   variables = jax.tree_util.tree_map_with_path(draw, shapes)
-  graph = sapr.trace_channels(model, variables, (1, size, size, 3))
+  graph = sapr.trace_channels(model, variables, (1, size, size, 3), select=select)
   scores = sapr.relative_to_group_mean(sapr.l1_norm(variables["params"], graph))
   return sapr.prune(model, variables, graph, sapr.project_to_budget(graph, scores, sapr.macs_budget(graph, share)))
 
@@ -67,11 +67,21 @@ def resnet():
 
 
 @pytest.fixture(scope="module")
+def streams():
+  """A network that evaluates the dense one's program, as the padding of its shortcuts is a number in the code."""
+  model, variables = pruned("resnet8", 8, select="exact", width_multiplier=0.25)
+  assert any(path == "params/fc/kernel" for path, *_ in model.cuts)
+  return model, variables
+
+
+@pytest.fixture(scope="module")
 def mobilenet():
   return pruned("mobilenetv2_cifar", 16, width_multiplier=0.25)
 
 
-@pytest.mark.parametrize("name, size", [("resnet", 8), pytest.param("mobilenet", 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "name, size", [("resnet", 8), ("streams", 8), pytest.param("mobilenet", 16, marks=pytest.mark.slow)]
+)
 def test_onnx_gives_the_same_logits_for_any_batch(name, size, request, tmp_path):
   pytest.importorskip("onnx", reason="pip install 'sapr_jax[onnx]'")
   model, variables = request.getfixturevalue(name)
@@ -93,6 +103,26 @@ def test_onnx_holds_the_weights_once_one_transposition_and_activations(mobilenet
   assert ops.count("Relu") == ops.count("Clip") == 35 and not {"Max", "Min"} & set(ops)
   held = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
   assert held < 1.01 * sum(leaf.size for leaf in jax.tree.leaves(mobilenet[1]))
+
+
+class EverySecond(nn.Module):
+  """Code that holds a width, and an index that is a slice or, where the batch is a symbol, a gather."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2, name="b")(nn.Dense(6, name="a")(x).reshape((-1, 2, 6))[:, ::2])
+
+
+def test_a_cut_program_that_depends_on_the_batch_is_refused(tmp_path):
+  model, x = EverySecond(), jnp.ones((1, 2, 4))
+  variables = model.init(jax.random.key(0), x)
+  graph = sapr.trace_channels(model, variables, x, select="exact")
+  small = sapr.prune(model, variables, graph, {"a": np.arange(6) < 4})
+  with pytest.raises(sapr.InputError, match=r"takes another way where the size of the batch is not known.*batch=1"):
+    sapr.export(tmp_path / "net.stablehlo", *small, (1, 2, 4))
+  sapr.export(tmp_path / "net.stablehlo", *small, (1, 2, 4), batch=1)
+  served = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
+  np.testing.assert_allclose(served.call(x), small[0].apply(small[1], x), rtol=1e-6)
 
 
 def test_stablehlo_runs_without_the_package(resnet, tmp_path):
