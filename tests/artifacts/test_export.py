@@ -143,6 +143,23 @@ def test_stablehlo_runs_without_the_package(resnet, tmp_path):
   assert about["output"] == {"shape": ["batch", 10], "dtype": "float32"}
 
 
+def test_stablehlo_has_depthwise_convolutions_in_the_form_that_is_fast_on_cpus(tmp_path):
+  model = nn.Sequential([nn.Conv(6, (3, 3), feature_group_count=6), nn.relu])
+  x = np.random.default_rng(0).normal(size=(2, 5, 5, 6)).astype(np.float32)
+  variables = model.init(jax.random.key(0), x)
+
+  def exported(*platforms):
+    sapr.export(tmp_path / "net.stablehlo", model, variables, (1, 5, 5, 6), platforms=platforms)
+    return jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
+
+  assert "stablehlo.convolution" in exported("cuda").mlir_module()
+  for platforms in (("cpu",), ("cpu", "cuda")):
+    program = jax.jit(exported(*platforms).call).lower(x).compile()
+    assert " convolution(" not in program.as_text()
+    np.testing.assert_allclose(program(x), model.apply(variables, x), rtol=1e-5, atol=1e-6)
+  assert " convolution(" in jax.jit(model.apply).lower(variables, x).compile().as_text()  # the layer's own form
+
+
 def test_preprocessing_is_part_of_the_program(resnet, tmp_path):
   model, variables = resnet
 
