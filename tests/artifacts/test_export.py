@@ -278,7 +278,7 @@ def test_networks_for_imagenet(name, tmp_path):
   size = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables))
   for suffix in ("onnx", "stablehlo"):
     sapr.export(tmp_path / f"net.{suffix}", model, variables, (1, 224, 224, 3))
-    assert 0.98 * size < (tmp_path / f"net.{suffix}").stat().st_size < 1.02 * size
+    assert 0.98 * size < (tmp_path / f"net.{suffix}").stat().st_size < 1.03 * size
   x = images(2, 224)
   expected = logits(model, variables, x)
   served = jax.export.deserialize(bytearray((tmp_path / "net.stablehlo").read_bytes()))
