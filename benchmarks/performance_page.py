@@ -16,6 +16,7 @@ SECTIONS = {
   "training_step": "Training step",
   "method_cost": "What the method costs",
   "pruned_speed": "What pruning gives",
+  "serving": "Serving on a CPU",
   "latency_budget": "A budget in latency",
   "start_up": "Start-up and memory",
   "growth": "How cost grows",

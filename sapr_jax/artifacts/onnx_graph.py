@@ -1,8 +1,8 @@
 """A JAX program as an ONNX graph.
 
 Equations that depend on the weights alone are computed here, so batch normalization becomes a product and a sum, which
-runtimes fold into the convolution before. Arrays stay in the layout that convolutions of ONNX have (NCHW): the only
-transposition left is that of the input.
+runtimes fold into the convolution before, and a maximum with a number becomes the activation that they fuse with it.
+Arrays stay in the layout that convolutions of ONNX have (NCHW): the only transposition left is that of the input.
 """
 
 from __future__ import annotations
@@ -185,10 +185,20 @@ class _Writer:
     return _Node(self.node("Expand", [value.name, target]), value.order)
 
   def elementwise(self, op: str, operands: list[_Value]) -> _Node:
+    match sorted(operands, key=lambda operand: isinstance(operand, np.ndarray)):
+      case [_Node() as value, np.ndarray(size=1) as bound] if op in ("Max", "Min") and bound.dtype.kind == "f":
+        return self._bounded(op, value, bound.reshape(()))
     order = max((o.order for o in operands if isinstance(o, _Node)), key=lambda order: order != tuple(sorted(order)))
     if op == "Sub" and isinstance(operands[1], np.ndarray):
       op, operands = "Add", [operands[0], np.asarray(-operands[1])]  # which runtimes fold into a convolution
     return _Node(self.node(op, [self.stored(operand, order) for operand in operands]), order)
+
+  def _bounded(self, op: str, value: _Node, bound: np.ndarray) -> _Node:
+    """Writes a maximum or minimum with a number as the activation that runtimes fuse with the layer before."""
+    if op == "Max" and not bound:
+      return _Node(self.node("Relu", [value.name]), value.order)
+    limits = [self.constant(bound)] if op == "Max" else ["", self.constant(bound)]
+    return _Node(self.node("Clip", [value.name, *limits]), value.order)
 
   def node(self, op: str, inputs: Sequence[str], name: str | None = None, **attributes: Any) -> str:
     """Adds a node; returns the name of its result."""

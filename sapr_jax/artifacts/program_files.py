@@ -22,6 +22,7 @@ from sapr_jax.artifacts.torch_weights import export_torch
 from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model, evaluate, is_nnx, network_of
 from sapr_jax.checks import check_dtype, check_function, check_integer, check_path, shown
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
+from sapr_jax.models import with_fast_layers
 from sapr_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -112,7 +113,11 @@ def export(
   images = abstract_image(
     input_shape, input_dtype if input_dtype is not None else jnp.float32 if preprocess is None else jnp.uint8
   )
-  serve = _server(model, variables, dtype, preprocess, dict(apply_kwargs or {}))
+  run, weights = _server(model, variables, dtype, preprocess, dict(apply_kwargs or {}))
+
+  def serve(images: jax.Array) -> Any:
+    return run(_constants(weights), images)
+
   cure = "Pass variables of this model, and input_shape and input_dtype of what it takes"
   with errors_of_model(f"The model, its variables and an input {images.dtype}{list(images.shape)}", cure=cure):
     output = jax.eval_shape(serve, images)
@@ -120,7 +125,9 @@ def export(
   if path.suffix == ".onnx":
     data, about = _to_onnx(serve, spec, output, dtype, type(_base(model)).__name__)
   else:
-    data, about = _to_stablehlo(serve, spec, _checked_platforms(platforms))
+    has_fast_form = not is_nnx(model) and any(map(_is_depthwise, jax.tree.leaves(weights)))
+    served = _fast_on_cpus(run, weights) if has_fast_form else serve
+    data, about = _to_stablehlo(served, spec, _checked_platforms(platforms))
   definition = definition_of(model)
   about = {
     "format": FORMAT,
@@ -152,8 +159,8 @@ def metadata_file(path: pathlib.Path) -> pathlib.Path:
 
 def _server(
   model: Any, variables: Mapping[str, Any], dtype: Any, preprocess: Any, apply_kwargs: Mapping[str, Any]
-) -> Callable[[jax.Array], Any]:
-  """Returns the function of the images that is exported; the weights are constants of it."""
+) -> tuple[Callable[[Any, jax.Array], Any], dict[str, Any]]:
+  """Returns the function of weights and images that is exported, and the weights as NumPy arrays."""
   if is_nnx(model):  # whose random keys are no numbers; those that it holds stay
     variables = {collection: tree for collection, tree in variables.items() if collection != "rngkey"}
   flat = {tuple(name.split("/")): np.asarray(leaf) for name, leaf in named_arrays(variables).items()}
@@ -161,11 +168,31 @@ def _server(
     model = _with_dtype(model, dtype)
     # A layer rounds its kernel to the dtype itself; the small rest it reads in float32.
     flat = {key: leaf.astype(dtype) if key[-1] == "kernel" else leaf for key, leaf in flat.items()}
-  constants = traverse_util.unflatten_dict(flat)
+
+  def run(weights: Any, images: jax.Array) -> Any:
+    inputs = images if preprocess is None else preprocess(images)
+    return evaluate(model, weights, inputs, **apply_kwargs)
+
+  return run, traverse_util.unflatten_dict(flat)
+
+
+def _constants(weights: Any) -> Any:
+  """Makes the weights constants of the program that is being traced."""
+  return jax.tree.map(jnp.asarray, weights)
+
+
+def _is_depthwise(leaf: np.ndarray) -> bool:
+  return leaf.ndim == 4 and leaf.shape[2] == 1 < leaf.shape[3]
+
+
+def _fast_on_cpus(run: Callable[[Any, jax.Array], Any], weights: Any) -> Callable[[jax.Array], Any]:
+  """Returns the function of the images which has the forms of layers that are fast on CPUs, where it runs on one.
+
+  The program stands twice in the file then, and the weights once, as they are passed to both.
+  """
 
   def serve(images: jax.Array) -> Any:
-    inputs = images if preprocess is None else preprocess(images)
-    return evaluate(model, jax.tree.map(jnp.asarray, constants), inputs, **apply_kwargs)
+    return jax.lax.platform_dependent(_constants(weights), images, cpu=with_fast_layers(run), default=run)
 
   return serve
 

@@ -76,7 +76,7 @@ class NarrowProgram:
   def evaluate(self, place: Place, eqn: JaxprEqn, operands: Sequence[Any], axes: Axes) -> list[Any]:
     """Evaluates one equation of the program, on narrow arrays; arguments as in `run`."""
     found = self.interpreter.results.get(place, ())
-    if len(found) != len(eqn.outvars):
+    if list(map(len, found)) != [len(shape_of(var)) for var in eqn.outvars]:
       raise ProgramError("the model's code takes another way where the size of the batch is not known")
     shapes = [self.shape(a, shape_of(var)) for a, var in zip(found, eqn.outvars, strict=True)]
     results = self._evaluate(_Equation(eqn, place, operands, axes, shapes))

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
 from sapr_jax.models.network import Network
@@ -50,7 +51,8 @@ class BasicBlock(nn.Module):
       x = conv(self.features, 1, stride=self.stride, name="shortcut")(x)
       x = norm(name="bn_shortcut")(x)
     elif self.shortcut == "padding":
-      x = x[:, :: self.stride, :: self.stride]
+      # Indexing would be a gather where the number of images is a symbol, in an export.
+      x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, self.stride, self.stride, 1))
       x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (self.added // 2, self.added - self.added // 2)))
     return nn.relu(x + y)
 

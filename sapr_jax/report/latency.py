@@ -38,16 +38,28 @@ def measure_latency(
 
 
 def compare_programs(
-  networks: Mapping[str, tuple[nn.Module, Any]], input_shape: Sequence[int], batch_size: int, *, repeats: int
+  networks: Mapping[str, tuple[nn.Module, Any]],
+  input_shape: Sequence[int],
+  batch_size: int,
+  *,
+  repeats: int,
+  transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
 ) -> dict[str, dict[str, Any]]:
   """Times the forward pass as `measure_latency` does, and asks the compiler how much memory it takes.
+
+  Args:
+    networks: Name -> (model, variables).
+    input_shape: `[batch, ...]`; the batch does not count.
+    batch_size: Images of a call.
+    repeats: Calls of each.
+    transform: What the forward pass goes through before it is compiled, such as `sapr_jax.models.with_fast_layers`.
 
   Returns:
     Name -> "latency_ms", the median; "quartiles_ms", between which half of the calls lie; "memory_bytes", of weights,
     images, outputs and all that is held between them, None where the compiler does not say.
   """
   x = jnp.zeros((batch_size, *input_shape[1:]))
-  compiled = {name: _compiled(*network, x) for name, network in networks.items()}
+  compiled = {name: _compiled(*network, x, transform) for name, network in networks.items()}
   times = _milliseconds({name: _call(*parts) for name, parts in compiled.items()}, repeats)
   result = {}
   for name, (program, _) in compiled.items():
@@ -56,10 +68,13 @@ def compare_programs(
   return result
 
 
-def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]]:
+def _compiled(
+  model: nn.Module, variables: Any, x: jax.Array, transform: Callable[..., Any] = lambda function: function
+) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]]:
   """Returns the compiled forward pass and its arguments."""
   variables = jax.device_put(variables)
-  return jax.jit(lambda v, inputs: model.apply(v, inputs, train=False)).lower(variables, x).compile(), (variables, x)
+  forward = transform(lambda v, inputs: model.apply(v, inputs, train=False))
+  return jax.jit(forward).lower(variables, x).compile(), (variables, x)
 
 
 def _call(program: jax.stages.Compiled, arguments: tuple[Any, jax.Array]) -> Callable[[], jax.Array]:
