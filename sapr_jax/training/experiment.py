@@ -21,8 +21,8 @@ from sapr_jax.method import (
   Scores,
   SearchOptions,
   check_budget,
+  cost_of,
   default_round_to,
-  latency_cost,
   make_budget,
   make_comparable,
   project_to_budget,
@@ -114,9 +114,7 @@ def build(config: Any, workdir: pathlib.Path | None = None) -> Experiment:
   prune = config.prune
   chosen = {"select": prune.select, "include": tuple(prune.include), "exclude": tuple(prune.exclude)}
   graph = trace_channels(model, variables, input_shape, **chosen)
-  cost: Any = prune.cost
-  if cost == "latency":
-    cost = latency_cost(graph, _latency_table(config, model, variables, graph, workdir))
+  cost = cost_of(prune.cost, graph, lambda: _latency_table(config, model, variables, graph, workdir))
   budget = make_budget(graph, cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
   # A budget that no masks can meet shows now, not at E_start.
   round_to = prune.round_to
