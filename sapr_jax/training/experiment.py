@@ -31,6 +31,7 @@ from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.adoption import compare_images, inputs_of_weights, with_inputs
 from sapr_jax.training.config import check_streamed
 from sapr_jax.training.feed import open_feed
+from sapr_jax.training.initialization import initialize
 from sapr_jax.training.latency import table_for
 from sapr_jax.training.passes import Passes, Purpose
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
@@ -157,7 +158,7 @@ def first_network(
   )
   if config.init.weights is None:
     key = jax.random.fold_in(jax.random.key(config.seed), Purpose.INIT)
-    return model, jax.jit(model.init)(key, jnp.zeros(input_shape))
+    return model, initialize(model.init, key, np.zeros(input_shape, np.float32))
   path = pathlib.Path(config.init.weights)
   if path.is_dir():
     model, variables = artifacts.load(path, base=model)
