@@ -16,7 +16,7 @@ import pytest
 
 import sapr_jax as sapr
 from sapr_jax import __main__ as command, commands
-from sapr_jax.method import TimedLayer
+from sapr_jax.method import COSTS, TimedLayer
 
 ROOT = pathlib.Path(__file__).parent.parent
 INPUTS = sapr.Inputs((8, 8, 1), mean=[0.3], std=[0.4], class_names=[str(digit) for digit in range(10)])
@@ -272,6 +272,13 @@ def test_help_imports_nothing_that_is_slow():
   done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert not {"jax", "flax", "numpy", "absl", "ml_collections", "optax"} & set(done.stdout.split())
+
+
+def test_the_help_names_every_cost(capsys):
+  with pytest.raises(SystemExit):
+    command.build_parser().parse_args(["prune", "--help"])
+  (line,) = re.findall(r"--cost COST +([^-]+)", capsys.readouterr().out)
+  assert set(re.findall(r"\w+", line)) - {"default"} == COSTS.keys()
 
 
 def test_training_has_the_messages_and_exit_statuses_of_the_program(tmp_path):
