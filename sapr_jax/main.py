@@ -45,6 +45,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sapr_jax import configs
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line
+from sapr_jax.runtime.garbage import without_collection
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "The experiment: a name such as digits, or a file with get_config()."
@@ -110,8 +111,9 @@ def main(argv: Sequence[str]) -> int:
 def _run(config: Any, workdir: str, process: int = 0, interruption: ProgramInterruption | None = None) -> int:
   """Runs the experiment; returns the exit status."""
   try:
-    from sapr_jax import runtime, training  # start slowly; bad flags fail before
-    from sapr_jax.runtime.devices import start_jax
+    with without_collection():
+      from sapr_jax import runtime, training  # start slowly; bad flags fail before
+      from sapr_jax.runtime.devices import start_jax
 
     if config.get("fast_cpu"):
       runtime.keep_memory()  # the process is ours; JAX has not started yet

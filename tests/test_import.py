@@ -41,3 +41,24 @@ def test_the_line_about_the_library_passes_where_it_is_a_warning(caplog):
 def test_what_is_offered_is_there():
   assert sapr.configs.get("digits").model.name == "resnet8"
   assert all(getattr(sapr, name) is not None for name in dir(sapr))
+
+
+UNTIL_THE_FIRST_STEP = """
+import pathlib, sys
+import sapr_jax.main
+from sapr_jax import runtime, training
+from sapr_jax.artifacts import Checkpointer
+checkpointer = Checkpointer(pathlib.Path(sys.argv[1]) / "train")
+assert checkpointer.restore(3) == (3, None)
+checkpointer.close()
+print(*sys.modules)
+"""
+
+
+def test_training_starts_without_what_it_needs_later(tmp_path):
+  command = [sys.executable, "-c", UNTIL_THE_FIRST_STEP, tmp_path]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  modules = set(done.stdout.split())
+  assert "sapr_jax.training.run" in modules and (tmp_path / "train").is_dir()
+  assert not {"orbax", "tensorstore", "matplotlib", "torch", "tensorflow", "pandas", "flax.nnx", "PIL.Image"} & modules

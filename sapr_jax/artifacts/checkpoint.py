@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pathlib
@@ -11,9 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from sapr_jax.artifacts.checkpoint_files import Content, DamagedError, open_manager, read
 from sapr_jax.artifacts.files import free_name
 from sapr_jax.errors import InputError
 
@@ -31,16 +30,23 @@ class Checkpointer:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int = 2, keep_period: int | None = None):
-    """Opens `directory`, which is made if it does not exist, for the checkpoints, a directory each.
+    """Takes `directory`, which is made if it does not exist, for the checkpoints, a directory each.
 
     The newest `keep` are kept, and those whose step is a multiple of `keep_period`.
 
     Raises:
       OSError: If it cannot be made or read.
     """
-    self._directory = directory
+    directory.mkdir(parents=True, exist_ok=True)
+    self._directory, self._keep = directory, (keep, keep_period)
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
-    self._manager = open_manager(directory, _ITEM, keep, keep_period)
+
+  @functools.cached_property
+  def _manager(self) -> Any:
+    """Orbax's manager; it is imported when it is needed, as that takes a while."""
+    from sapr_jax.artifacts.checkpoint_files import open_manager
+
+    return open_manager(self._directory, _ITEM, *self._keep)
 
   def restore(self, like: Tree) -> tuple[Tree, dict[str, Any] | None]:
     """Returns the newest undamaged state and its position, or `like` and None if there is none.
@@ -52,6 +58,10 @@ class Checkpointer:
       InputError: If a checkpoint is whole, and its arrays are not those of `like`.
       OSError: If a file cannot be read.
     """
+    if jax.process_count() == 1 and not any(self._directory.iterdir()):
+      return like, None
+    from sapr_jax.artifacts.checkpoint_files import DamagedError, read
+
     while (step := self._manager.latest_step()) is not None:
       folder = self._directory / str(step)
       status, problem = _REFUSED, "another process cannot read it"
@@ -90,11 +100,13 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return
+    from sapr_jax.artifacts.checkpoint_files import contents
+
     named = _by_name(state)
     # Arrays are replicated, so the first device's copy serves; on a CPU a view of memory that the next step takes.
     leaves = [leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf for leaf in named.values()]
     arrays = dict(zip(named, map(np.array, jax.device_get(leaves)), strict=True))
-    args = ocp.args.Composite(**{_ITEM: Content(arrays, dict(position))})
+    args = contents(_ITEM, arrays, dict(position))
     self._manager.save(step, args=args, force=True)  # otherwise Orbax looks for preemption, as the loop does
 
   def close(self) -> None:
@@ -103,6 +115,8 @@ class Checkpointer:
     Raises:
       OSError: If the last one cannot be written.
     """
+    if "_manager" not in vars(self):
+      return
     try:
       self._manager.wait_until_finished()
     finally:

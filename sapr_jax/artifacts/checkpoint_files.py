@@ -97,6 +97,11 @@ class Content(ocp.args.CheckpointArgs):
   position: dict[str, Any]
 
 
+def contents(item: str, arrays: dict[str, np.ndarray], position: dict[str, Any]) -> ocp.args.Composite:
+  """Returns what Orbax's manager is to save."""
+  return ocp.args.Composite(**{item: Content(arrays, position)})
+
+
 def open_manager(directory: pathlib.Path, item: str, keep: int, keep_period: int | None) -> ocp.CheckpointManager:
   """Returns Orbax's manager of the checkpoints in `directory`, where nothing else may be writing some."""
   if jax.process_index() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import pathlib
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 _TEMPORARY = ".tmp-"
@@ -94,3 +96,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def json_text(value: Any) -> str:
   """Returns `value` as indented JSON; raises `ValueError` for a number that JSON does not have."""
   return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_entries(document: Mapping[str, Any]) -> str:
+  """Returns the checksum of a JSON object but for its entry "sha256"."""
+  entries = {name: entry for name, entry in document.items() if name != "sha256"}
+  return sha256(json.dumps(entries, sort_keys=True).encode())

@@ -9,7 +9,6 @@ README.md             the same for people; may be edited
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -27,7 +26,15 @@ import safetensors.flax
 from flax import traverse_util
 
 from sapr_jax.artifacts.definition import DEFINITION, NNX, base_from_json, check_base, definition_of
-from sapr_jax.artifacts.files import json_text, read_bytes, temporary_prefix, write_atomically, write_json
+from sapr_jax.artifacts.files import (
+  json_text,
+  read_bytes,
+  sha256,
+  sha256_of_entries,
+  temporary_prefix,
+  write_atomically,
+  write_json,
+)
 from sapr_jax.artifacts.model_card import CARD, model_card
 from sapr_jax.artifacts.model_info import INFO, ModelInfo, info_from_json, info_to_json
 from sapr_jax.channels import NarrowModule, are_cuts, check_variables, is_nnx, network_of
@@ -105,9 +112,9 @@ def save(
       write_atomically(temporary / WEIGHTS, weights)
       shapes = {name: {"shape": leaf.shape, "dtype": leaf.dtype.name} for name, leaf in sorted(flat.items())}
       definition = {"format": FORMAT, **definition_of(model), "variables": shapes}
-      checksums = {WEIGHTS: _sha256(weights), DEFINITION: _sha256_of_entries(definition)}
+      checksums = {WEIGHTS: sha256(weights), DEFINITION: sha256_of_entries(definition)}
       if info is not None:
-        checksums[INFO] = _sha256(content := json_text(info).encode())
+        checksums[INFO] = sha256(content := json_text(info).encode())
         write_atomically(temporary / INFO, content)
         write_atomically(temporary / CARD, model_card(info_from_json(info, definition)))
       definition["sha256"] = checksums
@@ -149,7 +156,7 @@ def load(path: str | os.PathLike[str], *, base: Any = None) -> Any:
   if base is not None or is_module:
     check_base(base, definition["base"], path, is_module)
   weights = path / WEIGHTS
-  if _sha256(_read_part(weights)) != definition["sha256"][WEIGHTS]:
+  if sha256(_read_part(weights)) != definition["sha256"][WEIGHTS]:
     raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {DEFINITION}; copy or save the model again.")
   flat = read_tensors(weights)
   described = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in definition["variables"].items()}
@@ -192,7 +199,7 @@ def load_info(path: str | os.PathLike[str]) -> ModelInfo:
       raise InputError(f"{file} is not of this model, as {DEFINITION} does not name it; save the model again with it.")
     return info_from_json(None, definition)
   content = _read_part(file)
-  if _sha256(content) != checksum:
+  if sha256(content) != checksum:
     raise InputError(
       f"{file} is damaged or was edited: its SHA-256 is not the one in {DEFINITION}; copy or save the model again."
     )
@@ -212,7 +219,7 @@ def is_whole(path: pathlib.Path) -> bool:
   """
   try:
     checksums = _read_definition(path)["sha256"]
-    return all(checksums[name] == _sha256(read_bytes(path / name)) for name in checksums.keys() & {WEIGHTS, INFO})
+    return all(checksums[name] == sha256(read_bytes(path / name)) for name in checksums.keys() & {WEIGHTS, INFO})
   except (FileNotFoundError, InputError):
     return False
 
@@ -292,15 +299,9 @@ def _read_definition(path: pathlib.Path) -> dict[str, Any]:
   if not whole:
     raise InputError(f"{file} is damaged: entries are missing or of the wrong kind; copy or save the model again.")
   # Models that older versions saved have no such checksum.
-  if definition["sha256"].get(DEFINITION, _sha256_of_entries(definition)) != _sha256_of_entries(definition):
+  if definition["sha256"].get(DEFINITION, sha256_of_entries(definition)) != sha256_of_entries(definition):
     raise InputError(f"{file} is damaged or was edited: its SHA-256 is another; copy or save the model again.")
   return definition
-
-
-def _sha256_of_entries(definition: Mapping[str, Any]) -> str:
-  """Returns the checksum of the definition but for its checksums."""
-  entries = {name: entry for name, entry in definition.items() if name != "sha256"}
-  return _sha256(json.dumps(entries, sort_keys=True).encode())
 
 
 def _are_widths(fields: Mapping[str, Any]) -> bool:
@@ -314,10 +315,6 @@ def _is_variable(name: str, entry: Mapping[str, Any]) -> bool:
 
 def _is_name(name: str) -> bool:
   return not {"", ".", ".."} & set(name.split("/"))
-
-
-def _sha256(data: bytes) -> str:
-  return hashlib.sha256(data).hexdigest()
 
 
 def _replace_directory(new: pathlib.Path, path: pathlib.Path) -> None:

@@ -105,18 +105,20 @@ def _open(args: argparse.Namespace) -> _Dense:
 
 def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
   from sapr_jax.channels import SELECTIONS
-  from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
+  from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES, measured_costs
 
   for name, known in (
     ("importance", IMPORTANCES),
     ("compare", COMPARISONS),
-    ("cost", (*COSTS, "latency")),
+    ("cost", COSTS),
     ("select", SELECTIONS),
   ):
     if (value := getattr(args, name)) not in known:
       raise InputError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
-  if args.latency_table is not None and args.cost != "latency":
-    raise InputError(f"--latency-table must be left out where --cost is {args.cost}; add --cost latency.")
+  if args.latency_table is not None and args.cost not in (costs := measured_costs()):
+    raise InputError(f"--latency-table must be left out where --cost is {args.cost}; add --cost {' or '.join(costs)}.")
+  if not 0 < args.keep <= 1:
+    raise InputError(f"--keep must be a number in (0, 1], got {args.keep}; it is the share of the cost to keep.")
   if not args.cost_exponent >= 0:
     raise InputError(f"--cost-exponent must be at least 0, got {args.cost_exponent}.")
   if args.importance == "taylor" and not has_images:
@@ -132,14 +134,14 @@ def _cut(args: argparse.Namespace, dense: _Dense, out: pathlib.Path) -> Answer:
   model, variables, inputs = dense.model, dense.variables, dense.inputs
   chosen = networks.chosen_groups(args)
   graph = channels.trace_channels(model, variables, inputs.input_shape, input_dtype=inputs.dtype, **chosen)
-  cost: Any = args.cost
-  if cost == "latency":
+
+  def times() -> method.LatencyTable:
     from sapr_jax import training  # takes a while to import
 
     base = model.base if isinstance(model, channels.NarrowModule) else model
-    found = training.table_for(model, variables, graph, path=args.latency_table, dtype=jax.numpy.dtype(base.dtype).name)
-    cost = method.latency_cost(graph, found)
-  budget = method.make_budget(graph, cost, share=args.keep)
+    return training.table_for(model, variables, graph, path=args.latency_table, dtype=jax.numpy.dtype(base.dtype).name)
+
+  budget = method.make_budget(graph, method.cost_of(args.cost, graph, times), share=args.keep)
   round_to = args.round_to
   if round_to is None:
     round_to = method.default_round_to(graph, budget, jax.devices()[0].platform, min_width=args.min_width)

@@ -8,14 +8,13 @@ from sapr_jax.method.budget import (
   amount_in_words,
   budget_penalty,
   check_budget,
-  check_share,
   macs_budget,
   make_budget,
   params_budget,
   project_to_budget,
 )
 from sapr_jax.method.channel_norms import channel_norms
-from sapr_jax.method.cost import COSTS, Cost
+from sapr_jax.method.cost import COSTS, Cost, cost_of, measured_costs
 from sapr_jax.method.generator import (
   ArchitectureGenerator,
   keep_probability,
@@ -83,7 +82,7 @@ __all__ = [
   "budget_penalty",
   "channel_norms",
   "check_budget",
-  "check_share",
+  "cost_of",
   "default_round_to",
   "gamma_for",
   "get_masks",
@@ -96,6 +95,7 @@ __all__ = [
   "macs_budget",
   "make_budget",
   "make_comparable",
+  "measured_costs",
   "most_likely_masks",
   "outputs_of_prior",
   "overlap",

@@ -14,7 +14,7 @@ import numpy as np
 from sapr_jax.channels import ChannelGraph, Masks, check_graph, check_masks
 from sapr_jax.checks import check_array, check_concrete, check_integer, check_number, check_type, shown
 from sapr_jax.errors import InputError
-from sapr_jax.method.cost import COSTS, Cost, PolynomialCost
+from sapr_jax.method.cost import COSTS, Cost, PolynomialCost, cost_of
 
 _MACS_OF = {"prunable": "prunable_macs", "network": "macs"}
 
@@ -77,7 +77,7 @@ def macs_budget(
   """
   if not isinstance(of, str) or of not in _MACS_OF:
     raise InputError(f"of must be one of {', '.join(map(repr, _MACS_OF))}, got {shown(of)}.")
-  return make_budget(graph, _MACS_OF[of], share=p, amount=amount)
+  return _budget(graph, _MACS_OF[of], "p", p, amount)
 
 
 def params_budget(graph: ChannelGraph, p: float | None = None, *, amount: float | None = None) -> Budget:
@@ -86,7 +86,7 @@ def params_budget(graph: ChannelGraph, p: float | None = None, *, amount: float 
   Raises:
     InputError: If both or neither of `p` and `amount` are given, or one is out of range; see `make_budget`.
   """
-  return make_budget(graph, "params", share=p, amount=amount)
+  return _budget(graph, "params", "p", p, amount)
 
 
 def make_budget(
@@ -96,7 +96,7 @@ def make_budget(
 
   Args:
     graph: The channel graph.
-    cost: A name in `COSTS`, or a cost of your own.
+    cost: A name in `COSTS`, or a cost: of your own, or `latency_cost(graph, table)`.
     share: Share of the dense network's cost to keep, in (0, 1].
     amount: The limit itself, in place of `share`.
 
@@ -104,10 +104,13 @@ def make_budget(
     InputError: If `cost` is unknown, both or neither of `share` and `amount` are given, `share` is not in (0, 1],
       `amount` exceeds the dense network's cost, or the limit is below the cost of one channel a group.
   """
+  return _budget(graph, cost, "share", share, amount)
+
+
+def _budget(graph: ChannelGraph, cost: str | Cost, name: str, share: float | None, amount: float | None) -> Budget:
+  """Limits any cost; the caller knows its share by `name`."""
   check_graph(graph)
-  if isinstance(cost, str) and cost in COSTS:
-    cost = COSTS[cost](graph)
-  cost = _check_cost(cost)
+  cost = _check_cost(cost_of(cost, graph) if isinstance(cost, str) and cost in COSTS else cost)
   if (share is None) == (amount is None):
     raise InputError(
       f"A budget must be given as a share or as an amount, got {'neither' if share is None else 'both'}; write"
@@ -117,7 +120,7 @@ def make_budget(
   check_number(f"The cost {cost.name} of the dense network", full, "a number above 0", lambda x: x > 0)
   full = float(full)
   if share is not None:
-    check_share(share)
+    check_number(name, share, "a number in (0, 1]", lambda x: 0 < x <= 1, cure="it is the share of the cost to keep")
     limit = float(share) * full
   else:
     must = f"above 0 and at most {amount_in_words(full)} {cost.name}, all there are"
@@ -126,11 +129,6 @@ def make_budget(
   budget = Budget(cost, limit, full)
   check_budget(graph, budget)
   return budget
-
-
-def check_share(p: Any) -> None:
-  """Raises InputError unless p is a number in (0, 1]."""
-  check_number("p", p, "a number in (0, 1]", lambda x: 0 < x <= 1, cure="it is the share of the cost to keep")
 
 
 def check_budget(graph: ChannelGraph, budget: Budget, *, min_width: int = 1, round_to: int = 1) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.channels.graph import ChannelPolynomial
+from sapr_jax.errors import InputError
+from sapr_jax.method.latency import LatencyTable, latency_cost
 
 
 class Cost(Protocol):
@@ -65,5 +68,29 @@ def params(graph: ChannelGraph) -> Cost:
   return PolynomialCost("params", graph.costs["params"])
 
 
-COSTS: dict[str, Callable[[ChannelGraph], Cost]] = {"prunable_macs": prunable_macs, "macs": macs, "params": params}
-"""Name -> the cost for a channel graph."""
+COSTS: dict[str, Callable[..., Cost]] = {
+  "prunable_macs": prunable_macs,
+  "macs": macs,
+  "params": params,
+  "latency": latency_cost,
+}
+"""Name -> function of a channel graph, and of a `table` of measurements if it has such a parameter."""
+
+
+def measured_costs() -> list[str]:
+  """Returns the names of those that take a table."""
+  return [name for name, make in COSTS.items() if "table" in inspect.signature(make).parameters]
+
+
+def cost_of(name: str, graph: ChannelGraph, table: Callable[[], LatencyTable] | None = None) -> Cost:
+  """Returns the cost of that name; the function gives the table of one that needs it.
+
+  Raises:
+    InputError: If there is none.
+  """
+  make = COSTS[name]
+  if name not in measured_costs():
+    return make(graph)
+  if table is None:
+    raise InputError(f"cost must come with its measurements, got {name!r} alone; write {make.__name__}(graph, table).")
+  return make(graph, table())

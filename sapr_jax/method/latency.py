@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels import ChannelGraph, check_graph
-from sapr_jax.checks import check_type
+from sapr_jax.checks import check_dtype, check_integer, check_number, check_type, is_integer, shown
 from sapr_jax.errors import InputError
 
 FORMAT = 1
@@ -54,6 +54,9 @@ class LatencyTable:
     offset: Milliseconds that the network takes besides.
     scale: How much longer layers take within the network than alone.
     networks: Whole networks that were measured: "widths" in the order of `groups`, "milliseconds", "predicted".
+
+  Raises:
+    InputError: If the times are not positive, or do not reach from one channel to all of a group.
   """
 
   about: Mapping[str, Any]
@@ -62,6 +65,30 @@ class LatencyTable:
   offset: float
   scale: float
   networks: tuple[Mapping[str, Any], ...]
+
+  def __post_init__(self) -> None:
+    for name in ("device", "inputs"):
+      if not isinstance(self.about[name], str) or not self.about[name]:
+        raise InputError(f"{name} must be text, got {shown(self.about[name])}.")
+    check_dtype("dtype", self.about["dtype"])
+    for name in ("batch_size", "macs"):
+      check_number(name, self.about[name], "an integer of at least 1", lambda x: x >= 1 and x == int(x))
+    for name, size in self.groups.items():
+      check_integer(f"The width of group {name!r}", size, 1)
+    check_number("offset", self.offset, "a number of at least 0", lambda x: x >= 0)
+    check_number("scale", self.scale, "a number above 0", lambda x: x > 0)
+    if not self.layers:
+      raise InputError("layers must be those of a network, got none.")
+    for layer in self.layers:
+      _check_layer(layer, self.groups)
+    for network in self.networks:
+      widths = list(network["widths"])
+      if len(widths) != len(self.groups) or not all(
+        is_integer(width) and 1 <= width <= size for width, size in zip(widths, self.groups.values(), strict=True)
+      ):
+        raise InputError(f"The widths of a network must be from 1 to those of its groups, got {shown(widths)}.")
+      for name in ("milliseconds", "predicted"):
+        check_number(f"The {name} of a network", network[name], "a number above 0", lambda x: x > 0)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the table in JSON types, for `json.dump`."""
@@ -82,48 +109,48 @@ class LatencyTable:
     """Returns the table that `to_json` wrote.
 
     Raises:
-      InputError: If `document` is not such a table.
+      InputError: If `document` is not such a table, or cannot be one of a network.
     """
     try:
       if document["format"] != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT}")
-      table = cls(
+      return cls(
         {name: document["about"][name] for name in ("device", "batch_size", "dtype", "inputs", "macs")}
         | document["about"],
-        {str(name): int(size) for name, size in document["groups"].items()},
+        dict(document["groups"]),
         tuple(map(_layer_from_json, document["layers"])),
-        float(document["offset"]),
-        float(document["scale"]),
+        document["offset"],
+        document["scale"],
         tuple(map(dict, document["networks"])),
       )
-      _check_layers(table)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
       reason = f"{type(error).__name__}: {str(error)[:200]}"
       raise InputError(f"document must be what LatencyTable.to_json returned; reading it gave {reason}.") from error
-    return table
 
 
 def _layer_from_json(document: Mapping[str, Any]) -> TimedLayer:
   return TimedLayer(
     str(document["layer"]),
     tuple(map(tuple, document["uses"])),
-    tuple(np.array(row, np.int64) for row in document["widths"]),
+    tuple(map(np.array, document["widths"])),
     np.array(document["milliseconds"], np.float64),
   )
 
 
-def _check_layers(table: LatencyTable) -> None:
-  """Raises `ValueError` unless the times are positive, and reach from one channel to all of a group."""
-  if not (table.layers and np.isfinite([table.offset, table.scale]).all() and table.offset >= 0 < table.scale):
-    raise ValueError("it must have layers, and an offset and a scale that are positive")
-  for layer in table.layers:
-    shape = tuple(row.size for row in layer.widths)
-    if layer.milliseconds.shape != shape or not (np.isfinite(layer.milliseconds) & (layer.milliseconds > 0)).all():
-      raise ValueError(f"the times of {layer.layer!r} must be {shape} numbers above 0")
-    for groups in layer.uses:
-      for name, row in zip(groups, layer.widths, strict=True):
-        if (np.diff(row) <= 0).any() or row[0] != 1 or row[-1] != table.groups[name]:
-          raise ValueError(f"the widths of {layer.layer!r} must rise from 1 to those of group {name!r}")
+def _check_layer(layer: TimedLayer, groups: Mapping[str, int]) -> None:
+  """Raises `InputError` unless the times are positive, and reach from one channel to all of a group."""
+  name, times = f"of layer {layer.layer!r}", layer.milliseconds
+  for row in layer.widths:
+    if row.ndim != 1 or row.dtype.kind != "i" or row[0] != 1 or (np.diff(row) <= 0).any():
+      raise InputError(f"The widths {name} must be integers that rise from 1, got {shown(row.tolist())}.")
+  if times.shape != (shape := tuple(row.size for row in layer.widths)):
+    raise InputError(f"The times {name} must be {shape}, one for each width, got {times.shape}.")
+  if (wrong := times[~(np.isfinite(times) & (times > 0))]).size:
+    raise InputError(f"The times {name} must be numbers above 0, got {wrong[0]}.")
+  ends = [int(row[-1]) for row in layer.widths]
+  for use in layer.uses:
+    if (sizes := [groups.get(group) for group in use]) != ends:
+      raise InputError(f"The widths {name} must end at those of groups {shown(use)}, {shown(sizes)}, got {ends}.")
 
 
 def latency_cost(graph: ChannelGraph, table: LatencyTable) -> LatencyCost:

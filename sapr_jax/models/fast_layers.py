@@ -105,6 +105,10 @@ def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
   return _batch_norm_forward(x, scale, bias, epsilon)[0]
 
 
+_traced_once = functools.partial(jax.jit, inline=True)  # for all layers of one shape; the program is the same
+
+
+@functools.partial(_traced_once, static_argnums=3)
 def _batch_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
   axes = tuple(range(x.ndim - 1))
   mean = jnp.mean(x, axes)
@@ -113,6 +117,7 @@ def _batch_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
   return ((x - mean) * (inverse * scale) + bias, mean, var), (x, mean, inverse, scale)
 
 
+@functools.partial(_traced_once, static_argnums=0)
 def _batch_norm_backward(epsilon: float, residuals: Any, gradients: Any) -> tuple[jax.Array, ...]:
   del epsilon
   x, mean, inverse, scale = residuals

@@ -6,11 +6,18 @@ import re
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 BLOCK_LAYER = re.compile(r"stage(\d+)_block(\d+)/(\w+)")
 """Path of a layer inside a block: stage, block, layer."""
 
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., ICCV 2015
+
+def traced_once(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
+  """Returns an initializer that is traced once for parameters of one shape: Flax traces it again in each `apply`."""
+  return jax.jit(init, static_argnums=(1, 2))
+
+
+_kernel_init = traced_once(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))  # He et al., ICCV 2015
 
 
 def convolution(features: int, size: int, *, dtype: Any, name: str, stride: int = 1, groups: int = 1) -> nn.Conv:

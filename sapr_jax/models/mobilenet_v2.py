@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution
+from sapr_jax.models.layers import BLOCK_LAYER, batch_norm, convolution, traced_once
 from sapr_jax.models.network import Network
 
-_dense_init = nn.initializers.normal(0.01)  # as in torchvision
+_dense_init = traced_once(nn.initializers.normal(0.01))  # as in torchvision
 
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """(expansion, channels, blocks, stride of the first block) of each stage: Table 2 of the paper."""

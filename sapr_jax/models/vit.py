@@ -11,7 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sapr_jax.models.layers import traced_once
 from sapr_jax.models.network import Network
+
+_position_init = traced_once(nn.initializers.normal(0.02))
 
 
 class EncoderBlock(nn.Module):
@@ -75,7 +78,7 @@ class VisionTransformer(Network):
     patch = (self.patch_size, self.patch_size)
     x = nn.Conv(width, patch, strides=patch, dtype=self.dtype, name="patches")(x.astype(self.dtype))
     x = x.reshape((x.shape[0], -1, width))
-    position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], width))
+    position = self.param("position", _position_init, (1, x.shape[1], width))
     x = x + position.astype(self.dtype)
     for i in range(self.layers):
       x = block_type(self.num_heads, head_width, hidden, self.dropout, self.dtype, name=f"block{i + 1}")(x, train)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sapr_jax.errors import InputError, one_line
+from sapr_jax.runtime.garbage import without_collection
 
 AXIS = "data"
 """Name of the mesh axis, for `jax.lax.pmean` and the like inside a step."""
@@ -135,7 +136,8 @@ class MappedStep:
     Returns:
       (state, metrics stacked `[n, ...]`). The host does not wait for them.
     """
-    return self._many(state, shared, batches)
+    with without_collection():  # the first call traces the step
+      return self._many(state, shared, batches)
 
   def run(self, state: Any, shared: Any, calls: Iterable[Any]) -> tuple[Any, dict[str, np.ndarray]]:
     """Runs all calls; returns the last state and the metrics of all steps, on the host."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import difflib
 import math
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from sapr_jax.channels import SELECTIONS
 from sapr_jax.data import SOURCES
 from sapr_jax.errors import InputError
-from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES
+from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES, measured_costs
 from sapr_jax.models import MODELS
 from sapr_jax.training.inputs import default_resize, image_size
 from sapr_jax.training.optimizers import MIN_NDIM_OF_DECAYED, OPTIMIZERS, SCHEDULES
@@ -125,8 +124,6 @@ def _phase(name: str, least_epochs: int) -> dict[str, Rule | OneOf]:
   }
 
 
-_COSTS: collections.ChainMap[str, None] = collections.ChainMap({"latency": None}, COSTS)  # type: ignore[arg-type]
-
 FIELDS: dict[str, Rule | OneOf] = {
   "seed": integer(0, 2**32 - 1),
   "steps_per_call": integer(1).or_unset(),
@@ -156,7 +153,7 @@ FIELDS: dict[str, Rule | OneOf] = {
   **_phase("train", least_epochs=0),
   **_phase("finetune", least_epochs=0),
   "prune.proposer": OneOf(PROPOSERS),
-  "prune.cost": OneOf(_COSTS),
+  "prune.cost": OneOf(COSTS),
   "prune.latency_table": PATH.or_unset(),
   "prune.latency_batch_size": integer(1).or_unset(),
   "prune.p": SHARE,
@@ -226,8 +223,8 @@ def check_config(config: Any) -> None:
       f" their place, got {config.data.test_images}."
     )
   for name in ("latency_table", "latency_batch_size"):
-    if (value := config.prune[name]) is not None and config.prune.cost != "latency":
-      raise InputError(f"prune.{name} must be unset unless prune.cost=latency, got {value!r}.")
+    if (value := config.prune[name]) is not None and config.prune.cost not in (costs := measured_costs()):
+      raise InputError(f"prune.{name} must be unset unless prune.cost={' or '.join(costs)}, got {value!r}.")
   if config.train.optimizer != "sgd" and config.prune.form == "penalty":
     raise InputError(
       f"prune.form must be proximal where train.optimizer={config.train.optimizer}, which would rescale a penalty's"

@@ -21,8 +21,8 @@ from sapr_jax.method import (
   Scores,
   SearchOptions,
   check_budget,
+  cost_of,
   default_round_to,
-  latency_cost,
   make_budget,
   make_comparable,
   project_to_budget,
@@ -31,6 +31,7 @@ from sapr_jax.runtime import data_mesh, processes
 from sapr_jax.training.adoption import compare_images, inputs_of_weights, with_inputs
 from sapr_jax.training.config import check_streamed
 from sapr_jax.training.feed import open_feed
+from sapr_jax.training.initialization import initialize
 from sapr_jax.training.latency import table_for
 from sapr_jax.training.passes import Passes, Purpose
 from sapr_jax.training.proposers import GeneratorProposer, ImportanceProposer, Knowledge, Proposer
@@ -114,9 +115,7 @@ def build(config: Any, workdir: pathlib.Path | None = None) -> Experiment:
   prune = config.prune
   chosen = {"select": prune.select, "include": tuple(prune.include), "exclude": tuple(prune.exclude)}
   graph = trace_channels(model, variables, input_shape, **chosen)
-  cost: Any = prune.cost
-  if cost == "latency":
-    cost = latency_cost(graph, _latency_table(config, model, variables, graph, workdir))
+  cost = cost_of(prune.cost, graph, lambda: _latency_table(config, model, variables, graph, workdir))
   budget = make_budget(graph, cost, share=prune.p if prune.limit is None else None, amount=prune.limit)
   # A budget that no masks can meet shows now, not at E_start.
   round_to = prune.round_to
@@ -159,7 +158,7 @@ def first_network(
   )
   if config.init.weights is None:
     key = jax.random.fold_in(jax.random.key(config.seed), Purpose.INIT)
-    return model, jax.jit(model.init)(key, jnp.zeros(input_shape))
+    return model, initialize(model.init, key, np.zeros(input_shape, np.float32))
   path = pathlib.Path(config.init.weights)
   if path.is_dir():
     model, variables = artifacts.load(path, base=model)

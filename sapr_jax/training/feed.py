@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -137,11 +136,8 @@ class ResidentFeed(Feed):
       crop_padding=fields.crop_padding,
       flip=fields.flip,
     )
-    splits = [
-      Shared(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels))
-      for split in (dataset.train, dataset.test)
-    ]
-    self.train, self.test = replicate(splits, mesh)
+    splits = [(split.images, split.labels) for split in (dataset.train, dataset.test)]
+    self.train, self.test = (Shared(*arrays) for arrays in replicate(splits, mesh))
     self._steps_per_call = config.steps_per_call or default_steps_per_call(mesh)
 
   def _training_calls(self, order: np.ndarray, purpose: int, epoch: int, first: int) -> Iterator[Any]:

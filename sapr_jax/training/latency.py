@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax import report
-from sapr_jax.artifacts.files import read_bytes, write_json
+from sapr_jax.artifacts.files import read_bytes, sha256_of_entries, write_json
 from sapr_jax.channels import ChannelGraph, Piece, is_nnx, network_pieces
 from sapr_jax.checks import check_function, check_integer, check_path, check_type, shown
-from sapr_jax.errors import InputError, os_errors_in_one_line
+from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
 from sapr_jax.method import LatencyCost, LatencyTable, TimedLayer
 from sapr_jax.runtime import say
 
@@ -117,7 +117,7 @@ def measure_latency(
 
 
 def write_latency_table(path: str | os.PathLike[str], table: LatencyTable) -> None:
-  """Writes a table as JSON.
+  """Writes a table as JSON, with its SHA-256.
 
   Raises:
     InputError: If the path cannot be written.
@@ -125,22 +125,28 @@ def write_latency_table(path: str | os.PathLike[str], table: LatencyTable) -> No
   check_type("table", table, LatencyTable, "measure_latency(model, variables, graph) returns one")
   path = check_path(path)
   with os_errors_in_one_line(path):
-    write_json(path, table.to_json())
+    write_json(path, (document := table.to_json()) | {"sha256": sha256_of_entries(document)})
 
 
 def read_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
   """Reads a table, of this or another device.
 
   Raises:
-    InputError: If the file cannot be read, or is damaged or something else.
+    InputError: If the file cannot be read, is damaged, was edited, or is something else.
   """
   path = check_path(path)
   with os_errors_in_one_line(path):
     data = read_bytes(path)
   try:
-    return LatencyTable.from_json(json.loads(data))
+    table = LatencyTable.from_json(document := json.loads(data))
+    if document.get("sha256", checksum := sha256_of_entries(document)) != checksum:  # a file by hand may have none
+      raise InputError("its SHA-256 must be that of its entries, got another, so it was edited.")
   except (InputError, RecursionError, ValueError) as error:
-    raise InputError(f"{path} is damaged or is no latency table; measure it again, with sapr latency.") from error
+    reason = one_line(error).rstrip(".")
+    raise InputError(
+      f"{path} is damaged or is no latency table: {reason}; measure it again, with sapr latency."
+    ) from error
+  return table
 
 
 def table_for(

@@ -30,6 +30,7 @@ from sapr_jax.method import (
 )
 from sapr_jax.runtime.devices import MappedStep, replicate
 from sapr_jax.training import steps
+from sapr_jax.training.initialization import initialize
 from sapr_jax.training.passes import Passes, Purpose
 
 PROPOSERS = ("generator", *IMPORTANCES)
@@ -132,7 +133,7 @@ class GeneratorProposer:
     return self.passes.map(steps.masked_loss_step(self.model, self.graph, preprocessing, train=self.train))
 
   def init(self) -> GeneratorState:
-    variables = self.generator.init(self.passes.key(Purpose.GENERATOR_INIT))
+    variables = initialize(self.generator.init, self.passes.key(Purpose.GENERATOR_INIT))
     return GeneratorState.create(variables, self.tx, self._outputs(variables))
 
   def propose(

@@ -18,7 +18,7 @@ from sapr_jax import artifacts, report
 from sapr_jax.artifacts.files import free_name, read_json, write_atomically, write_json
 from sapr_jax.channels import ChannelGraph, Masks, prune
 from sapr_jax.errors import DivergedError, InputError, InterruptedRunError, one_line, os_errors_in_one_line
-from sapr_jax.method import Budget, LatencyCost, Weighting, amount_in_words, relative_weights
+from sapr_jax.method import Budget, LatencyTable, Weighting, amount_in_words, relative_weights
 from sapr_jax.runtime import Interruption, processes, say, use_compilation_cache
 from sapr_jax.runtime.devices import is_main_process
 from sapr_jax.training import loop, stages, workdir as layout
@@ -242,8 +242,9 @@ def _write_network(experiment: Experiment, path: pathlib.Path, functions: list[s
   if is_main_process():
     groups = {group.name: group.size for group in experiment.graph.groups}
     network = {"groups": groups, "macs": experiment.graph.macs(), "round_to": experiment.round_to}
-    if isinstance(cost := experiment.budget.cost, LatencyCost) and not (path / layout.LATENCY).exists():
-      write_latency_table(path / layout.LATENCY, cost.table)
+    table = getattr(experiment.budget.cost, "table", None)
+    if isinstance(table, LatencyTable) and not (path / layout.LATENCY).exists():
+      write_latency_table(path / layout.LATENCY, table)
     network |= {"functions": functions}  # of the run, as far as names tell
     network |= {"images": experiment.passes.feed.fingerprint}
     write_json(path / layout.NETWORK, network)

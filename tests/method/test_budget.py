@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from sapr_jax.method import COSTS, budget_penalty, check_budget, macs_budget, make_budget, params_budget
+from sapr_jax.method import budget_penalty, check_budget, macs_budget, make_budget, params_budget
 
 
 def random_scores(graph, seed):
@@ -103,7 +103,7 @@ def test_least_widths_and_multiples_are_kept(resnet20):
   assert resnet20.prunable_macs(masks) <= 0.5 * resnet20.prunable_macs()
 
 
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", ["prunable_macs", "macs", "params"])
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
 def test_every_cost_is_met_and_no_group_could_take_one_more_channel(resnet20, cost, share):
   budget = make_budget(resnet20, cost, share=share)
@@ -175,6 +175,8 @@ def test_a_budget_below_the_smallest_latency_says_so_in_its_own_unit(tiny):
 def test_a_share_outside_0_to_1_is_refused(tiny, p):
   with pytest.raises(sapr.InputError, match=r"^p must be a number in \(0, 1\], got .*; it is the share"):
     macs_budget(tiny.graph, p)
+  with pytest.raises(sapr.InputError, match=r"^share must be a number in \(0, 1\], got .*; it is the share"):
+    make_budget(tiny.graph, "macs", share=p)
 
 
 @pytest.mark.parametrize(

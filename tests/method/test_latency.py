@@ -140,22 +140,58 @@ def test_a_table_of_something_else_is_refused(graph):
     sapr.latency_cost(graph, LatencyTable.from_json(known))
 
 
-@pytest.mark.parametrize(
-  "change",
-  [
-    {"format": 2},
-    {"layers": []},
-    {"scale": 0.0},
-    {"offset": float("nan")},
-    {"about": {}},
-    {"layers": [{"layer": "dot", "uses": [["x"]], "widths": [[1, 8]], "milliseconds": [1, 2]}]},
-    {"layers": [{"layer": "dot", "uses": [], "widths": [[1, 8]], "milliseconds": [1, -2]}]},
-    {"layers": [{"layer": "dot", "uses": [], "widths": [[1, 8]], "milliseconds": [1]}]},
-    {"layers": 3},
-  ],
-)
+@pytest.mark.parametrize("change", [{"format": 2}, {"about": {}}, {"layers": 3}, {"networks": [3]}, {"groups": 3}])
 def test_a_document_that_is_no_table_is_refused(graph, change):
   good = document(graph, [("a", [WIDTHS], STEPS)])
   assert LatencyTable.from_json(good).to_json() == good
   with pytest.raises(sapr.InputError, match=r"^document must be what LatencyTable.to_json returned"):
     LatencyTable.from_json(good | change)
+
+
+@pytest.mark.parametrize(
+  ("layer", "message"),
+  [
+    (([[1, 8]], [1, -2]), r"The times of layer 'dot' must be numbers above 0, got -2\.0"),
+    (([[1, 8]], [1, float("nan")]), "above 0, got nan"),
+    (([[1, 8]], [1]), r"The times of layer 'dot' must be \(2,\), one for each width, got \(1,\)"),
+    (([[1, 5, 5, 8]], [1] * 4), r"The widths of layer 'dot' must be integers that rise from 1, got \[1, 5, 5, 8\]"),
+    (([[1, 7.5, 8]], [1] * 3), r"integers that rise from 1, got \[1\.0, 7\.5, 8\.0\]"),
+    (([[2, 8]], [1, 2]), r"rise from 1, got \[2, 8\]"),
+    (([[]], []), r"rise from 1, got \[\]"),
+    (([[1, 9]], [1, 2]), r"must end at those of groups \('.*',\), \[8\], got \[9\]"),
+    (([[1, 8], [1, 8]], [[1, 2], [3, 4]]), r"\[8\], got \[8, 8\]"),
+  ],
+)
+def test_times_that_cannot_be_are_refused(graph, layer, message):
+  with pytest.raises(sapr.InputError, match=message):
+    table(graph, ("a", *layer))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"layers": []}, "layers must be those of a network, got none"),
+    ({"scale": 0.0}, r"scale must be a number above 0, got 0\.0"),
+    ({"offset": float("nan")}, "offset must be a number of at least 0, got nan"),
+    ({"about": {"device": 3}}, "device must be text, got 3"),
+    ({"about": {"dtype": "real"}}, "dtype must be a dtype"),
+    ({"about": {"batch_size": 1.5}}, r"batch_size must be an integer of at least 1, got 1\.5"),
+    ({"networks": [{"widths": [8, 9]}]}, r"The widths of a network must be from 1 .*, got \[8, 9\]"),
+    (
+      {"networks": [{"widths": [8, 8], "milliseconds": 0, "predicted": 1}]},
+      "The milliseconds of a network must be a number above 0, got 0",
+    ),
+  ],
+)
+def test_other_entries_of_a_table_are_checked(graph, change, message):
+  good = document(graph, [("a", [WIDTHS], STEPS)])
+  if "about" in change:
+    change = {"about": good["about"] | change["about"]}
+  with pytest.raises(sapr.InputError, match=message):
+    LatencyTable.from_json(good | change)
+
+
+def test_a_group_has_an_integer_width(graph):
+  groups = {group.name: size for group, size in zip(graph.groups, (8.0, 8), strict=True)}
+  with pytest.raises(sapr.InputError, match=r"The width of group '.*' must be an integer of at least 1, got 8\.0"):
+    LatencyTable.from_json(document(graph, [("b", [WIDTHS], STEPS)], groups=groups))

@@ -75,6 +75,19 @@ def test_gradient_of_batch_norm_includes_its_statistics():
   assert_close(jax.grad(fast, (0, 1, 2))(x, scale, bias), jax.grad(objective(plain), (0, 1, 2))(x, scale, bias))
 
 
+def test_batch_norms_of_one_shape_are_traced_once(monkeypatch):
+  calls, rsqrt = [], jax.lax.rsqrt
+  monkeypatch.setattr(jax.lax, "rsqrt", lambda x: calls.append(x.shape) or rsqrt(x))
+
+  def loss(x, scale, bias):
+    for _ in range(3):
+      x = fast_layers.batch_norm(x, scale, bias, 1e-5)[0]
+    return jnp.sum(x)
+
+  jax.make_jaxpr(jax.grad(loss))(jnp.ones((7, 5, 3)), jnp.ones(3), jnp.ones(3))
+  assert calls == [(3,)]
+
+
 def test_batch_norm_layer():
   assert "custom_vjp" in compare(nn.BatchNorm(use_running_average=False, momentum=0.8), normal(4, 5, 5, 3) + 2)
 

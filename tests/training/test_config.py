@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 import sapr_jax as sapr
 from sapr_jax.configs import default
+from sapr_jax.method import COSTS
 from sapr_jax.training.config import FIELDS, check_config
 from sapr_jax.training.workdir import flat_fields
 
@@ -142,4 +143,19 @@ def test_fields_that_do_not_fit_together_are_refused(fields, message):
   config = default.get_config()
   config.update_from_flattened_dict(fields)
   with pytest.raises(sapr.InputError, match=message):
+    check_config(config)
+
+
+def test_a_cost_that_was_added_is_offered_with_its_table(monkeypatch):
+  monkeypatch.setitem(COSTS, "energy", lambda graph, table: None)
+  config = default.get_config()
+  config.prune.latency_table = "times.json"
+  with pytest.raises(sapr.InputError, match=r"must be unset unless prune\.cost=latency or energy, got 'times\.json'"):
+    check_config(config)
+  config.prune.cost = "energy"
+  check_config(config)
+  config.prune.cost = "flops"
+  with pytest.raises(
+    sapr.InputError, match=r"must be one of prunable_macs, macs, params, latency, energy, got 'flops'"
+  ):
     check_config(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 
 import flax.linen as nn
@@ -65,12 +66,20 @@ def test_a_module_of_nnx_is_measured_without_variables(monkeypatch):
 def test_a_table_is_written_and_read(table, tmp_path):
   sapr.write_latency_table(tmp_path / "times.json", table)
   assert sapr.read_latency_table(tmp_path / "times.json").to_json() == table.to_json()
+  document = json.loads((tmp_path / "times.json").read_text())
+  document["offset"] += 1
+  (tmp_path / "times.json").write_text(json.dumps(document))
+  with pytest.raises(sapr.InputError, match=r"its SHA-256 must be that of its entries, .* edited; measure it again"):
+    sapr.read_latency_table(tmp_path / "times.json")
+  del document["sha256"]  # of one by hand
+  (tmp_path / "times.json").write_text(json.dumps(document))
+  assert sapr.read_latency_table(tmp_path / "times.json").offset == table.offset + 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1', '{"format": 1, "about": 3}'])
 def test_a_file_that_is_no_table_is_refused(content, tmp_path):
   (tmp_path / "times.json").write_text(content)
-  with pytest.raises(sapr.InputError, match=r"times\.json is damaged or is no latency table; measure it again"):
+  with pytest.raises(sapr.InputError, match=r"times\.json is damaged or is no latency table: .+; measure it again"):
     sapr.read_latency_table(tmp_path / "times.json")
   with pytest.raises(sapr.InputError, match=r"missing\.json cannot be used \(No such file"):
     sapr.read_latency_table(tmp_path / "missing.json")
