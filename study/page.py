@@ -11,7 +11,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, open_choices, pretrained_claims, selection
+from study.claims import CLAIMS, Claim, open_choices, pretrained_claims, selection
 from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -66,8 +66,7 @@ def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
   lines = []
   for size in (size for size in found if size not in SMALL and size != CHOICE):
     for results in _networks(found[size]):
-      budgets = _budgets(results)
-      claims = [c for b in budgets for c in pretrained_claims(results, b)] or [judge(results) for judge in CLAIMS]
+      claims = _claims_at_budgets(results) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
       lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in claims]
   for judge in CLAIMS if small else ():
     claims_of = {size: judge(results) for size, results in small.items()}
@@ -135,7 +134,7 @@ def _size(report: Mapping[str, Any], page: pathlib.Path) -> list[str]:
     parts += [
       f"### {network}",
       *([f"Fields that differ from those of its configuration: {overrides}."] if overrides else []),
-      *(_compared(results, size) if _budgets(results) else _sections(results)),
+      *(_compared(results, size) if _is_pretrained(size) else _sections(results)),
       *_figures(results, page.parent / "images", f"study_{size}_{network}"),
     ]
   return parts
@@ -160,9 +159,14 @@ def _sections(results: Results) -> list[str]:
   return parts
 
 
-def _budgets(results: Results) -> list[str]:
-  """Returns the first factors of the rows that prune a pretrained network: "p=0.3"; none for other sizes."""
-  return list(dict.fromkeys(name.split(",")[0] for name in results.names("p=")))
+def _is_pretrained(size: str) -> bool:
+  """Says whether a size prunes a pretrained network, at several budgets."""
+  return any(experiment.budgets for experiment in SIZES[size])
+
+
+def _claims_at_budgets(results: Results) -> list[Claim]:
+  budgets = dict.fromkeys(name.split(",")[0] for name in results.names("p="))
+  return [claim for budget in budgets for claim in pretrained_claims(results, budget)]
 
 
 def _compared(results: Results, size: str) -> list[str]:
@@ -170,7 +174,7 @@ def _compared(results: Results, size: str) -> list[str]:
   if size == CHOICE:
     return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for claim in (claim for budget in _budgets(results) for claim in pretrained_claims(results, budget)):
+  for claim in _claims_at_budgets(results):
     verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
     parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
   return [*parts, "#### All rows", _all_rows(results)]
