@@ -190,7 +190,7 @@ class Record:
 
 def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool) -> int:
   """Measures pieces, those that are done too if `again`, until `end` on the clock; returns the exit status."""
-  begun = time.monotonic()
+  first = True
   for piece in sorted(pieces, key=record.tries):  # which keeps their order otherwise
     if record.is_done(piece) and not again:
       continue
@@ -198,8 +198,8 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
       record.add(piece, LEFT_OUT, notes=[f"{' and '.join(missing)} missing"])
       continue
     start = time.monotonic()
-    limit, late = min(60 * piece.minutes, end - start), start - begun > 1
-    if limit < (0.2 * 60 * piece.minutes if late else 0):  # too little to get anywhere
+    limit = min(60 * piece.minutes, end - start)
+    if limit < (0 if first else 0.2 * 60 * piece.minutes):  # too little to get anywhere
       continue
     print(f"{piece.name}: for at most {limit:.0f} s", flush=True)
     ended, text = run(piece, record, limit)
@@ -207,7 +207,7 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
     notes = [line.removeprefix(NOTE) for line in text.splitlines() if line.startswith(NOTE)]
     if ended is None:
       # Had it been first, there would have been more time: the next call begins with it.
-      if limit < 60 * piece.minutes and late:
+      if limit < 60 * piece.minutes and not first:
         print(f"{piece.name}: cut short", flush=True)
       else:
         record.add(piece, OUT_OF_TIME, seconds=seconds, notes=notes)
@@ -215,6 +215,7 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
       record.add(piece, DONE, seconds=seconds, notes=notes)
     else:
       record.add(piece, FAILED, seconds=seconds, notes=[last_error(text, ended), *notes])
+    first = False
   outcomes = [record.outcomes.get(piece.name, {}).get("outcome") for piece in pieces]
   if None in outcomes:
     return GO_ON

@@ -70,7 +70,10 @@ def main() -> None:
 
 
 def measure(row: Row, quick: bool) -> dict[str, Any]:
-  model = models.create("resnet8", width_multiplier=0.25) if quick else models.create(row.name)
+  if quick:
+    row = dataclasses.replace(row, name="resnet8", batch=2)
+  multiples = (1, 2) if quick else (1, 8)
+  model = models.create(row.name, width_multiplier=0.125 if quick else 1.0)
   variables = random_variables(model, SHAPE)
   graph = trace_channels(model, variables, SHAPE)
   start = time.monotonic()
@@ -82,7 +85,7 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
   rng = np.random.default_rng(SEED)
   scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
   masks: dict[str, Any] = {DENSE: graph.full_masks()}
-  for round_to in (1, 8):
+  for round_to in multiples:
     budget = macs_budget(graph, SHARE, of="network")
     by_macs = masks[f"half the MACs, round_to {round_to}"] = project_to_budget(graph, scores, budget, round_to=round_to)
     amount = cost.time(graph.kept(by_macs))
