@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import training_pieces
-from benchmarks.measuring import goal, measure_rows, shown, table
+from benchmarks.measuring import goal, measure_rows, note, shown, table
 from sapr_jax import configs, models
 from sapr_jax.channels import count_macs
+from sapr_jax.errors import one_line
 from sapr_jax.runtime import data_mesh, keep_memory, replicate
 from sapr_jax.training.feed import open_feed
 from sapr_jax.training.passes import Passes, Purpose, WeightPass
@@ -97,7 +98,14 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
     for _ in range(1 if quick else 3):
       for name, turn in timed.items():
         seconds[name].append(turn())
-    traced = turns.trace(pathlib.Path(folder, "trace"))
+    traced = None
+    try:
+      traced = turns.trace(pathlib.Path(folder, "trace"))
+    except Exception as error:  # of whatever kind: a profiler may be refused, and the times say much alone
+      note(f"without a trace, which failed: {one_line(error, 200)}")
+    else:
+      if traced is None:
+        note("without a trace, which shows no accelerator")
   return {
     "title": f"{row.title}, batch {row.batch}, {row.dtype}",
     "batch": row.batch,
