@@ -47,7 +47,7 @@ class Piece:
     benchmark: Module in `benchmarks`.
     row: Its row.
     minutes: The most that it may take.
-    packages: Modules without which it measures nothing.
+    packages: Modules that it needs and would miss late.
     tiny: Whether `--tiny` has it: rows that differ only in their sizes are rehearsed once.
   """
 
@@ -213,6 +213,8 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
         record.add(piece, OUT_OF_TIME, seconds=seconds, notes=notes)
     elif ended == 0:
       record.add(piece, DONE, seconds=seconds, notes=notes)
+    elif missing := _MISSING.findall(text):
+      record.add(piece, LEFT_OUT, notes=[f"{missing[-1]} missing"])
     else:
       record.add(piece, FAILED, seconds=seconds, notes=[last_error(text, ended), *notes])
     first = False
@@ -266,6 +268,7 @@ def end_group(process: subprocess.Popen) -> None:
       process.wait(patience)
 
 
+_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([\w.]+)'", re.MULTILINE)
 _ERROR = re.compile(r"^(?:error: |(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b)")
 
 
