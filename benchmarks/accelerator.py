@@ -26,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -111,18 +112,12 @@ def main(pieces: Sequence[Piece] = PIECES) -> int:
   chosen = [p for p in pieces if not (args.tiny and not p.tiny)]
   if args.only:
     chosen = [p for p in chosen if {p.name, p.benchmark} & set(args.only)]
+  stopped = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, stop)
-  status = measure(chosen, record, end, again=bool(args.only))
+    signal.signal(number, lambda *_: stopped.set())
+  status = measure(chosen, record, end, stopped, again=bool(args.only))
   print(f"\n{record.table(chosen)}\n\n{record.goals()}", flush=True)
   return status
-
-
-def stop(number: int, frame: Any) -> None:
-  """Ends this program and the piece at work; for `signal.signal`."""
-  del frame
-  print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr, flush=True)
-  sys.exit(GO_ON)
 
 
 def find_machine() -> dict[str, Any]:
@@ -188,10 +183,12 @@ class Record:
     return f"{found['outcome']}{took}" + "".join(f"; {text}" for text in found.get("notes", ()))
 
 
-def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool) -> int:
-  """Measures pieces, those that are done too if `again`, until `end` on the clock; returns the exit status."""
+def measure(pieces: Sequence[Piece], record: Record, end: float, stopped: threading.Event, *, again: bool) -> int:
+  """Measures pieces, those that are done too if `again`, until `end` or a signal; returns the exit status."""
   first = True
   for piece in sorted(pieces, key=record.tries):  # which keeps their order otherwise
+    if stopped.is_set():
+      break
     if record.is_done(piece) and not again:
       continue
     if missing := [name for name in piece.packages if importlib.util.find_spec(name) is None]:
@@ -202,9 +199,11 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
     if limit < (0 if first else 0.2 * 60 * piece.minutes):  # too little to get anywhere
       continue
     print(f"{piece.name}: for at most {limit:.0f} s", flush=True)
-    ended, text = run(piece, record, limit)
+    ended, text = run(piece, record, limit, stopped)
     seconds = time.monotonic() - start
     notes = [line.removeprefix(NOTE) for line in text.splitlines() if line.startswith(NOTE)]
+    if ended is None and stopped.is_set():
+      break
     if ended is None:
       # Had it been first, there would have been more time: the next call begins with it.
       if limit < 60 * piece.minutes and not first:
@@ -218,14 +217,17 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, *, again: bool)
     else:
       record.add(piece, FAILED, seconds=seconds, notes=[last_error(text, ended), *notes])
     first = False
+  if stopped.is_set():
+    print("stopped by a signal; the same command goes on", flush=True)
+    return GO_ON
   outcomes = [record.outcomes.get(piece.name, {}).get("outcome") for piece in pieces]
   if None in outcomes:
     return GO_ON
   return int(any(outcome in (FAILED, OUT_OF_TIME) for outcome in outcomes))
 
 
-def run(piece: Piece, record: Record, limit: float) -> tuple[int | None, str]:
-  """Runs a piece for at most `limit` seconds; returns its exit status, None if that was over, and what it said."""
+def run(piece: Piece, record: Record, limit: float, stopped: threading.Event) -> tuple[int | None, str]:
+  """Runs a piece for at most `limit` seconds; returns its exit status, None if it did not end, and what it said."""
   environment = {
     # A second try, and rows of one network, find the programs of the first.
     "JAX_COMPILATION_CACHE_DIR": str(cache_folder()),
@@ -240,12 +242,11 @@ def run(piece: Piece, record: Record, limit: float) -> tuple[int | None, str]:
     process = subprocess.Popen(
       command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
     )
-    status = None
-    try:
+    status, end = None, time.monotonic() + limit
+    while status is None and (left := end - time.monotonic()) > 0 and not stopped.is_set():
       with contextlib.suppress(subprocess.TimeoutExpired):
-        status = process.wait(limit)
-    finally:
-      end_group(process)
+        status = process.wait(min(left, 0.2))
+    end_group(process)
     log.seek(begin)
     text = log.read()
   print("\n".join(line for line in text.splitlines() if line.startswith("|")), flush=True)
