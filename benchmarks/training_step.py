@@ -80,7 +80,7 @@ def main() -> None:
     if quick:
       row = dataclasses.replace(row, network="resnet8", batch=8, image_size=32, steps_per_call=1)
     elif on_cpu:
-      row, variants = dataclasses.replace(row, steps_per_call=1, peer=EAGER, goal=1.0), EAGER
+      row, variants = dataclasses.replace(row, steps_per_call=1, peer=EAGER, goal=1.0), (*EAGER, OURS_PLAIN)
     return measure(row, 2 if quick else 7, peer, variants)
 
   print(
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def measure(row: Row, rounds: int, peer: Any, variants: Sequence[str]) -> dict[str, Any]:
-  """Times a step of ours and of PyTorch, in these `VARIANTS`; `peer` is `benchmarks.torch_peer`, or None."""
+  """Times a step of ours and these variants; `peer` is `benchmarks.torch_peer`, or None."""
   how: dict[str, Any] = {"dtype": row.dtype, "image_size": row.image_size}
   made = training_pieces.pieces(row.network, images=max(row.batch, 256), **how)
   made = dataclasses.replace(made, preprocessing=dataclasses.replace(made.preprocessing, crop_padding=0, flip=False))
@@ -104,10 +104,11 @@ def measure(row: Row, rounds: int, peer: Any, variants: Sequence[str]) -> dict[s
 
   how["steps_per_call"] = row.steps_per_call
   calls = {OURS: ours(True)}
-  for name in variants if peer else ():
-    calls |= attempt(name, functools.partial(peer.weight_step, row.network, row.batch, **how, **VARIANTS[name]))
+  for name, also in VARIANTS.items():
+    if peer and name in variants:
+      calls |= attempt(name, functools.partial(peer.weight_step, row.network, row.batch, **how, **also))
   seconds = time_in_turns(calls, rounds=rounds)
-  if jax.devices()[0].platform == "cpu":  # it may take ten times as long, and no goal is about it
+  if OURS_PLAIN in variants:  # it may take ten times as long, and no goal is about it
     seconds |= time_in_turns({OURS_PLAIN: ours(False)}, rounds=2, warm_up=1)
   calls.clear()
   if peer:
