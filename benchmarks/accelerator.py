@@ -249,7 +249,7 @@ def run(piece: Piece, record: Record, limit: float, stopped: threading.Event) ->
     end_group(process)
     log.seek(begin)
     text = log.read()
-  print("\n".join(line for line in text.splitlines() if line.startswith("|")), flush=True)
+  print("".join(f"{line}\n" for line in text.splitlines() if line.startswith("|")), end="", flush=True)
   return status, text
 
 

@@ -247,7 +247,9 @@ def _activity(events: list[tuple[float, float, str]]) -> dict[str, Any]:
 def parts(platform: str, report: Mapping[str, Any]) -> list[str]:
   del platform
   rows = report["rows"].values()
-  lines = [goal(idle(row) <= GOAL, f"{row['title']}: idle for {idle(row):.1%}, asked for {GOAL:.0%}.") for row in rows]
+  lines = [
+    goal(idle(row) <= GOAL, f"{row['title']}: idle for {idle(row):.1%}, asked for at most {GOAL:.0%}.") for row in rows
+  ]
   return [idle_table(report["rows"]), "\n".join(lines)]
 
 

@@ -133,17 +133,15 @@ def note(text: str) -> None:
 
 
 def torch_peer() -> Any | None:
-  """Returns `benchmarks.torch_peer`; None, with a note, where PyTorch is missing or does not run on JAX's device.
+  """Returns `benchmarks.torch_peer`; None, with a note, where PyTorch is missing, broken or not on JAX's device.
 
   It leaves memory of the GPU to PyTorch, so it must be called before JAX starts.
   """
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   try:
     peer = importlib.import_module("benchmarks.torch_peer")
-  except ModuleNotFoundError as error:
-    if error.name != "torch":
-      raise
-    note("without PyTorch, which is not installed; pip install -e '.[bench]'")
+  except (ImportError, OSError) as error:  # OSError: of one whose libraries do not fit
+    note(f"without PyTorch, which cannot be imported: {one_line(error, 200)}; pip install -e '.[bench]'")
     return None
   import jax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -147,21 +148,31 @@ def test_a_rehearsal_is_kept_out_of_results(monkeypatch, capsys):
   assert "name another folder" in capsys.readouterr().err
 
 
+def test_every_piece_is_a_row_of_its_benchmark():
+  for piece in accelerator.PIECES:
+    benchmark = importlib.import_module(f"benchmarks.{piece.benchmark}")
+    rows = benchmark.ROWS if hasattr(benchmark, "ROWS") else {network.name for network in benchmark.NETWORKS}
+    assert piece.row in rows
+  assert len({piece.name for piece in accelerator.PIECES}) == len(accelerator.PIECES)
+
+
 @pytest.mark.slow
 def test_all_of_it_at_its_smallest_sizes(tmp_path):
   for package in ("grain", "cv2"):
     pytest.importorskip(package, reason="streaming needs pip install 'sapr_jax[imagenet]'")
-  command = [sys.executable, "-m", "benchmarks.accelerator", "--out", str(tmp_path), "--tiny"]
+  command = [sys.executable, "-m", "benchmarks.accelerator", "--out", str(tmp_path), "--tiny", "--minutes", "30"]
   # One thread, as those of PyTorch wait for each other at work.
   how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
   ended = subprocess.run(command, **how)
   assert ended.returncode == 0, ended.stdout + (tmp_path / "accelerator_cpu.log").read_text()
-  pieces = [piece for piece in accelerator.PIECES if piece.tiny]
+  pieces, has_torch = [p for p in accelerator.PIECES if p.tiny], importlib.util.find_spec("torch") is not None
   assert {piece.benchmark for piece in pieces} == {piece.benchmark for piece in accelerator.PIECES}
   outcomes = json.loads((tmp_path / "accelerator_cpu.json").read_text())["outcomes"]
   assert list(outcomes) == [piece.name for piece in pieces]
   for piece in pieces:
-    assert outcomes[piece.name]["outcome"] == "done"
+    found = outcomes[piece.name]
+    assert found["outcome"] == "done"
+    assert not (has_torch and "without PyTorch" in str(found))
     page = performance_page.section(piece.benchmark, tmp_path)
     assert page.startswith(f"### CPU\n\n`python -m benchmarks.{piece.benchmark}`") and "|---|" in page
   again = subprocess.run(command, **how)
