@@ -34,6 +34,7 @@ from benchmarks.measuring import (
 from benchmarks.training_pieces import forward, random_masks, random_variables
 from sapr_jax import InputError, models, prune, trace_channels
 from sapr_jax.channels import count_macs
+from sapr_jax.errors import one_line
 from sapr_jax.method.rounding import DEFAULT_ROUND_TO
 from sapr_jax.runtime import keep_memory
 
@@ -115,8 +116,8 @@ def torch_forms(network: Network, peer: Any, macs: int) -> dict[str, Any]:
   if network.torch_pruning:
     try:
       forms[TORCH_PRUNED] = peer.prune_to_macs(forms[TORCH_DENSE], "fc", macs, network.image_size)
-    except ModuleNotFoundError:
-      note("without Torch-Pruning, which is not installed; pip install -e '.[bench]'")
+    except Exception as error:  # it is missing, or does not suit this PyTorch
+      note(f"without Torch-Pruning, which failed: {one_line(error, 200)}")
   return forms
 
 
