@@ -91,7 +91,7 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
     budget = macs_budget(graph, SHARE, of="network")
     by_macs = masks[f"half the MACs, round_to {round_to}"] = project_to_budget(graph, scores, budget, round_to=round_to)
     # Where uneven widths are predicted to be slower than all channels, these are what the budget allows.
-    amount = min(cost.time(graph.kept(by_macs)), cost.time(graph.kept(masks[DENSE])))
+    amount = min(cost.time(graph.kept(by_macs)), cost(graph.kept()))
     with contextlib.suppress(InputError):  # the fewest channels are predicted to take longer
       by_time = project_to_budget(graph, scores, make_budget(graph, cost, amount=amount))
       masks[f"the latency of round_to {round_to}"] = by_time
