@@ -10,7 +10,6 @@ latency that is predicted for these two. Some ten minutes for each row on a CPU.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import time
@@ -23,7 +22,6 @@ import numpy as np
 from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
 from benchmarks.training_pieces import forward, random_variables
 from sapr_jax import (
-  InputError,
   latency_cost,
   macs_budget,
   make_budget,
@@ -92,9 +90,8 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
     by_macs = masks[f"half the MACs, round_to {round_to}"] = project_to_budget(graph, scores, budget, round_to=round_to)
     # Where uneven widths are predicted to be slower than all channels, these are what the budget allows.
     amount = min(cost.time(graph.kept(by_macs)), cost(graph.kept()))
-    with contextlib.suppress(InputError):  # the fewest channels are predicted to take longer
-      by_time = project_to_budget(graph, scores, make_budget(graph, cost, amount=amount))
-      masks[f"the latency of round_to {round_to}"] = by_time
+    by_time = project_to_budget(graph, scores, make_budget(graph, cost, amount=amount))
+    masks[f"the latency of round_to {round_to}"] = by_time
   shape = (row.batch, *SHAPE[1:])
   calls = {name: forward(*prune(model, variables, graph, kept), shape) for name, kept in masks.items()}
   rounds, repeats = (3, 1) if quick else (41, max(1, 32 // row.batch // 4))
