@@ -2,26 +2,25 @@
 
     taskset -c 0 python -m benchmarks.latency_budget [--quick] [ROW ...]
 
-On one core, where processor time counts. The dense network's time is that which was measured with the table, the
-others' by their ratio to it within a round, so that it does not matter how busy the machine is. Random scores are
-projected onto half of the network's MACs, with widths that are multiples of 1 and 8, and onto a latency that is
-predicted for these two.
-Some ten minutes for each row.
+On one core of a CPU, where processor time counts, or on an accelerator. The dense network's time is that which was
+measured with the table, the others' by their ratio to it within a round, so that it does not matter how busy it
+is. Random scores are projected onto half of the network's MACs, with widths that are multiples of 1 and 8, and onto a
+latency that is predicted for these two. Some ten minutes for each row on a CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
-from benchmarks.training_pieces import random_variables
+from benchmarks.training_pieces import forward, random_variables
 from sapr_jax import (
   latency_cost,
   macs_budget,
@@ -50,16 +49,20 @@ class Row:
   batch: int
 
 
+_TITLES = {"resnet56": "ResNet-56 (CIFAR)", "mobilenetv2_cifar": "MobileNet-V2 (CIFAR)"}
+ON_CPU, ON_ACCELERATORS = (1, 32), (32, 1024)
+"""Batch sizes."""
 ROWS = {
-  f"{name}_{batch}": Row(name, title, batch)
-  for name, title in (("resnet56", "ResNet-56 (CIFAR)"), ("mobilenetv2_cifar", "MobileNet-V2 (CIFAR)"))
-  for batch in (1, 32)
+  f"{name}_{batch}": Row(name, _TITLES[name], batch)
+  for name, batch in itertools.product(_TITLES, sorted({*ON_CPU, *ON_ACCELERATORS}))
 }
 
 
 def main() -> None:
   keep_memory()
-  measured = measure_rows(__doc__, "latency_budget", "rows", ROWS, measure)
+  batches = ON_CPU if jax.devices()[0].platform == "cpu" else ON_ACCELERATORS
+  default = [name for name, row in ROWS.items() if row.batch in batches]
+  measured = measure_rows(__doc__, "latency_budget", "rows", ROWS, measure, default)
   print("\n\n".join(_table(row) for row in measured.values()))
 
 
@@ -67,24 +70,30 @@ def main() -> None:
 
 
 def measure(row: Row, quick: bool) -> dict[str, Any]:
-  model = models.create("resnet8" if quick else row.name)
+  if quick:
+    row = dataclasses.replace(row, name="resnet8", batch=2)
+  multiples = (1,) if quick else (1, 8)
+  model = models.create(row.name, width_multiplier=0.125 if quick else 1.0)
   variables = random_variables(model, SHAPE)
   graph = trace_channels(model, variables, SHAPE)
   start = time.monotonic()
   # On a CPU the program is served with the layers that are fast there.
-  times = measure_latency(model, variables, graph, batch_size=row.batch, transform=with_fast_layers)
+  transform = with_fast_layers if jax.devices()[0].platform == "cpu" else None
+  times = measure_latency(model, variables, graph, batch_size=row.batch, transform=transform)
   took = time.monotonic() - start
   cost = latency_cost(graph, times)
   rng = np.random.default_rng(SEED)
   scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
   masks: dict[str, Any] = {DENSE: graph.full_masks()}
-  for round_to in (1, 8):
+  for round_to in multiples:
     budget = macs_budget(graph, SHARE, of="network")
     by_macs = masks[f"half the MACs, round_to {round_to}"] = project_to_budget(graph, scores, budget, round_to=round_to)
-    amount = cost.time(graph.kept(by_macs))
+    # Where uneven widths are predicted to be slower than all channels, these are what the budget allows.
+    amount = min(cost.time(graph.kept(by_macs)), cost(graph.kept()))
     by_time = project_to_budget(graph, scores, make_budget(graph, cost, amount=amount))
     masks[f"the latency of round_to {round_to}"] = by_time
-  calls = {name: _call(*prune(model, variables, graph, kept), row.batch) for name, kept in masks.items()}
+  shape = (row.batch, *SHAPE[1:])
+  calls = {name: forward(*prune(model, variables, graph, kept), shape) for name, kept in masks.items()}
   rounds, repeats = (3, 1) if quick else (41, max(1, 32 // row.batch // 4))
   seconds = time_in_turns(calls, rounds=rounds, repeats=repeats, clock=clock)
   ratios = {name: median_ratio(each, seconds[DENSE]) for name, each in seconds.items()}
@@ -107,13 +116,6 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
       for name, kept in masks.items()
     },
   }
-
-
-def _call(model: Any, variables: Any, batch: int) -> Any:
-  variables, x = jax.device_put(variables), jnp.full((batch, *SHAPE[1:]), 0.5)
-  logits = with_fast_layers(lambda variables, x: model.apply(variables, x, train=False))
-  program = jax.jit(logits).lower(variables, x).compile()
-  return lambda: jax.block_until_ready(program(variables, x))
 
 
 # What the page shows.

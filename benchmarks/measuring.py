@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sapr_jax.artifacts.files import read_json, write_json
+from sapr_jax.errors import one_line
 
 RESULTS = pathlib.Path("results")
 Row = TypeVar("Row")
@@ -82,6 +83,15 @@ def machine() -> dict[str, Any]:
   }
 
 
+def kind(about: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of `machine()` that must be equal where measurements stand side by side.
+
+  What is measured on an accelerator does not depend on the processor beside it.
+  """
+  fields = ["platform", "device", "versions"] + (["cpu", "cores", "python"] if about["platform"] == "cpu" else [])
+  return {field: about[field] for field in fields}
+
+
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
   """Returns the versions of those packages that are installed."""
   found = {}
@@ -105,7 +115,7 @@ def cpu_name() -> str:
 def parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
   """Returns a parser for a benchmark with this docstring, with the option `--quick`."""
   made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-  made.add_argument("--quick", action="store_true", help=f"{quick}; records nothing")
+  made.add_argument("--quick", action="store_true", help=f"{quick}; records nothing in results/")
   return made
 
 
@@ -115,6 +125,42 @@ def needed(module: str, extra: str) -> Any:
     return importlib.import_module(module)
   except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is missing; pip install -e '.[{extra}]'")
+
+
+def note(text: str) -> None:
+  """Says on standard error, in a line that begins with `NOTE`, what a measurement lacks."""
+  print(f"{NOTE}{text}", file=sys.stderr, flush=True)
+
+
+def torch_peer() -> Any | None:
+  """Returns `benchmarks.torch_peer`; None, with a note, where PyTorch is missing, broken or not on JAX's device.
+
+  It leaves memory of the GPU to PyTorch, so it must be called before JAX starts.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  try:
+    peer = importlib.import_module("benchmarks.torch_peer")
+  except (ImportError, OSError) as error:  # OSError: of one whose libraries do not fit
+    note(f"without PyTorch, which cannot be imported: {one_line(error, 200)}; pip install -e '.[bench]'")
+    return None
+  import jax
+
+  platform = jax.devices()[0].platform
+  if {"cuda": "gpu"}.get(peer.DEVICE, peer.DEVICE) != platform:
+    note(f"without PyTorch, which has no {platform} here")
+    return None
+  return peer
+
+
+def attempt(name: str, make: Callable[[], Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+  """Makes a call of a peer's and runs it once; returns it under its name, or nothing and a note if that fails."""
+  try:
+    call = make()
+    call()
+  except Exception as error:  # of whatever kind: what is ours is measured all the same
+    note(f"without {name}, which failed: {one_line(error, 200)}")
+    return {}
+  return {name: call}
 
 
 def measure_rows(
@@ -127,7 +173,7 @@ def measure_rows(
 ) -> dict[str, Any]:
   """Measures the rows that the command line names, and records each as soon as it is there; returns them.
 
-  What was recorded of other rows on this machine, with these versions, is kept.
+  What was recorded of other rows on a machine of this kind is kept.
 
   Args:
     doc: Docstring of the benchmark.
@@ -139,32 +185,33 @@ def measure_rows(
   """
   made = parser(doc, "small networks, images and batches, few rounds")
   made.add_argument("rows", nargs="*", metavar="ROW", help=f"some of {', '.join(rows)}")
+  made.add_argument("--results", type=pathlib.Path, help=f"folder to record in, with --quick too (default: {RESULTS})")
   args = made.parse_args()
   if unknown := set(args.rows) - set(rows):
     made.error(f"ROW must be one of {', '.join(rows)}, got {', '.join(sorted(unknown))}")
-  measured: dict[str, Any] = {}
+  folder, measured = args.results or (None if args.quick else RESULTS), {}
   for row in args.rows or default or rows:
     measured[row] = measure(rows[row], args.quick)
     print(f"{row}: measured", file=sys.stderr, flush=True)
-    if not args.quick:
+    if folder is not None:
       about = machine()
-      earlier = recorded(name, about["platform"]) or {}
-      known = {**(earlier[key] if earlier.get("machine") == about else {}), **measured}
-      record(name, {key: {row: known[row] for row in rows if row in known}})
+      earlier = recorded(name, about["platform"], folder)
+      known = {**(earlier[key] if earlier and kind(earlier["machine"]) == kind(about) else {}), **measured}
+      record(name, {key: {row: known[row] for row in rows if row in known}}, folder)
   return measured
 
 
-def record(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes `results/<name>_<platform>.json`: the body, the command and the machine. Returns what it wrote."""
+def record(name: str, body: Mapping[str, Any], folder: pathlib.Path = RESULTS) -> dict[str, Any]:
+  """Writes `<folder>/<name>_<platform>.json`: the body, the command and the machine. Returns what it wrote."""
   about = machine()
   report = {"command": f"python -m benchmarks.{name}", "machine": about, **body}
-  write_json(RESULTS / f"{name}_{about['platform']}.json", report)
+  write_json(folder / f"{name}_{about['platform']}.json", report)
   return report
 
 
-def recorded(name: str, platform_name: str) -> dict[str, Any] | None:
+def recorded(name: str, platform_name: str, folder: pathlib.Path = RESULTS) -> dict[str, Any] | None:
   """Returns what `record` wrote, or None."""
-  return read_json(RESULTS / f"{name}_{platform_name}.json")
+  return read_json(folder / f"{name}_{platform_name}.json")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -183,6 +230,8 @@ def shown(value: float, digits: int = 3) -> str:
 
 MISSED = "- Goal missed: "
 """What a line about a goal that is missed begins with."""
+NOTE = "note: "
+"""What a line about something that could not be measured begins with."""
 
 
 def goal(reached: bool, text: str) -> str:

@@ -3,14 +3,14 @@
     python -m benchmarks.pruned_speed [--quick] [NETWORK ...]
 
 Compiled, in evaluation mode. The pruned networks have the paper's share of the MACs, with widths that are multiples
-of 1, 8 and 16. Some five minutes on two CPU cores. Needs torch and torch-pruning.
+of 1, 8 and 16. Some five minutes on two CPU cores. Without PyTorch, or without Torch-Pruning, the others alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -20,12 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import goal, measure_rows, median_ratio, needed, shown, table, time_in_turns
-from benchmarks.training_pieces import random_masks, random_variables
+from benchmarks.measuring import (
+  attempt,
+  goal,
+  measure_rows,
+  median_ratio,
+  note,
+  shown,
+  table,
+  time_in_turns,
+  torch_peer,
+)
+from benchmarks.training_pieces import forward, random_masks, random_variables
 from sapr_jax import InputError, models, prune, trace_channels
 from sapr_jax.channels import count_macs
+from sapr_jax.errors import one_line
 from sapr_jax.method.rounding import DEFAULT_ROUND_TO
-from sapr_jax.models import with_fast_layers
 from sapr_jax.runtime import keep_memory
 
 ROUND_TO = (1, 8, 16)
@@ -35,7 +45,10 @@ DENSE, FLOOR, TORCH_DENSE, TORCH_PRUNED = "dense", "one channel a group", "PyTor
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A network of the paper, with the share p of its prunable MACs that the paper keeps."""
+  """A network of the paper, with the share p of its prunable MACs that the paper keeps.
+
+  A CPU measures float32.
+  """
 
   name: str
   title: str
@@ -43,26 +56,26 @@ class Network:
   classes: int
   p: float
   cpu_batches: tuple[int, ...]
-  accelerator_batches: tuple[int, ...] = (1, 32, 256)
+  accelerator_batches: tuple[int, ...] = (1, 256)
+  accelerator_dtypes: tuple[str, ...] = ("bfloat16",)
   torch_pruning: bool = False
 
 
 NETWORKS = (
   Network("resnet50", "ResNet-50", 224, 1000, 0.37, (1, 8, 32), torch_pruning=True),
-  Network("resnet56", "ResNet-56 (CIFAR)", 32, 10, 0.48, (1, 8, 32, 128)),
+  Network("resnet56", "ResNet-56 (CIFAR)", 32, 10, 0.48, (1, 8, 32, 128), (1, 32, 1024), ("float32", "bfloat16")),
   Network("mobilenetv2", "MobileNet-V2", 224, 1000, 0.65, (1, 8, 32)),
 )
 
 
 def main() -> None:
   keep_memory()
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same GPU
-  peer = needed("benchmarks.torch_peer", "bench")
+  peer = torch_peer()
 
   def measure_network(network: Network, quick: bool) -> dict[str, Any]:
     if quick:
-      size = min(network.image_size, 128)
-      network = dataclasses.replace(network, image_size=size, cpu_batches=(1, 4), accelerator_batches=(1, 4))
+      small: Any = {"name": "resnet8", "image_size": 32, "classes": 10, "torch_pruning": False}
+      network = dataclasses.replace(network, **small, cpu_batches=(1, 4), accelerator_batches=(1, 4))
     return measure(network, 2 if quick else 5, peer)
 
   networks = {network.name: network for network in NETWORKS}
@@ -74,28 +87,38 @@ def main() -> None:
 
 
 def measure(network: Network, rounds: int, peer: Any) -> dict[str, Any]:
-  """Measures one network in all its forms; `peer` is `benchmarks.torch_peer`."""
+  """Measures one network in all its forms; `peer` is `benchmarks.torch_peer`, or None."""
   on_cpu, size = jax.devices()[0].platform == "cpu", network.image_size
   result: dict[str, Any] = {"title": network.title, "p": network.p, "times": {}}
   peers: dict[str, Any] = {}
-  for dtype in ("float32",) if on_cpu else ("float32", "bfloat16"):
+  for dtype in ("float32",) if on_cpu else network.accelerator_dtypes:
     forms, result["narrowest_group"] = our_forms(network, dtype)
-    if not peers:
+    if "macs" not in result:
       macs = {name: count_macs(m, v, (1, size, size, 3)) for name, (m, v) in forms.items()}
-      peers[TORCH_DENSE] = peer.create(network.name)
-      if network.torch_pruning:
-        peers[TORCH_PRUNED] = peer.prune_to_macs(peers[TORCH_DENSE], "fc", macs[pruned(1)], size)
+      peers = torch_forms(network, peer, macs[pruned(1)]) if peer else {}
       result["macs"] = macs | {name: peer.count_macs(model, (3, size, size)) for name, model in peers.items()}
     result["times"][dtype] = {}
     for batch in network.cpu_batches if on_cpu else network.accelerator_batches:
-      peer.release()
       calls = {name: forward(m, v, (batch, size, size, 3)) for name, (m, v) in forms.items()}
-      how = {}
       for name, model in peers.items():
-        calls[name], how[name] = peer.inference(model, batch, size, dtype=dtype)
-      result["times"][dtype][str(batch)] = timed(calls, rounds) | {"torch": how}
+        calls |= attempt(name, functools.partial(peer.inference, model, batch, size, dtype=dtype))
+      result["times"][dtype][str(batch)] = timed(calls, rounds)
+      calls.clear()
+      if peer:
+        peer.release()
       print(f"{network.title}, {dtype}, batch {batch}: measured", file=sys.stderr, flush=True)
   return result
+
+
+def torch_forms(network: Network, peer: Any, macs: int) -> dict[str, Any]:
+  """Returns name -> PyTorch's network: the dense one, and Torch-Pruning's with so many MACs if it is asked for."""
+  forms = {TORCH_DENSE: peer.create(network.name)}
+  if network.torch_pruning:
+    try:
+      forms[TORCH_PRUNED] = peer.prune_to_macs(forms[TORCH_DENSE], "fc", macs, network.image_size)
+    except Exception as error:  # it is missing, or does not suit this PyTorch
+      note(f"without Torch-Pruning, which failed: {one_line(error, 200)}")
+  return forms
 
 
 def our_forms(network: Network, dtype: str) -> tuple[dict[str, Any], int]:
@@ -121,29 +144,23 @@ def pruned(round_to: int) -> str:
   return f"pruned, round_to {round_to}"
 
 
-def forward(model: Any, variables: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
-  """Returns a call that computes the logits of a batch and waits for them."""
-  variables, x = jax.device_put(variables), jax.random.normal(jax.random.key(0), shape)
-
-  def logits(variables: Any, x: jax.Array) -> jax.Array:
-    return model.apply(variables, x, train=False)
-
-  on_cpu = jax.devices()[0].platform == "cpu"
-  compiled = jax.jit(with_fast_layers(logits) if on_cpu else logits).lower(variables, x).compile()
-  return lambda: jax.block_until_ready(compiled(variables, x))
-
-
 def timed(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
   """Returns milliseconds, speed-ups over the dense network of the same framework, PyTorch's dense time over ours."""
   trial = time_in_turns(calls, rounds=1, warm_up=2)
   slowest = max(seconds[0] for seconds in trial.values())
   repeats = max(1, round(0.05 / slowest))  # short calls are timed together, and more often
   seconds = time_in_turns(calls, rounds=rounds if slowest > 0.2 else 3 * rounds, warm_up=0, repeats=repeats)
-  return {
+  result: dict[str, Any] = {
     "milliseconds": {name: round(1e3 * statistics.median(each), 4) for name, each in seconds.items()},
-    "speed_up": {name: round(median_ratio(seconds[dense_of(name)], each), 4) for name, each in seconds.items()},
-    "pytorch_over_ours": round(median_ratio(seconds[TORCH_DENSE], seconds[DENSE]), 4),
+    "speed_up": {
+      name: round(median_ratio(seconds[dense_of(name)], each), 4)
+      for name, each in seconds.items()
+      if dense_of(name) in seconds
+    },
   }
+  if TORCH_DENSE in seconds:
+    result["pytorch_over_ours"] = round(median_ratio(seconds[TORCH_DENSE], seconds[DENSE]), 4)
+  return result
 
 
 def dense_of(name: str) -> str:
@@ -174,11 +191,12 @@ def _network_table(network: Mapping[str, Any], dtype: str) -> str:
   times, macs = network["times"][dtype], network["macs"]
   largest = max(times, key=int)
   rows = []
-  for name in times[largest]["milliseconds"]:
-    milliseconds = [times[batch]["milliseconds"][name] for batch in times]
+  for name in times[largest]["speed_up"]:
+    milliseconds = [times[batch]["milliseconds"].get(name) for batch in times]
     rate = shown(1e3 * int(largest) / milliseconds[-1])
     ratios = [promised(macs, name), times[largest]["speed_up"][name], share(network, dtype, largest, name)]
-    rows.append([name, shown(macs[name] / 1e6, 4), *map(shown, milliseconds), rate, *map(shown, ratios)])
+    cells = ["" if ms is None else shown(ms) for ms in milliseconds]
+    rows.append([name, shown(macs[name] / 1e6, 4), *cells, rate, *map(shown, ratios)])
   header = ["network", "MACs, M", *(f"ms, batch {batch}" for batch in times), f"images/s, batch {largest}"]
   return table([*header, "promised", "speed-up", "share"], rows)
 
@@ -199,7 +217,8 @@ def _share_table(networks: Any) -> str:
   for network in networks:
     for dtype, times in network["times"].items():
       for name in [name for name in network["macs"] if name not in (dense_of(name), FLOOR)]:
-        cells = [shown(share(network, dtype, str(b), name), 2) if str(b) in times else "" for b in every]
+        timed = [name in times[str(b)]["speed_up"] if str(b) in times else False for b in every]
+        cells = [shown(share(network, dtype, str(b), name), 2) if t else "" for b, t in zip(every, timed, strict=True)]
         rows.append([f"{network['title']}, {dtype}, {name}", *cells])
   return table(["network", *(f"batch {b}" for b in every)], rows)
 
@@ -222,7 +241,8 @@ def _verdict_table(networks: Any, platform: str) -> str:
       kept = (macs[chosen] - macs[FLOOR]) / (macs[DENSE] - macs[FLOOR])
       possible = 1 / (left + (1 - left) * kept) / promised(macs, chosen)
       cells = [shown(reached, 2), f"{left:.0%}", f"{1 / promised(macs, FLOOR):.0%}", shown(possible, 2)]
-      cells.append(shown(times[batch]["pytorch_over_ours"]))
+      over = times[batch].get("pytorch_over_ours")
+      cells.append("" if over is None else shown(over))
       rows.append([f"{network['title']}, {dtype}, batch {batch}, {chosen}", *cells])
   header = ["the default here", "share", "time that stays", "MACs that stay", "possible share"]
   return table([*header, "PyTorch's dense time over ours"], rows)

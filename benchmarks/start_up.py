@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
-from PIL import Image
 
 from benchmarks import training_pieces
 from benchmarks.measuring import goal, parser, record, shown, table, time_in_turns
@@ -67,7 +66,7 @@ def measure_starts(network: str, rounds: int) -> dict[str, Any]:
   """Starts runs cold and warm in turns; returns the seconds to the first step, and the peak memory of each."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    write_images(folder / "images")
+    training_pieces.write_images(folder / "images", 128, (32, 32))
     cold, warm = [], []
     for number in range(rounds):
       caches = folder / f"caches{number}"
@@ -102,16 +101,6 @@ def start_run(network: str, images: pathlib.Path, caches: pathlib.Path, workdir:
   (first, *_) = read_records(workdir)
   in_bytes = 1 if sys.platform == "darwin" else 1024
   return {"first_step_seconds": reported - first["evaluation_seconds"], "peak_host_bytes": usage.ru_maxrss * in_bytes}
-
-
-def write_images(folder: pathlib.Path) -> None:
-  """Writes random images of CIFAR-10's size: 128 for training, 16 for testing, of two classes."""
-  rng = np.random.default_rng(0)
-  for split, count in (("train", 128), ("test", 16)):
-    for number in range(count):
-      file = folder / split / f"class{number % 2}" / f"{number}.png"
-      file.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
 
 
 # In this process.

@@ -1,4 +1,4 @@
-"""PyTorch to compare with: training steps, networks in evaluation mode, and Torch-Pruning's. Needs both."""
+"""PyTorch to compare with: training steps, networks in evaluation mode, and Torch-Pruning's, where that is there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch_pruning
 from torch import nn
 
 from benchmarks import torch_networks
@@ -20,6 +19,7 @@ from benchmarks.training_pieces import LEARNING_RATE, MOMENTUM
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+  "resnet8": lambda: torch_networks.CifarResNet(8),
   "resnet20": lambda: torch_networks.CifarResNet(20),
   "resnet56": lambda: torch_networks.CifarResNet(56),
   "mobilenetv2": torch_networks.MobileNetV2,
@@ -52,7 +52,7 @@ def weight_step(
     image_size: Height and width; 1000 classes at 224 pixels, else ten.
     steps_per_call: Steps of a call.
     channels_last: Whether images and kernels lie in memory as NHWC.
-    compile_mode: Of `torch.compile`; None does not compile.
+    compile_mode: Of `torch.compile`; None does not compile. On a CPU it only traces, to try the path.
   """
   torch.set_float32_matmul_precision("high")
   torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -63,7 +63,9 @@ def weight_step(
     if isinstance(module, nn.Dropout):
       module.p = 0.0  # as in ours
   optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=1e-4, fused=True)
-  forward = model if compile_mode is None else torch.compile(model, mode=compile_mode)
+  forward = model
+  if compile_mode is not None:
+    forward = torch.compile(model, backend="eager") if DEVICE == "cpu" else torch.compile(model, mode=compile_mode)
   images, labels, order = _data(batch, image_size, steps_per_call)
   precision = torch.autocast(DEVICE, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
@@ -115,7 +117,10 @@ def prune_to_macs(model: nn.Module, head: str, macs: float, image_size: int, tol
 
   Raises:
     RuntimeError: If no ratio comes so close.
+    ModuleNotFoundError: If Torch-Pruning is missing.
   """
+  import torch_pruning
+
   shape = (3, image_size, image_size)
   kept = (macs / count_macs(model, shape)) ** 0.5  # MACs go with the square of the width
   for _ in range(6):
@@ -134,8 +139,8 @@ def prune_to_macs(model: nn.Module, head: str, macs: float, image_size: int, tol
   raise RuntimeError(f"Torch-Pruning gives no network of {macs:,.0f} MACs; the last had {found:,}.")
 
 
-def inference(model: nn.Module, batch: int, image_size: int, *, dtype: str) -> tuple[Callable[[], None], str]:
-  """Returns a call that computes the logits of a batch and waits for them, and how it does that.
+def inference(model: nn.Module, batch: int, image_size: int, *, dtype: str) -> Callable[[], None]:
+  """Returns a call that computes the logits of a batch and waits for them.
 
   On a GPU, where there is one: compiled, channels last, and with TF32, as XLA does. Else in the faster memory format.
 
@@ -147,12 +152,11 @@ def inference(model: nn.Module, batch: int, image_size: int, *, dtype: str) -> t
   """
   if DEVICE == "cuda":
     torch.set_float32_matmul_precision("high")
-    return _call(model, batch, image_size, dtype, torch.channels_last), "compiled, channels last"
+    return _call(model, batch, image_size, dtype, torch.channels_last)
   formats = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
   calls = {name: _call(model, batch, image_size, dtype, layout) for name, layout in formats.items()}
   seconds = time_in_turns(calls, rounds=2, warm_up=1)
-  fastest = min(calls, key=lambda name: min(seconds[name]))
-  return calls[fastest], f"eager, {fastest}"
+  return min(calls.items(), key=lambda item: min(seconds[item[0]]))[1]
 
 
 def _call(model: Any, batch: int, size: int, dtype: str, layout: Any) -> Callable[[], None]:

@@ -48,7 +48,10 @@ def masked_apply(
     x = args[0]
     for name, member in members[path]:
       if member.role == "in":
-        x = x * member.along_axis(jnp.asarray(masks[name]), 1).reshape(-1).astype(x.dtype)
+        # In float32 at least, as the gradient to the mask is a sum over all positions.
+        wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+        entries = member.along_axis(jnp.asarray(masks[name]), 1).reshape(-1)
+        x = (x.astype(wide) * entries.astype(wide)).astype(x.dtype)
     return layer.clone(parent=None, name=None).apply({"params": own | {"kernel": member.get(full)}}, x)
 
   with errors_of_model("model, variables and inputs", flax.errors.FlaxError), nn.intercept_methods(gate):

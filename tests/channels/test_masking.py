@@ -49,6 +49,30 @@ def test_the_gradient_to_the_mask_is_that_of_a_gate_on_the_feature_map(run):
   assert np.all(np.abs(want) > 1e-6)
 
 
+class Pair(nn.Module):
+  """Two pointwise convolutions that compute in `dtype`."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (1, 1), dtype=self.dtype, name="up")(x))
+    return nn.Conv(1, (1, 1), dtype=self.dtype, name="down")(x)
+
+
+def test_the_gradient_to_the_mask_is_summed_in_float32_where_the_network_computes_in_bfloat16():
+  x, model = jnp.ones((4, 32, 32, 3)), Pair(jnp.float32)
+  variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(model.init, jax.random.key(0), x[:1]))
+  graph = trace_channels(model, variables, (1, *x.shape[1:]), select="unjoined")
+
+  def loss(masks, dtype):
+    return masked_apply(Pair(dtype), variables, graph, masks, x).astype(jnp.float32).sum()
+
+  got, want = (jax.grad(loss)({"up": jnp.ones(4)}, dtype)["up"] for dtype in (jnp.bfloat16, jnp.float32))
+  np.testing.assert_array_equal(want, np.full(4, 4 * 4096))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def double(variables):
   return jax.tree.map(lambda leaf: 2 * leaf, variables)
 
