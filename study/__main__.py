@@ -6,6 +6,7 @@
     python -m study --size decayed --data DIR --runs DIR --page   as quarter, with more weight decay
     python -m study --size fifth --data DIR --runs DIR --page     a quarter of the MACs, a fifth of all epochs
     python -m study --size pretrained --weights FILE --data DIR --runs DIR --page   others' ResNet-20, pruned
+    python -m study --size pretrained_short ...                   the same in a quarter of the epochs
     python -m study --size pretrained_choice ...                  what of `study/chosen.py` was chosen by
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes

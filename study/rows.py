@@ -17,7 +17,6 @@ from study.chosen import (
   CANDIDATE_RATES,
   COMPETING,
   DISTILLED,
-  EPOCHS,
   EQUAL,
   GENERATORS,
   MAIN_ROW,
@@ -154,7 +153,7 @@ def _varied(e: Experiment) -> list[Row]:
 
 def _pretrained(e: Experiment) -> list[Row]:
   """Returns all ways to prune a pretrained network, at each budget; all start from the same adapted one."""
-  cut = {"train.epochs": 0, "finetune.epochs": EPOCHS, "search.end_epoch": None, "prune.shrinkage": None}
+  cut = {"train.epochs": 0, "finetune.epochs": e.epochs, "search.end_epoch": None, "prune.shrinkage": None}
 
   def adapted(name: str, kind: str, overrides: Overrides, part: int = COMPARED, choice: Any = None) -> Row:
     return Row(e, name, kind, part, e.seeds, overrides, choice, source=ADAPTED)

@@ -9,7 +9,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapr_jax.configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, resnet56_cifar10
-from study.chosen import CANDIDATE_STRENGTHS, CANDIDATES, FIRST_TRIED, SCHEDULE, STRENGTHS
+from study.chosen import (
+  CANDIDATE_STRENGTHS,
+  CANDIDATES,
+  EPOCHS,
+  FIRST_TRIED,
+  SCHEDULE,
+  SHORT,
+  SHORT_EPOCHS,
+  STRENGTHS,
+)
 
 Overrides = Mapping[str, Any]
 """Field of a configuration -> value."""
@@ -36,6 +45,7 @@ class Experiment:
     get_config: Returns the configuration.
     budgets: Values of `prune.p` at which all ways to prune a pretrained network are compared; () for an experiment that
       checks the paper's claims.
+    epochs: With `budgets`: the epochs of every row, training and fine-tuning together.
   """
 
   network: str
@@ -49,6 +59,7 @@ class Experiment:
   more: Mapping[str, Overrides] = dataclasses.field(default_factory=dict)
   get_config: Callable[[], ConfigDict] = resnet56_cifar10.get_config
   budgets: tuple[float, ...] = ()
+  epochs: int = EPOCHS
 
 
 LONGER = "longer_schedule"
@@ -140,7 +151,7 @@ _FIFTH = {
 }
 
 # Others' ResNet-20, adapted in one epoch over all images by the row from which the others start. They have eight epochs
-# on few images; what is chosen for each row is in `study/chosen.py`.
+# on few images, or two; what is chosen for each row is in `study/chosen.py`.
 _PRETRAINED = {
   "prune.round_to": 1,
   "data.train_images": 10_000,
@@ -202,6 +213,17 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
       seeds=FIVE,
       get_config=resnet20_pretrained_cifar10.get_config,
       budgets=(0.3, 0.5),
+    ),
+  ),
+  "pretrained_short": (
+    Experiment(
+      network="resnet20",
+      overrides={**_PRETRAINED, **SHORT},
+      strengths=STRENGTHS,
+      seeds=FIVE,
+      get_config=resnet20_pretrained_cifar10.get_config,
+      budgets=(0.3,),
+      epochs=SHORT_EPOCHS,
     ),
   ),
   "pretrained_choice": (

@@ -92,8 +92,11 @@ def test_sampled_masks_are_reproducible_and_likely_at_the_end(tiny):
   assert not scores(0, 11).any()
 
 
-def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_epochs(tmp_path):
-  rows = grid(SIZES["pretrained"])
+@pytest.mark.parametrize(
+  ("size", "epochs", "budgets"), [("pretrained", 8, (0.3, 0.5)), ("pretrained_short", 2, (0.3,))]
+)
+def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_epochs(tmp_path, size, epochs, budgets):
+  rows = grid(SIZES[size])
   (first,) = (row for row in rows if row.name == ADAPTED)
   assert job_of(first, 3, tmp_path, None, {}, "resnet20.th").config.init.weights == "resnet20.th"
   for row in rows:
@@ -101,9 +104,9 @@ def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_
     if row is not first:
       want = None if row.kind == "width" else str(tmp_path / "resnet20" / ADAPTED / "seed_3" / "dense")
       assert config.init.weights == want
-      assert config.train.epochs + config.finetune.epochs == 8
+      assert config.train.epochs + config.finetune.epochs == epochs
   names = {row.name for row in rows}
-  for p in ("0.3", "0.5"):
+  for p in SIZES[size][0].budgets:
     assert {f"p={p},{way}{how}" for way in ("l2_norm", "random") for how in (",cut", ",penalty")} <= names
     assert {f"p={p},{MAIN_ROW}", f"p={p},{MAIN_ROW},distilled", f"p={p},torch_pruning=group_taylor"} <= names
 
