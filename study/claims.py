@@ -304,7 +304,7 @@ def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, l
   nearest = min(means, key=lambda name: means[name].mean, default=None)
   short = f"{mean_and_deviation(own)} %"
   if nearest is not None:
-    short += f"; ahead of the nearest, {nearest.split(',', 1)[1]}, by {means[nearest]} points"
+    short += f"; against the nearest, {nearest.split(',', 1)[1]}, {means[nearest]} points"
   return table(header, rows), verdicts, f"{short}."
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.channels.graph import ChannelPolynomial
+from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.latency import LatencyTable, latency_cost
 
@@ -86,8 +87,10 @@ def cost_of(name: str, graph: ChannelGraph, table: Callable[[], LatencyTable] | 
   """Returns the cost of that name; the function gives the table of one that needs it.
 
   Raises:
-    InputError: If there is none.
+    InputError: If there is no such cost, or it needs a table and none is given.
   """
+  if name not in COSTS:
+    raise InputError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {shown(name)}.")
   make = COSTS[name]
   if name not in measured_costs():
     return make(graph)

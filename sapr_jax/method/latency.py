@@ -15,6 +15,8 @@ from sapr_jax.checks import check_dtype, check_integer, check_number, check_type
 from sapr_jax.errors import InputError
 
 FORMAT = 1
+_ABOUT = ("device", "batch_size", "dtype", "inputs", "macs")
+"""What a table must say of itself."""
 _LANES = 8
 """Numbers that hardware computes with at once are multiples of it."""
 
@@ -67,6 +69,8 @@ class LatencyTable:
   networks: tuple[Mapping[str, Any], ...]
 
   def __post_init__(self) -> None:
+    if missing := [name for name in _ABOUT if name not in self.about]:
+      raise InputError(f"about must have {', '.join(_ABOUT)}, got none of {', '.join(missing)}.")
     for name in ("device", "inputs"):
       if not isinstance(self.about[name], str) or not self.about[name]:
         raise InputError(f"{name} must be text, got {shown(self.about[name])}.")
@@ -115,14 +119,15 @@ class LatencyTable:
       if document["format"] != FORMAT:
         raise ValueError(f"its format is {document['format']!r}, not {FORMAT}")
       return cls(
-        {name: document["about"][name] for name in ("device", "batch_size", "dtype", "inputs", "macs")}
-        | document["about"],
+        dict(document["about"]),
         dict(document["groups"]),
         tuple(map(_layer_from_json, document["layers"])),
         document["offset"],
         document["scale"],
         tuple(map(dict, document["networks"])),
       )
+    except InputError:
+      raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
       reason = f"{type(error).__name__}: {str(error)[:200]}"
       raise InputError(f"document must be what LatencyTable.to_json returned; reading it gave {reason}.") from error

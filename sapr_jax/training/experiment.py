@@ -207,13 +207,15 @@ def check_batches(config: Any, num_train: int, num_devices: int) -> None:
   Raises:
     InputError: If one does not; the message names the sizes nearest to it that would.
   """
-  generator_images = round(config.generator.data_share * num_train)
-  for name, batch, images, pieces in (
+  batches = [
     ("train.batch_size", config.train.batch_size, num_train, config.train.accumulate),
     ("finetune.batch_size", config.finetune.batch_size, num_train, config.finetune.accumulate),
-    ("generator.batch_size", config.generator.batch_size, generator_images, 1),
     ("eval_batch_size", config.eval_batch_size, None, 1),
-  ):
+  ]
+  if config.prune.proposer in ("generator", "taylor"):  # the others read no images
+    generator_images = round(config.generator.data_share * num_train)
+    batches.append(("generator.batch_size", config.generator.batch_size, generator_images, 1))
+  for name, batch, images, pieces in batches:
     parts = num_devices * pieces
     if batch % parts:
       lower = batch // parts * parts

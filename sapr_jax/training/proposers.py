@@ -22,7 +22,6 @@ from sapr_jax.method import (
   learned_share,
   outputs_of_prior,
   overlap,
-  relative_to_group_mean,
   reorder,
   score_channels,
   split_by_group,
@@ -204,7 +203,7 @@ class ImportanceProposer:
   graph: ChannelGraph
   images: np.ndarray
   batch_size: int
-  compare: Callable[[Scores], Scores] = relative_to_group_mean
+  compare: Callable[[Scores], Scores]
 
   @functools.cached_property
   def _step(self) -> MappedStep:

@@ -54,5 +54,7 @@ def test_one_entry_makes_a_measured_cost(tiny, monkeypatch):
   assert cost_of("energy", tiny.graph, lambda: "mj").name == "energy_mj"
   with pytest.raises(sapr.InputError, match=r"with its measurements, got 'energy' alone; write energy\(graph, table\)"):
     make_budget(tiny.graph, "energy", share=0.5)
+  with pytest.raises(sapr.InputError, match=r"cost must be one of 'prunable_macs', .*'energy', got 'flops'"):
+    cost_of("flops", tiny.graph)
   with pytest.raises(sapr.InputError, match="cost must be one of prunable_macs, macs, params, latency, energy, or a"):
     make_budget(tiny.graph, "flops", share=0.5)

@@ -140,7 +140,7 @@ def test_a_table_of_something_else_is_refused(graph):
     sapr.latency_cost(graph, LatencyTable.from_json(known))
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"about": {}}, {"layers": 3}, {"networks": [3]}, {"groups": 3}])
+@pytest.mark.parametrize("change", [{"format": 2}, {"about": 3}, {"layers": 3}, {"networks": [3]}, {"groups": 3}])
 def test_a_document_that_is_no_table_is_refused(graph, change):
   good = document(graph, [("a", [WIDTHS], STEPS)])
   assert LatencyTable.from_json(good).to_json() == good
@@ -189,6 +189,11 @@ def test_other_entries_of_a_table_are_checked(graph, change, message):
     change = {"about": good["about"] | change["about"]}
   with pytest.raises(sapr.InputError, match=message):
     LatencyTable.from_json(good | change)
+
+
+def test_a_table_says_what_it_is_of(graph):
+  with pytest.raises(sapr.InputError, match=r"^about must have device, .*macs, got none of device, .*macs\.$"):
+    LatencyTable.from_json(document(graph, [("a", [WIDTHS], STEPS)]) | {"about": {}})
 
 
 def test_a_group_has_an_integer_width(graph):

@@ -135,6 +135,13 @@ def test_batches_that_do_not_divide_are_refused_with_those_that_would(batch, acc
     check_batches(config, 320, count)
 
 
+def test_the_batch_of_a_generator_counts_where_its_images_are_read():
+  fields = {"generator__batch_size": 64, "generator__data_share": 0.1}
+  with pytest.raises(sapr.InputError, match=r"generator\.batch_size=64 is more than the 32 images there are"):
+    check_batches(small_config(**fields), 320, 1)
+  check_batches(small_config(prune__proposer="l2_norm", **fields), 320, 1)
+
+
 @pytest.mark.parametrize(
   ("name", "fields", "shape"),
   [
