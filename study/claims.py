@@ -23,6 +23,7 @@ _LEVEL = 0.05
 """One-sided p-value below which a comparison holds: as an interval of 90 % that lies above 0."""
 WITHIN = 1.0
 """Points of accuracy by which a sub-network may be behind, before fine-tuning."""
+_NOT_RUN = "Not run yet."
 STABLE = 0.05
 """Hamming distance that the supplement calls small: (d)."""
 
@@ -265,7 +266,7 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
       ),
       changes["trained as long, whole"].verdict(-WITHIN),
       "The dense network of the same run has lost its dropped channels, and with them the fit of its statistics.",
-      f"{changes['trained as long, whole']} points.",
+      _in_points(changes["trained as long, whole"]),
     ),
     Claim(
       f"At {budget} it is ahead where both are distilled",
@@ -275,7 +276,7 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
         [[name, *_accuracies(results, name)[1:]] for name in distilled],
       ),
       gain.verdict(),
-      short=f"{gain} points.",
+      short=_in_points(gain),
     ),
   ]
 
@@ -302,10 +303,14 @@ def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, l
   header = ["row", "MACs left, %", "dense, %", "sub-network, %", "pruned, %", "main row is better by", "p", "verdict"]
   means = {name: estimate(values.values()) for name, values in gains.items() if values}
   nearest = min(means, key=lambda name: means[name].mean, default=None)
-  short = f"{mean_and_deviation(own)} %"
+  short = _NOT_RUN
   if nearest is not None:
-    short += f"; against the nearest, {nearest.split(',', 1)[1]}, {means[nearest]} points"
-  return table(header, rows), verdicts, f"{short}."
+    short = f"{mean_and_deviation(own)} %; against the nearest, {nearest.split(',', 1)[1]}, {means[nearest]} points."
+  return table(header, rows), verdicts, short
+
+
+def _in_points(difference: Estimate) -> str:
+  return f"{difference} points." if difference.count else _NOT_RUN
 
 
 def _accuracies(results: Results, name: str) -> list[str]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import sapr_jax as sapr
 from sapr_jax import artifacts
 from sapr_jax.artifacts import saved_model
+from sapr_jax.artifacts.files import sha256
 from sapr_jax.channels import dense_features, evaluation_kwargs
 
 INPUTS = sapr.Inputs((8, 8, 1), mean=(0.3,), std=(0.4,), class_names=list("abcdefghij"))
@@ -133,7 +134,7 @@ def reseal(path, content):
   """Writes `info.json` with its checksum, as another version or a careful hand might."""
   (path / "info.json").write_bytes(content)
   definition = json.loads((path / "model.json").read_text())
-  definition["sha256"]["info.json"] = saved_model._sha256(content)
+  definition["sha256"]["info.json"] = sha256(content)
   (path / "model.json").write_text(json.dumps(definition))
 
 

@@ -299,7 +299,8 @@ def test_a_budget_is_a_share_or_an_amount_of_what_the_user_says(tmp_path, cost, 
 
 @pytest.mark.parametrize("name", IMPORTANCES)
 def test_an_importance_proposes_the_channels_that_it_ranks_highest(name):
-  run = parts.build(small_config(prune__proposer=name))
+  competing = {"importance__compare": "group_mean", "importance__cost_exponent": 0.0}
+  run = parts.build(small_config(prune__proposer=name, **competing))
   proposer = parts.make_proposer(run)
   variables = devices.replicate(run.variables, run.passes.mesh)
   state, scores, measured = proposer.propose(proposer.init(), variables, epoch=0)
@@ -322,13 +323,11 @@ def test_globs_of_the_configuration_choose_groups():
 
 def test_channels_compete_in_shares_and_by_their_cost():
   def widths(**fields):
-    run = parts.build(
-      small_config(prune__proposer="l2_norm", importance__compare="equal_shares", prune__p=0.4, **fields)
-    )
+    run = parts.build(small_config(prune__proposer="l2_norm", prune__p=0.4, **fields))
     scores = parts.make_proposer(run).propose((), devices.replicate(run.variables, run.passes.mesh), 0)[1]
     return [mask.mean() for mask in run.project(scores).values()]
 
-  shares, tilted = widths(), widths(importance__cost_exponent=5.0)
+  shares, tilted = widths(importance__cost_exponent=0.0), widths(importance__cost_exponent=5.0)
   assert abs(shares[0] - shares[1]) < 0.2  # of 8 and 6 channels
   assert tilted != shares
 
