@@ -126,10 +126,10 @@ def export_torch(
   path, base = check_path(path), _base(model)
   if path.suffix != ".safetensors":
     raise InputError(f"{path} must end in .safetensors; export_torch writes no other format.")
-  if cuts := _cuts(model):
+  if cuts := sorted({path for path, *_ in _cuts(model)}, key=lambda path: (not path.endswith("/kernel"), path)):
     raise InputError(
-      f"model must be cut in layers only, got one whose code holds widths that were cut (of {cuts[0][0]} and"
-      f" {len(cuts) - 1} more), as the code in PyTorch may too; prune without these groups, such as by select='blocks',"
+      f"model must be cut in layers only, got one whose code holds widths that were cut ({cuts[0]} and {len(cuts) - 1}"
+      " more arrays), as the code in PyTorch may too; prune without these groups, such as by select='blocks',"
       " or write it as ONNX by sapr_jax.export."
     )
   flat = {tuple(name.split("/")): array for name, array in named_arrays(variables).items()}
