@@ -6,10 +6,11 @@
 Each piece is a process of its own with a limit of time. How it ended is in `DIR/accelerator_<platform>.json` at once,
 what it measured in `DIR/<benchmark>_<platform>.json`, and what it said in `DIR/accelerator_<platform>.log`. The same
 command, here or on another machine with such a device, goes on with what is not done: pieces that were never tried
-come first, then those that failed. With `--out results` the page on performance shows what was measured
-(`python -m benchmarks.performance_page`). `--tiny` rehearses all of it in a minute or two, on a CPU too.
+come first, then those that failed or were cut short. With `--out results` the page on performance shows what was
+measured (`python -m benchmarks.performance_page`). `--tiny` rehearses all of it in a minute or two, on a CPU too.
 
-Exit status: 0 if all is done; 75 if pieces are left, and the same command goes on; 1 if none is, and some failed.
+Exit status: 0 if all is done; 75 if pieces are left, and the same command goes on, or were cut short, and more minutes
+help; 1 if none is, and some failed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -34,9 +36,11 @@ from typing import Any
 from benchmarks.measuring import MISSED, NOTE, kind, table
 from benchmarks.performance_page import section
 from sapr_jax.artifacts.files import read_json, remove_temporaries, write_json
+from sapr_jax.errors import InputError, os_errors_in_one_line
 from sapr_jax.runtime.compilation_cache import cache_folder
 
-DONE, FAILED, OUT_OF_TIME, LEFT_OUT = "done", "failed", "out of time", "left out"
+DONE, FAILED, OUT_OF_TIME, LEFT_OUT, CUT_SHORT = "done", "failed", "out of time", "left out", "cut short"
+OUTCOMES = (DONE, FAILED, OUT_OF_TIME, LEFT_OUT, CUT_SHORT)
 GO_ON = 75
 
 
@@ -96,6 +100,8 @@ def main(pieces: Sequence[Piece] = PIECES) -> int:
   )
   parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to try it; not into results/")
   args = parser.parse_args()
+  if not 0 < args.minutes < math.inf:
+    parser.error(f"--minutes must be a positive number, got {args.minutes:g}")
   end = time.monotonic() + 60 * args.minutes
   named = {p.name for p in pieces} | {p.benchmark for p in pieces}
   if unknown := set(args.only or ()) - named:
@@ -107,16 +113,22 @@ def main(pieces: Sequence[Piece] = PIECES) -> int:
     sys.exit("error: JAX finds no accelerator here, only a CPU; --tiny rehearses on one")
   if args.tiny:
     print("A rehearsal: a tiny network stands for each, so that the figures and goals below mean nothing.")
-  args.out.mkdir(parents=True, exist_ok=True)
-  record = Record(args.out, about, args.tiny)
   chosen = [p for p in pieces if not (args.tiny and not p.tiny)]
   if args.only:
     chosen = [p for p in chosen if {p.name, p.benchmark} & set(args.only)]
   stopped = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stopped.set())
-  status = measure(chosen, record, end, stopped, again=bool(args.only))
-  print(f"\n{record.table(chosen)}\n\n{record.goals()}", flush=True)
+  try:
+    with os_errors_in_one_line(args.out):
+      args.out.mkdir(parents=True, exist_ok=True)
+      record = Record(args.out, about, args.tiny)
+      status = measure(chosen, record, end, stopped, again=bool(args.only))
+      print(f"\n{record.table(chosen)}", flush=True)
+      if goals := record.goals():
+        print(f"\n{goals}", flush=True)
+  except InputError as error:
+    sys.exit(f"error: {error}")
   return status
 
 
@@ -144,11 +156,13 @@ class Record:
     self.out, self.tiny, self._about = out, tiny, about
     self._file = out / f"accelerator_{about['platform']}.json"
     self.log = self._file.with_suffix(".log")
+    earlier: Any = {"machine": about, "tiny": tiny, "outcomes": {}}
+    if os.path.lexists(self._file) and not _is_record(earlier := read_json(self._file)):
+      sys.exit(f"error: {self._file} is damaged or of something else; move it away, or give another --out")
     remove_temporaries(out)
-    earlier: dict[str, Any] = read_json(self._file) or {"machine": about, "tiny": tiny, "outcomes": {}}
-    before, now = ({**kind(of), "tiny": small} for of, small in ((earlier["machine"], earlier["tiny"]), (about, tiny)))
-    if differing := [field for field in now if now[field] != before[field]]:
-      shown = "; ".join(f"{field} {before[field]}, here {now[field]}" for field in differing)
+    before, now = {**earlier["machine"], "tiny": earlier["tiny"]}, {**kind(about), "tiny": tiny}
+    if differing := [field for field in now if now[field] != before.get(field)]:
+      shown = "; ".join(f"{field} {before.get(field)}, here {now[field]}" for field in differing)
       sys.exit(f"error: {self._file} was begun with {shown}; give another --out, so that nothing is mixed")
     self.outcomes: dict[str, dict[str, Any]] = earlier["outcomes"]
 
@@ -183,6 +197,22 @@ class Record:
     return f"{found['outcome']}{took}" + "".join(f"; {text}" for text in found.get("notes", ()))
 
 
+def _is_record(found: Any) -> bool:
+  """Returns whether this is what `Record` writes."""
+
+  def is_outcome(entry: Any) -> bool:
+    match entry:
+      case {"outcome": outcome, "tries": int()}:
+        notes, seconds = entry.get("notes", []), entry.get("seconds", 0)
+        return outcome in OUTCOMES and isinstance(notes, list) and isinstance(seconds, (int, float))
+    return False
+
+  match found:
+    case {"machine": dict(), "tiny": bool(), "outcomes": dict(outcomes)}:
+      return all(map(is_outcome, outcomes.values()))
+  return False
+
+
 def measure(pieces: Sequence[Piece], record: Record, end: float, stopped: threading.Event, *, again: bool) -> int:
   """Measures pieces, those that are done too if `again`, until `end` or a signal; returns the exit status."""
   first = True
@@ -205,11 +235,13 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, stopped: thread
     if ended is None and stopped.is_set():
       break
     if ended is None:
-      # Had it been first, there would have been more time: the next call begins with it.
-      if limit < 60 * piece.minutes and not first:
-        print(f"{piece.name}: cut short", flush=True)
-      else:
+      if limit == 60 * piece.minutes:
         record.add(piece, OUT_OF_TIME, seconds=seconds, notes=notes)
+      elif first:
+        needed = f"it may take {piece.minutes:.2g} minutes: give more --minutes"
+        record.add(piece, CUT_SHORT, seconds=seconds, notes=[needed, *notes])
+      else:  # had it been first, there would have been more time: the next call begins with it
+        print(f"{piece.name}: cut short", flush=True)
     elif ended == 0:
       record.add(piece, DONE, seconds=seconds, notes=notes)
     elif missing := _MISSING.findall(text):
@@ -221,7 +253,7 @@ def measure(pieces: Sequence[Piece], record: Record, end: float, stopped: thread
     print("stopped by a signal; the same command goes on", flush=True)
     return GO_ON
   outcomes = [record.outcomes.get(piece.name, {}).get("outcome") for piece in pieces]
-  if None in outcomes:
+  if None in outcomes or CUT_SHORT in outcomes:
     return GO_ON
   return int(any(outcome in (FAILED, OUT_OF_TIME) for outcome in outcomes))
 

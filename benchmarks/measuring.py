@@ -190,6 +190,8 @@ def measure_rows(
   if unknown := set(args.rows) - set(rows):
     made.error(f"ROW must be one of {', '.join(rows)}, got {', '.join(sorted(unknown))}")
   folder, measured = args.results or (None if args.quick else RESULTS), {}
+  if folder is not None:
+    recorded(name, machine()["platform"], folder)  # what is damaged is said before all the work
   for row in args.rows or default or rows:
     measured[row] = measure(rows[row], args.quick)
     print(f"{row}: measured", file=sys.stderr, flush=True)
@@ -210,8 +212,13 @@ def record(name: str, body: Mapping[str, Any], folder: pathlib.Path = RESULTS) -
 
 
 def recorded(name: str, platform_name: str, folder: pathlib.Path = RESULTS) -> dict[str, Any] | None:
-  """Returns what `record` wrote, or None."""
-  return read_json(folder / f"{name}_{platform_name}.json")
+  """Returns what `record` wrote, None if the file is missing; ends the program if it is damaged or something else."""
+  file = folder / f"{name}_{platform_name}.json"
+  if not os.path.lexists(file):
+    return None
+  if (found := read_json(file)) is None or not isinstance(found.get("machine"), dict):
+    sys.exit(f"error: {file} is damaged or of something else; move it away")
+  return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

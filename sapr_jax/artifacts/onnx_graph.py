@@ -145,12 +145,16 @@ class _Writer:
     if name in _INLINED:
       inner = eqn.params[_INLINED[name]]
       return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands)
+    if name == "dim_as_value":  # the size of an array, as a number
+      raise InputError("ONNX: the model computes with the number of images; give it, such as batch=1.")
     if name == "broadcast_in_dim":
       return [self._broadcast(eqn, operands[0])]
     if not any(isinstance(operand, _Node) for operand in operands) and not eqn.primitive.multiple_results:
       return [self._known(eqn, operands)]
+    for atom in (*eqn.invars, *eqn.outvars):
+      _check_dtype(atom.aval.dtype)
     if name in _ELEMENTWISE:
-      return [self.elementwise(_ELEMENTWISE[name], operands)]
+      return [self.elementwise(_ELEMENTWISE[name], operands, eqn.outvars[0].aval.shape)]
     if name not in _RULES:
       raise InputError(
         f"The model has the operation {name}, which has no rule for ONNX; export it to a path that ends in .stablehlo."
@@ -184,14 +188,29 @@ class _Writer:
     target = self.integers([repeats[axis] for axis in value.order])
     return _Node(self.node("Expand", [value.name, target]), value.order)
 
-  def elementwise(self, op: str, operands: list[_Value]) -> _Node:
+  def elementwise(self, op: str, operands: list[_Value], shape: Sequence[Any]) -> _Node:
+    """Writes an operation on each entry; `shape` is that of the result."""
     match sorted(operands, key=lambda operand: isinstance(operand, np.ndarray)):
-      case [_Node() as value, np.ndarray(size=1) as bound] if op in ("Max", "Min") and bound.dtype.kind == "f":
+      case [_Node() as value, np.ndarray(size=1) as bound] if (
+        op in ("Max", "Min") and bound.dtype.kind == "f" and len(value.order) == len(shape)
+      ):
         return self._bounded(op, value, bound.reshape(()))
-    order = max((o.order for o in operands if isinstance(o, _Node)), key=lambda order: order != tuple(sorted(order)))
     if op == "Sub" and isinstance(operands[1], np.ndarray):
       op, operands = "Add", [operands[0], np.asarray(-operands[1])]  # which runtimes fold into a convolution
-    return _Node(self.node(op, [self.stored(operand, order) for operand in operands]), order)
+    names, order = self.together(operands, shape)
+    return _Node(self.node(op, names), order)
+
+  def together(self, operands: Sequence[_Value], shape: Sequence[Any]) -> tuple[list[str], tuple[int, ...]]:
+    """Returns the names of arrays of this shape, and of numbers, such that they fit together, and their order."""
+    orders = [operand.order for operand in operands if isinstance(operand, _Node) and len(operand.order) == len(shape)]
+    if not orders:  # only numbers are computed, and the result has the shape of what is known
+      plain = tuple(range(len(shape)))
+      return [
+        self.plain(operand, shape) if isinstance(operand, np.ndarray) and operand.ndim else self.stored(operand, plain)
+        for operand in operands
+      ], plain
+    order = max(orders, key=lambda order: order != tuple(sorted(order)))
+    return [self.stored(operand, order) for operand in operands], order
 
   def _bounded(self, op: str, value: _Node, bound: np.ndarray) -> _Node:
     """Writes a maximum or minimum with a number as the activation that runtimes fuse with the layer before."""
@@ -208,7 +227,7 @@ class _Writer:
 
   def constant(self, array: Any, dtype: Any = None) -> str:
     name = f"constant_{len(self.constants)}"
-    self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(np.asarray(array, dtype)), name))
+    self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(array, dtype, order="C"), name))
     return name
 
   def integers(self, values: Sequence[Any]) -> str:
@@ -222,7 +241,7 @@ class _Writer:
       array = value.transpose(order)
       leading = next((axis for axis, size in enumerate(array.shape) if size != 1), array.ndim)
       return self.constant(array.reshape(array.shape[leading:]) if leading else array)
-    if value.order == order:
+    if value.order in (order, ()):  # a number goes with any array
       return value.name
     return self.node("Transpose", [value.name], perm=[value.order.index(axis) for axis in order])
 
@@ -257,6 +276,14 @@ _IN_NUMPY: dict[str, Callable[..., Any]] = {
   **_WITH_PARAMS,
 }
 _KEEP_ONES = {*_ELEMENTWISE, "convert_element_type", "rsqrt", "integer_pow", "square", "copy", "stop_gradient"}
+
+
+def _check_dtype(dtype: Any) -> None:
+  if getattr(dtype, "isbuiltin", 1) != 1:  # bfloat16 and the like, which are NumPy's by an extension
+    raise InputError(
+      f"ONNX: the model and its images must be of float32 or float16, got {dtype}; give dtype=jnp.float32 and such"
+      " images, or export it to a path that ends in .stablehlo, which takes all."
+    )
 
 
 def _static(shape: Sequence[Any]) -> tuple[int, ...]:
@@ -313,6 +340,8 @@ def _pooling(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
 def _reduction(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
   (value,), axes, op = operands, eqn.params["axes"], _REDUCTIONS[eqn.primitive.name]
   places = [value.order.index(axis) for axis in axes]
+  if not places:  # ONNX would take that for all of them
+    return value
   if op == "ReduceSum":
     name = writer.node(op, [value.name, writer.integers(places)], keepdims=0)
   else:
@@ -437,15 +466,15 @@ def _rsqrt(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
 
 def _select(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
   which, *cases = operands
-  order = next(value.order for value in operands if isinstance(value, _Node))
   if len(cases) != 2 or eqn.invars[0].aval.dtype != np.bool_:
     raise InputError("ONNX: the model selects among more than two arrays.")
-  return _Node(writer.node("Where", [writer.stored(value, order) for value in (which, *reversed(cases))]), order)
+  names, order = writer.together([which, *reversed(cases)], eqn.outvars[0].aval.shape)
+  return _Node(writer.node("Where", names), order)
 
 
 def _clamp(writer: _Writer, eqn: Any, operands: list[_Value]) -> _Node:
-  low, value, high = operands
-  return writer.elementwise("Min", [writer.elementwise("Max", [value, low]), high])
+  (low, value, high), shape = operands, eqn.outvars[0].aval.shape
+  return writer.elementwise("Min", [writer.elementwise("Max", [value, low], shape), high], shape)
 
 
 _RULES: dict[str, Callable[[_Writer, Any, list[_Value]], _Value]] = {

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -218,6 +219,38 @@ def test_onnx_of_another_network(batch, tmp_path):
   np.testing.assert_allclose(run_onnx(tmp_path / "net.onnx", images(2, 8)), expected, rtol=1e-4, atol=1e-4)
 
 
+class Lines(nn.Module):
+  """A function of the images, in place of a network."""
+
+  function: Any
+
+  @nn.compact
+  def __call__(self, x):
+    return self.function(x)
+
+
+NUMBERS = {
+  "quotient": lambda x: x.transpose(0, 2, 1, 3) / x.max(),
+  "first": lambda x: x.max() - x[:, ::2],
+  "bounds": lambda x: jnp.clip(jnp.maximum(x, x.mean()), x.min(), 0.5 * x.max()),
+  "choice": lambda x: jnp.where(x.sum() > 100, x, -x.transpose(0, 2, 1, 3)),
+  "known": lambda x: jnp.maximum(x.sum(), jnp.zeros((2, 3))) * jnp.ones((1, 1)),
+  "known choice": lambda x: jnp.where(x.sum() > 100, jnp.ones((1, 3)), jnp.zeros((1, 3))),
+  "number": lambda x: jnp.maximum(x.sum(axis=()).sum(), 0.0) * 2.0,
+}
+"""Programs with a number that depends on the images, beside arrays."""
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_onnx_of_numbers_that_are_computed(name, tmp_path):
+  pytest.importorskip("onnx", reason="pip install 'sapr_jax[onnx]'")
+  x, file = images(2, 4), tmp_path / "net.onnx"
+  sapr.export(file, Lines(NUMBERS[name]), {}, x.shape, batch=2)
+  found, expected = run_onnx(file, x), np.asarray(NUMBERS[name](x))
+  assert found.shape == expected.shape
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_safetensors_are_those_of_pytorch(resnet, tmp_path):
   sapr.export(tmp_path / "a.safetensors", *resnet, (1, 8, 8, 3))
   sapr.export_torch(tmp_path / "b.safetensors", *resnet)
@@ -267,6 +300,12 @@ def test_what_onnx_does_not_have_is_said_in_one_line(tmp_path):
   pytest.importorskip("onnx", reason="pip install 'sapr_jax[onnx]'")
   assert "operation sort, which has no rule" in refused(tmp_path / "net.onnx", Sorts())
   assert "float32 or float16 for ONNX" in refused(tmp_path / "net.onnx", nn.Dense(3), dtype="bfloat16")
+  for model, options in (
+    (nn.Dense(3, dtype=jnp.bfloat16), {}),
+    (nn.Dense(3, dtype=jnp.float32), {"input_dtype": "bfloat16"}),
+  ):
+    assert "float32 or float16, got bfloat16; give" in refused(tmp_path / "net.onnx", model, **options)
+  assert "give it, such as batch=1" in refused(tmp_path / "net.onnx", Lines(lambda x: x - x.mean()))
   assert not list(tmp_path.iterdir())
 
 

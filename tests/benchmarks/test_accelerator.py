@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -44,8 +45,9 @@ def call(tmp_path, monkeypatch):
       status = accelerator.main(pieces)
     except SystemExit as error:
       status = error.code
-    file = tmp_path / f"accelerator_{about['platform']}.json"
-    outcomes = json.loads(file.read_text())["outcomes"] if file.exists() else {}
+    outcomes, file = {}, tmp_path / f"accelerator_{about['platform']}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+      outcomes = json.loads(file.read_text())["outcomes"]
     return status, outcomes, (tmp_path / "calls").read_text().split()
 
   yield run
@@ -106,7 +108,44 @@ def test_a_call_without_time_says_that_it_is_to_go_on(call):
   status, outcomes, started = call([first, other, short], "--minutes", f"{1 / 60}")
   assert (status, started, list(outcomes)) == (75, ["other/a", "last/a"], ["first/a", "other/a"])  # it was cut short
   status, outcomes, started = call([first, other, short], "--minutes", f"{0.2 / 60}")
-  assert (status, started) == (1, ["last/a"]) and outcomes["last/a"]["outcome"] == "out of time"  # it was the first
+  assert (status, started) == (75, ["last/a"]) and outcomes["last/a"]["outcome"] == "cut short"  # it was the first
+  assert "give more --minutes" in outcomes["last/a"]["notes"][0]
+  status, outcomes, started = call([first, other, dataclasses.replace(short, script="true")])
+  assert (status, started) == (0, ["last/a"]) and outcomes["last/a"]["tries"] == 2
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan", "inf"])
+def test_minutes_are_a_positive_number(minutes, call, capsys):
+  assert call([Script("any", "a")], f"--minutes={minutes}")[::2] == (2, [])
+  assert f"error: --minutes must be a positive number, got {minutes}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", '{"x": 1}', '{"machine": {}, "tiny": false, "outcomes": {"any/a": {}}}']
+)
+def test_a_record_that_is_none_is_refused_and_kept(text, call, tmp_path):
+  file = tmp_path / "accelerator_gpu.json"
+  file.write_text(text)
+  status, _, started = call([Script("any", "a")])
+  assert status == f"error: {file} is damaged or of something else; move it away, or give another --out"
+  assert not started and file.read_text() == text
+
+
+def test_a_place_that_cannot_be_written_is_named(call, tmp_path, capsys):
+  (tmp_path / "file").write_text("kept")
+  for place in ("file", "file/folder"):
+    status, _, started = call([Script("any", "a")], "--out", str(tmp_path / place))
+    assert status.startswith(f"error: {tmp_path / place} cannot be used (") and "\n" not in status and not started
+  assert (tmp_path / "file").read_text() == "kept"
+  (tmp_path / "accelerator_gpu.log").mkdir()
+  status, _, started = call([Script("any", "a")])
+  assert status.startswith(f"error: {tmp_path / 'accelerator_gpu.log'} cannot be used (") and not started
+
+
+def test_without_goals_the_table_is_the_end(call, capsys, monkeypatch):
+  monkeypatch.setattr(accelerator, "section", lambda *_: "")
+  call([Script("any", "a")])
+  assert capsys.readouterr().out.endswith("| any/a | done in 0 s |\n")
 
 
 def test_a_signal_ends_the_piece_and_the_next_call_begins_with_it(call, tmp_path):

@@ -41,6 +41,14 @@ def test_rows_of_one_device_stand_together_whatever_processor_is_beside_it(measu
   assert list(measured(cpu | {"cpu": "other"}, "a")) == ["a"]
 
 
+@pytest.mark.parametrize("text", ["{", '{"x": 1}'])
+def test_a_damaged_record_is_refused_and_kept(text, measured, tmp_path):
+  (tmp_path / "some_gpu.json").write_text(text)
+  with pytest.raises(SystemExit, match=r"error: .*some_gpu.json is damaged or of something else; move it away$"):
+    measured({"platform": "gpu", "device": "abacus", "versions": {}}, "a")
+  assert (tmp_path / "some_gpu.json").read_text() == text
+
+
 def test_without_pytorch_there_is_a_note(monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "torch", None)
   monkeypatch.delitem(sys.modules, "benchmarks.torch_peer", raising=False)
