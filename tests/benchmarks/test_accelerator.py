@@ -17,6 +17,9 @@ import pytest
 
 from benchmarks import accelerator, performance_page
 
+# The command forks, where no JAX runs; here some does, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
+
 ROOT = pathlib.Path(__file__).parents[2]
 ABACUS = {"platform": "gpu", "device": "abacus", "versions": {"jax": "1"}, "cpu": "any"}
 
