@@ -86,7 +86,7 @@ def main() -> None:
 def measure(row: Row, quick: bool) -> dict[str, Any]:
   """Times the loop beside the step alone, and traces it."""
   if quick:
-    small: Any = {"batch": 4, "image_size": 32, "files": 8, "copies": 10, "epochs": 1}
+    small: Any = {"batch": 4, "image_size": 16, "files": 8, "copies": 5, "epochs": 1}
     row = dataclasses.replace(row, network="resnet8", **small, shape=(row.shape[0] // 4, row.shape[1] // 4))
   with tempfile.TemporaryDirectory() as folder:
     images = pathlib.Path(folder, "images")

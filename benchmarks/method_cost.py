@@ -103,10 +103,11 @@ def measure(network: Network, quick: bool) -> dict[str, Any]:
   accelerated, large = jax.devices()[0].platform != "cpu", network.image_size == 224
   batch, image_size = (network.batch, network.image_size) if accelerated else network.cpu
   if quick:
-    network, batch, image_size = dataclasses.replace(network, name="resnet8"), 4, 32
+    network, batch, image_size = dataclasses.replace(network, name="resnet8"), 4, 8
   dtype = "bfloat16" if accelerated and large else "float32"
   per_call = (10 if large else 50) if accelerated else 1
-  made = training_pieces.pieces(network.name, dtype=dtype, image_size=image_size, images=max(batch, 256))
+  size: Any = {"image_size": image_size, "width_multiplier": 0.25 if quick else 1.0}
+  made = training_pieces.pieces(network.name, dtype=dtype, images=max(batch, 256), **size)
   calls = {
     name: made.call(step, state, batch, variables=variables, steps_per_call=per_call)
     for name, (step, state, variables) in steps_to_time(made, network.p).items()

@@ -75,7 +75,7 @@ def main() -> None:
   def measure_network(network: Network, quick: bool) -> dict[str, Any]:
     if quick:
       small: Any = {"name": "resnet8", "image_size": 32, "classes": 10, "torch_pruning": False}
-      network = dataclasses.replace(network, **small, cpu_batches=(1, 4), accelerator_batches=(1, 4))
+      network = dataclasses.replace(network, **small, cpu_batches=(4,), accelerator_batches=(4,))
     return measure(network, 2 if quick else 5, peer)
 
   networks = {network.name: network for network in NETWORKS}

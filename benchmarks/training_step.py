@@ -78,7 +78,7 @@ def main() -> None:
   def measure_row(row: Row, quick: bool) -> dict[str, Any]:
     variants = tuple(VARIANTS)
     if quick:
-      row = dataclasses.replace(row, network="resnet8", batch=8, image_size=32, steps_per_call=1)
+      row = dataclasses.replace(row, network="resnet8", batch=8, image_size=8, steps_per_call=1)
     elif on_cpu:
       row, variants = dataclasses.replace(row, steps_per_call=1, peer=EAGER, goal=1.0), (*EAGER, OURS_PLAIN)
     return measure(row, 2 if quick else 7, peer, variants)
