@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import goal, measure_rows, median_ratio, shown, table, time_in_turns
-from benchmarks.training_pieces import forward, random_variables
+from benchmarks.training_pieces import forward, random_scores, random_variables
 from sapr_jax import (
   latency_cost,
   macs_budget,
@@ -39,7 +39,6 @@ SHAPE = (1, 32, 32, 3)
 SHARE = 0.5
 GOAL = 0.1
 DENSE = "dense"
-SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +81,7 @@ def measure(row: Row, quick: bool) -> dict[str, Any]:
   times = measure_latency(model, variables, graph, batch_size=row.batch, transform=transform)
   took = time.monotonic() - start
   cost = latency_cost(graph, times)
-  rng = np.random.default_rng(SEED)
-  scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
+  scores = random_scores(graph)
   masks: dict[str, Any] = {DENSE: graph.full_masks()}
   for round_to in multiples:
     budget = macs_budget(graph, SHARE, of="network")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measuring import goal, measure_rows, median_ratio, needed, shown, table, time_in_turns
-from benchmarks.training_pieces import random_variables
+from benchmarks.training_pieces import forward, random_scores, random_variables
 from sapr_jax import InputError, export, macs_budget, models, project_to_budget, prune, trace_channels
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.models import with_fast_layers
@@ -34,7 +34,6 @@ ARGUMENTS, CONSTANTS, ONNX = "JAX", "JAX, constants", "ONNX Runtime"
 DENSE, ROUNDED, EVERYWHERE = "dense", "round_to 8", "round_to 8, residual streams too"
 SHARE = 0.5
 GOAL = 0.9
-SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def main() -> None:
 
 def measure(row: Row, quick: bool, runtime: Any) -> dict[str, Any]:
   size = 32 if quick else row.image_size
-  images = np.random.default_rng(SEED).normal(size=(row.batch, size, size, 3)).astype(np.float32)
+  images = np.random.default_rng(0).normal(size=(row.batch, size, size, 3)).astype(np.float32)
   forms, macs = _forms("resnet8" if quick else row.name, row.classes, (1, size, size, 3))
   calls: dict[str, Callable[[], Any]] = {}
   for form, (model, variables) in forms.items():
@@ -100,9 +99,8 @@ def _forms(name: str, classes: int, shape: tuple[int, ...]) -> tuple[dict[str, A
   forms, macs = {DENSE: (model, variables)}, {DENSE: graph.macs()}
 
   def add(form: str, graph: ChannelGraph, round_to: int) -> None:
-    rng = np.random.default_rng(SEED)
-    scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
-    masks = project_to_budget(graph, scores, macs_budget(graph, SHARE, of="network"), round_to=round_to)
+    budget = macs_budget(graph, SHARE, of="network")
+    masks = project_to_budget(graph, random_scores(graph), budget, round_to=round_to)
     forms[form], macs[form] = prune(model, variables, graph, masks), graph.macs(masks)
 
   for form, found, round_to in (
@@ -119,12 +117,7 @@ def _forms(name: str, classes: int, shape: tuple[int, ...]) -> tuple[dict[str, A
 def _ways(model: Any, variables: Any, images: np.ndarray, runtime: Any) -> dict[str, Callable[[], Any]]:
   """Returns way -> call that computes the logits of the images and waits for them."""
   weights, x = jax.device_put(variables), jnp.asarray(images)
-
-  def logits(weights: Any, x: jax.Array) -> jax.Array:
-    return model.apply(weights, x, train=False)
-
-  open_program = jax.jit(with_fast_layers(logits)).lower(weights, x).compile()
-  closed_program = jax.jit(with_fast_layers(lambda x: logits(weights, x))).lower(x).compile()
+  closed_program = jax.jit(with_fast_layers(lambda x: model.apply(weights, x, train=False))).lower(x).compile()
   options = runtime.SessionOptions()
   options.intra_op_num_threads = len(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as directory:
@@ -132,7 +125,7 @@ def _ways(model: Any, variables: Any, images: np.ndarray, runtime: Any) -> dict[
     export(file, model, variables, (1, *images.shape[1:]))
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
   return {
-    ARGUMENTS: lambda: jax.block_until_ready(open_program(weights, x)),
+    ARGUMENTS: forward(model, variables, images.shape),
     CONSTANTS: lambda: jax.block_until_ready(closed_program(x)),
     ONNX: lambda: session.run(["logits"], {"images": images}),
   }

@@ -188,11 +188,15 @@ def forward(model: Any, variables: Any, shape: tuple[int, ...]) -> Callable[[], 
   return lambda: jax.block_until_ready(compiled(variables, x))
 
 
-def random_masks(graph: ChannelGraph, p: float, *, round_to: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
-  """Projects scores drawn from a normal distribution onto the budget: uneven widths, as a generator's are."""
+def random_scores(graph: ChannelGraph, seed: int = 0) -> dict[str, np.ndarray]:
+  """Draws scores from a normal distribution: projected onto a budget, they give uneven widths, as a generator's do."""
   rng = np.random.default_rng(seed)
-  scores = {group.name: rng.normal(size=group.size) for group in graph.groups}
-  return project_to_budget(graph, scores, macs_budget(graph, p), round_to=round_to)
+  return {group.name: rng.normal(size=group.size) for group in graph.groups}
+
+
+def random_masks(graph: ChannelGraph, p: float, *, round_to: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+  """Projects random scores onto a share of the prunable MACs."""
+  return project_to_budget(graph, random_scores(graph, seed), macs_budget(graph, p), round_to=round_to)
 
 
 def random_variables(model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> Any:
