@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sapr_jax.artifacts.files import read_bytes, write_through
+from sapr_jax.artifacts.files import read_bytes, sha256, write_through
 
 _CONTENT, _CHECKSUM = "checkpoint.msgpack", "checkpoint.sha256"
 
@@ -61,7 +60,7 @@ def _write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], position: Map
 
 
 def _checksum(data: bytes) -> bytes:
-  return f"{hashlib.sha256(data).hexdigest()}  {_CONTENT}\n".encode()
+  return f"{sha256(data)}  {_CONTENT}\n".encode()
 
 
 class Handler(ocp.AsyncCheckpointHandler):

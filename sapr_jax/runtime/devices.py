@@ -109,6 +109,7 @@ class MappedStep:
     # A CPU is busy with one step, and computing ahead would only delay a request to stop.
     self._fetch_every = 1 if is_cpu(mesh) else 8
 
+    @without_collection()  # it runs when the step is traced, not when it is taken
     def many(state: Any, shared: Any, batches: Any) -> tuple[Any, Any]:
       if jax.tree.leaves(batches)[0].shape[0] == 1:  # no loop around a single step
         state, metrics = step(state, shared, jax.tree.map(lambda x: x[0], batches))
@@ -136,8 +137,7 @@ class MappedStep:
     Returns:
       (state, metrics stacked `[n, ...]`). The host does not wait for them.
     """
-    with without_collection():  # the first call traces the step
-      return self._many(state, shared, batches)
+    return self._many(state, shared, batches)
 
   def run(self, state: Any, shared: Any, calls: Iterable[Any]) -> tuple[Any, dict[str, np.ndarray]]:
     """Runs all calls; returns the last state and the metrics of all steps, on the host."""
