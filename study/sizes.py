@@ -160,6 +160,15 @@ _PRETRAINED = {
   "evaluate.every_epochs": 8,
 }
 
+_OTHERS_RESNET20 = Experiment(
+  network="resnet20",
+  overrides={**_PRETRAINED, **SCHEDULE},
+  strengths=STRENGTHS,
+  seeds=FIVE,
+  get_config=resnet20_pretrained_cifar10.get_config,
+  budgets=(0.3, 0.5),
+)
+
 SIZES: Mapping[str, tuple[Experiment, ...]] = {
   "full": (
     Experiment(
@@ -205,36 +214,17 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
   ),
   "decayed": (Experiment(network="resnet20", overrides=_DECAYED, main_gamma=0.04),),
   "fifth": (Experiment(network="resnet20", overrides=_FIFTH, main_gamma=0.04),),
-  "pretrained": (
-    Experiment(
-      network="resnet20",
-      overrides={**_PRETRAINED, **SCHEDULE},
-      strengths=STRENGTHS,
-      seeds=FIVE,
-      get_config=resnet20_pretrained_cifar10.get_config,
-      budgets=(0.3, 0.5),
-    ),
-  ),
+  "pretrained": (_OTHERS_RESNET20,),
   "pretrained_short": (
-    Experiment(
-      network="resnet20",
-      overrides={**_PRETRAINED, **SHORT},
-      strengths=STRENGTHS,
-      seeds=FIVE,
-      get_config=resnet20_pretrained_cifar10.get_config,
-      budgets=(0.3,),
-      epochs=SHORT_EPOCHS,
-    ),
+    dataclasses.replace(_OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, budgets=(0.3,), epochs=SHORT_EPOCHS),
   ),
   "pretrained_choice": (
-    Experiment(
-      network="resnet20",
+    dataclasses.replace(
+      _OTHERS_RESNET20,
       overrides={**_PRETRAINED, **FIRST_TRIED, "data.validation_images": 5000},
       strengths=CANDIDATE_STRENGTHS,
       seeds=(100, 101),
       more=CANDIDATES,
-      get_config=resnet20_pretrained_cifar10.get_config,
-      budgets=(0.3, 0.5),
     ),
   ),
 }
