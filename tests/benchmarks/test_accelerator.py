@@ -104,11 +104,11 @@ def test_the_same_command_goes_on_with_what_was_never_tried_and_then_with_what_f
 
 def test_a_call_without_time_says_that_it_is_to_go_on(call):
   first, last = Script("first", "a"), Script("last", "a", script="sleep 60")
-  status, outcomes, started = call([first, last], "--minutes", f"{1 / 60}")  # too little for the last to begin
+  status, outcomes, started = call([first, last], "--minutes", f"{4 / 60}")  # too little for the last to begin
   assert (status, started, list(outcomes)) == (75, ["first/a"], ["first/a"])
-  short = dataclasses.replace(last, minutes=2 / 60)
+  short = dataclasses.replace(last, minutes=8 / 60)
   other = dataclasses.replace(first, benchmark="other")
-  status, outcomes, started = call([first, other, short], "--minutes", f"{1 / 60}")
+  status, outcomes, started = call([first, other, short], "--minutes", f"{4 / 60}")
   assert (status, started, list(outcomes)) == (75, ["other/a", "last/a"], ["first/a", "other/a"])  # it was cut short
   status, outcomes, started = call([first, other, short], "--minutes", f"{0.2 / 60}")
   assert (status, started) == (75, ["last/a"]) and outcomes["last/a"]["outcome"] == "cut short"  # it was the first
