@@ -8,6 +8,7 @@
     python -m study --size pretrained --weights FILE --data DIR --runs DIR --page   others' ResNet-20, pruned
     python -m study --size pretrained_short ...                   the same in a quarter of the epochs
     python -m study --size pretrained_choice ...                  what of `study/chosen.py` was chosen by
+    python -m study --size pretrained_short_choice ...            the same for the quarter of the epochs
 
 `DIR` of `--data` holds images as `train/<class>/*` and `test/<class>/*`; without `--data` the original CIFAR-10 comes
 from tensorflow-datasets. Every row of the grid (`--list`) and every seed is a run with a work directory of its own

@@ -1,7 +1,7 @@
-"""Hyperparameters of the rows of the size "pretrained", chosen on held-out training images and then fixed.
+"""Hyperparameters of the rows that prune a pretrained network, chosen on held-out training images and then fixed.
 
-They were compared by the size "pretrained_choice": two seeds that no row has, 100 and 101, on `data.validation_images`;
-the test images had no part in it. No seed is added after the runs on these.
+They were compared by the sizes "pretrained_choice" and "pretrained_short_choice": two seeds that no row has, 100 and
+101, on `data.validation_images`; the test images had no part in it. No seed is added after the runs on these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ and four epochs of the penalty, there was less than half a point, so the first t
 
 SHORT_EPOCHS = 2
 SHORT: Mapping[str, Any] = {**SCHEDULE, "train.epochs": 1, "finetune.epochs": SHORT_EPOCHS - 1}
-"""The same with a quarter of the epochs, of "pretrained_short"; nothing else was chosen for it."""
+"""The same with a quarter of the epochs, of "pretrained_short"."""
+SHORT_CANDIDATES: Mapping[str, Mapping[str, Any]] = {
+  f"rate={rate:g}": {"finetune.learning_rate": rate} for rate in (0.01, 0.05, 0.1)
+}
+"""Name -> fields that are compared with those of `SHORT`: main row, its channels cut at once, group norm."""
 
 STRENGTHS = (0.3,)
 """Of Torch-Pruning's sparse learning, as multiples of its recipe's, which is for longer training: at 1, 69.1 in place
@@ -92,8 +96,8 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> fields that were compared with those of `FIRST_TRIED`, for the main row."""
 
-CANDIDATE_RATES = ("rate=0.02", "rate=0.1")
-"""Those of `CANDIDATES` that were compared for rows that are cut at once, too."""
+CANDIDATE_RATES = ("rate=0.02", "rate=0.1", *SHORT_CANDIDATES)
+"""Those candidates that were compared for rows that are cut at once, too."""
 
 CANDIDATE_STRENGTHS = (0.1, 0.3, 1.0)
 """Compared for `STRENGTHS`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
-from study.chosen import CANDIDATES, MAIN_ROW
+from study.chosen import CANDIDATES, MAIN_ROW, SHORT_CANDIDATES
 from study.results import Estimate, Results, combined, difference, estimate, holm, mean_and_deviation
 from study.rows import SELECTION, SELECTION_BASELINE, gamma_name
 from study.sizes import LONGER
@@ -283,7 +283,7 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
 
 def _is_variation(name: str) -> bool:
   """Says whether a row only tries another setting, or has a teacher, which the others have not."""
-  return any(f",{factor}" in name for factor in ("distilled", *CANDIDATES))
+  return any(f",{factor}" in name for factor in ("distilled", *CANDIDATES, *SHORT_CANDIDATES))
 
 
 def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str], str]:

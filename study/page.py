@@ -20,8 +20,8 @@ from study.sizes import LONGER, SIZES
 RESULTS, PAGE = pathlib.Path("results"), pathlib.Path("docs/results.md")
 SMALL = ("reduced", "quarter", "decayed", "fifth")
 """Sizes of which the page has no more than a table."""
-CHOICE = "pretrained_choice"
-"""The size by which settings were chosen: nothing is claimed of it."""
+CHOICES = ("pretrained_choice", "pretrained_short_choice")
+"""The sizes by which settings were chosen: nothing is claimed of them."""
 _TEXTS = pathlib.Path(__file__).parent / "texts"
 
 _FIGURES = {
@@ -64,7 +64,7 @@ def _networks(report: Mapping[str, Any]) -> list[Results]:
 def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
   """Returns a line for each claim."""
   lines = []
-  for size in (size for size in found if size not in SMALL and size != CHOICE):
+  for size in (size for size in found if size not in (*SMALL, *CHOICES)):
     for results in _networks(found[size]):
       claims = _claims_at_budgets(results) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
       lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in claims]
@@ -171,7 +171,7 @@ def _claims_at_budgets(results: Results) -> list[Claim]:
 
 def _compared(results: Results, size: str) -> list[str]:
   """Returns the tables of one pretrained network."""
-  if size == CHOICE:
+  if size in CHOICES:
     return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
   for claim in _claims_at_budgets(results):

@@ -192,6 +192,7 @@ def _pretrained(e: Experiment) -> list[Row]:
       rows.append(adapted(f"{main},{name}", "method", {**always, **fields}, OTHER_GAMMAS))
       if name in CANDIDATE_RATES:
         rows.append(adapted(f"{at_once},{name}", "method", {**always, **cut, **fields}, OTHER_GAMMAS))
+        rows.append(torch(f"group_norm,{name}", {**cut, **fields}, 0.0))
     return rows
 
   return [

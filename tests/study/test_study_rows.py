@@ -93,7 +93,7 @@ def test_sampled_masks_are_reproducible_and_likely_at_the_end(tiny):
 
 
 @pytest.mark.parametrize(
-  ("size", "epochs", "budgets"), [("pretrained", 8, (0.3, 0.5)), ("pretrained_short", 2, (0.3,))]
+  ("size", "epochs", "budgets"), [("pretrained", 8, (0.3, 0.5)), ("pretrained_short", 2, (0.3, 0.5))]
 )
 def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_epochs(tmp_path, size, epochs, budgets):
   rows = grid(SIZES[size])
@@ -125,8 +125,9 @@ def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
   assert all(rows[f"{main.name},{name}"].overrides.keys() >= main.overrides.keys() for name in changed)
 
 
-def test_what_was_chosen_was_chosen_with_other_seeds_and_no_test_images():
-  judged, tried = grid(SIZES["pretrained"]), grid(SIZES["pretrained_choice"])
+@pytest.mark.parametrize("size", ["pretrained", "pretrained_short"])
+def test_what_was_chosen_was_chosen_with_other_seeds_and_no_test_images(size):
+  judged, tried = grid(SIZES[size]), grid(SIZES[f"{size}_choice"])
   assert not {s for row in judged for s in row.seeds} & {s for row in tried for s in row.seeds}
   assert {config_of(row, 100, None, {}).data.validation_images for row in tried} == {5000}
   assert {config_of(row, 0, None, {}).data.validation_images for row in judged} == {None}
