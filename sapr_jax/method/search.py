@@ -139,7 +139,7 @@ class GeneratorState:
       step=jnp.zeros((), jnp.int32),
       params=variables["params"],
       constants=variables["constants"],
-      opt_state=tx.init(variables["params"]),
+      opt_state=jax.jit(tx.init)(variables["params"]),  # one program in place of one for each shape
       untrained=untrained,
     )
 

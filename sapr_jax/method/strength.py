@@ -38,7 +38,7 @@ def shrinkage_of(
   if not isinstance(steps, range) or (steps and min(steps[0], steps[-1]) < 0):
     raise InputError(f"steps must be a number of steps or a range of them, got {shown(steps)}.")
   if callable(learning_rate):
-    total = float(np.sum(jax.vmap(learning_rate)(np.arange(steps.start, steps.stop, steps.step))))
+    total = float(np.sum(jax.jit(jax.vmap(learning_rate))(np.arange(steps.start, steps.stop, steps.step))))
   else:
     check_number("learning_rate", learning_rate, "a number of at least 0, or a schedule", lambda x: x >= 0)
     total = float(learning_rate) * len(steps)

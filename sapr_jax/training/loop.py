@@ -133,7 +133,7 @@ def _first_of_record(stage: Stage, position: Position) -> Record:
     "stage": stage.name,
     "epoch": position.epoch + 1,
     "step": stage.epochs_before + position.epoch + 1,
-    "learning_rate": float(stage.learning_rate(position.steps_done)),
+    "learning_rate": float(jax.jit(stage.learning_rate)(position.steps_done)),
     "weight_seconds": 0.0,
   }
 

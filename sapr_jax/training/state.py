@@ -40,7 +40,7 @@ class TrainState:
     cls, variables: Any, tx: optax.GradientTransformation, *, masks: Any = None, proposer: Any = (), teacher: Any = ()
   ) -> TrainState:
     """Makes the state of a network that has taken no step; masks are for a `tx` with the regularization."""
-    opt_state = tx.init(variables["params"])
+    opt_state = jax.jit(tx.init)(variables["params"])  # one program in place of one for each shape
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=variables["params"],
