@@ -86,6 +86,9 @@ DISTILLED: Mapping[str, Any] = {
 }
 """Of the rows with distillation."""
 
+ROUNDED: Mapping[str, Any] = {"prune.round_to": 8}
+"""Of the row with widths that processors are fast at."""
+
 CANDIDATES: Mapping[str, Mapping[str, Any]] = {
   "shrinkage=2": {"prune.shrinkage": 2.0},
   "shrinkage=8": {"prune.shrinkage": 8.0},

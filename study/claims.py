@@ -22,7 +22,7 @@ ABOUT_TEN_PERCENT = 11.0
 _LEVEL = 0.05
 """One-sided p-value below which a comparison holds: as an interval of 90 % that lies above 0."""
 WITHIN = 1.0
-"""Points of accuracy by which a sub-network may be behind, before fine-tuning."""
+"""Points of accuracy by which a sub-network may be behind before fine-tuning, and rounded widths after it."""
 _NOT_RUN = "Not run yet."
 STABLE = 0.05
 """Hamming distance that the supplement calls small: (d)."""
@@ -238,6 +238,8 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
   }
   distilled = [f"{main},distilled", f"{main},distilled".replace("penalty", "cut")]
   gain = difference(*(results.accuracy(name, "pruned") for name in distilled))
+  rounded = f"{main},round_to=8"
+  loss = difference(results.accuracy(rounded, "pruned"), results.accuracy(main, "pruned"))
   rule = (
     f"p is below {_LEVEL:g} after Holm's correction over the rows of this table, by Student's one-sided test, paired by"
     " seed"
@@ -278,12 +280,22 @@ def pretrained_claims(results: Results, budget: str) -> list[Claim]:
       gain.verdict(),
       short=_in_points(gain),
     ),
+    Claim(
+      f"At {budget} little accuracy is lost by widths in multiples of eight",
+      f"The pruned network of {rounded} is less than {WITHIN:g} point behind that of {main}.",
+      table(
+        ["row", "MACs left, %", "sub-network, %", "pruned, %"],
+        [[name, results.macs(name), *_accuracies(results, name)[1:]] for name in (main, rounded)],
+      ),
+      loss.verdict(-WITHIN),
+      short=_in_points(loss),
+    ),
   ]
 
 
 def _is_variation(name: str) -> bool:
   """Says whether a row only tries another setting, or has a teacher, which the others have not."""
-  return any(f",{factor}" in name for factor in ("distilled", *CANDIDATES, *SHORT_CANDIDATES))
+  return any(f",{factor}" in name for factor in ("distilled", "round_to", *CANDIDATES, *SHORT_CANDIDATES))
 
 
 def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str], str]:

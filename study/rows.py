@@ -21,6 +21,7 @@ from study.chosen import (
   GENERATORS,
   MAIN_ROW,
   MORE_GENERATORS,
+  ROUNDED,
   TILTED,
 )
 from study.sizes import Experiment, Overrides
@@ -183,6 +184,7 @@ def _pretrained(e: Experiment) -> list[Row]:
       torch("group_taylor", cut, "taylor"),
       *(torch(f"group_sl,strength={s:g}", {}, s) for s in e.strengths),
       Row(e, f"p={p:g},uniform_width", "width", COMPARED, e.seeds, with_p),
+      adapted(f"{main},round_to=8", "method", {**always, **ROUNDED}, OTHER_GAMMAS),
       adapted(f"{main},distilled", "method", {**always, **DISTILLED}, OTHER_GAMMAS),
       adapted(f"{at_once},distilled", "method", {**always, **cut, **DISTILLED}, OTHER_GAMMAS),
     ]

@@ -153,13 +153,14 @@ def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distill
   at_once = main.replace("penalty", "cut")
   pruned = {main: 75.0, at_once: 70.0, "p=0.3,random,cut": 74.9, "p=0.3,random,penalty": 72.0}
   pruned |= {f"{main},distilled": 80.0, f"{at_once},distilled": 78.0, f"{main},rate=0.1": 90.0}
+  pruned |= {f"{main},round_to=8": 73.0}
   entries = []
   for seed, noise in enumerate((0.0, 0.2, -0.2, 0.1, -0.1)):
     entries.append(entry("dense", seed, pruned=75.5))
     for row, value in pruned.items():
       mine = noise if row.startswith(main) else 0.0
       entries.append(entry(row, seed, pruned=value + mine, subnetwork=75.0 + mine))
-  beaten, worth, before, distilled = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3")
+  beaten, worth, before, distilled, rounded = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3")
   lines = {line.split(" | ")[0].strip("| "): line for line in beaten.table.splitlines()[2:]}
   assert lines.keys() == {main, at_once, "p=0.3,random,cut"}
   assert lines[at_once].endswith("| 0.000 | holds |") and lines["p=0.3,random,cut"].endswith("| undecided |")
@@ -167,3 +168,4 @@ def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distill
   assert "| +3.00 [+2.85, +3.15] | 0.000 | holds |" in worth.table and worth.verdict == "holds"
   assert before.verdict == "holds" and "-0.50 [-0.65, -0.35]" in before.table
   assert distilled.verdict == "holds" and "78.00 ± 0.00" in distilled.table
+  assert rounded.verdict == "fails" and rounded.short == "-2.00 [-2.00, -2.00] points."

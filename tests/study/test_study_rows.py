@@ -9,7 +9,7 @@ import pytest
 import sapr_jax as sapr
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
-from study.chosen import CANDIDATES, DISTILLED, MAIN_ROW
+from study.chosen import CANDIDATES, DISTILLED, MAIN_ROW, ROUNDED
 from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
 from study.variants import VARIANTS, Sampled, Variant, uniform_weights, variant_of
@@ -121,7 +121,7 @@ def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
     for name, row in rows.items()
     if name.startswith(f"{main.name},")
   }
-  assert changed == {**CANDIDATES, "distilled": DISTILLED}
+  assert changed == {**CANDIDATES, "distilled": DISTILLED, "round_to=8": ROUNDED}
   assert all(rows[f"{main.name},{name}"].overrides.keys() >= main.overrides.keys() for name in changed)
 
 
