@@ -35,10 +35,15 @@ and four epochs of the penalty, there was less than half a point, so the first t
 SHORT_EPOCHS = 2
 SHORT: Mapping[str, Any] = {**SCHEDULE, "train.epochs": 1, "finetune.epochs": SHORT_EPOCHS - 1}
 """The same with a quarter of the epochs, of "pretrained_short"."""
-SHORT_CANDIDATES: Mapping[str, Mapping[str, Any]] = {
-  f"rate={rate:g}": {"finetune.learning_rate": rate} for rate in (0.01, 0.05, 0.1)
+SHORT_RATES: Mapping[str, Mapping[str, Any]] = {
+  f"rate={rate:g}": {"finetune.learning_rate": rate} for rate in (0.01, 0.05)
 }
 """Name -> fields that are compared with those of `SHORT`: main row, its channels cut at once, group norm."""
+SHORT_CANDIDATES: Mapping[str, Mapping[str, Any]] = {
+  **SHORT_RATES,
+  **{f"cost_exponent={power:g}": {"importance.cost_exponent": power} for power in (0.35, 0.5, 0.75, 1.0)},
+}
+"""All that are compared in so few epochs; the exponents for the main row only."""
 
 STRENGTHS = (0.3,)
 """Of Torch-Pruning's sparse learning, as multiples of its recipe's, which is for longer training: at 1, 69.1 in place
@@ -99,7 +104,7 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
 }
 """Name -> fields that were compared with those of `FIRST_TRIED`, for the main row."""
 
-CANDIDATE_RATES = ("rate=0.02", "rate=0.1", *SHORT_CANDIDATES)
+CANDIDATE_RATES = ("rate=0.02", "rate=0.1", *SHORT_RATES)
 """Those candidates that were compared for rows that are cut at once, too."""
 
 CANDIDATE_STRENGTHS = (0.1, 0.3, 1.0)
