@@ -18,7 +18,7 @@ ARROWS = {
   "method": {"channels", "checks", "errors"},
   "data": {"checks", "errors"},
   "artifacts": {"channels", "checks", "data", "errors", "models", "version"},
-  "report": {"artifacts", "errors", "version"},
+  "report": {"artifacts", "errors", "models", "version"},
   "runtime": {"models", "errors", "version"},
   "training": {"artifacts", "channels", "checks", "data", "errors", "method", "models", "report", "runtime"},
   "configs": {"errors"},

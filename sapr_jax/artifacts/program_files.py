@@ -22,7 +22,7 @@ from sapr_jax.artifacts.torch_weights import export_torch
 from sapr_jax.channels import NarrowModule, abstract_image, check_module, errors_of_model, evaluate, is_nnx, network_of
 from sapr_jax.checks import check_dtype, check_function, check_integer, check_path, shown
 from sapr_jax.errors import InputError, one_line, os_errors_in_one_line
-from sapr_jax.models import with_fast_layers
+from sapr_jax.models import has_fast_layers, with_fast_layers
 from sapr_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def export(
   if path.suffix == ".onnx":
     data, about = _to_onnx(serve, spec, output, dtype, type(_base(model)).__name__)
   else:
-    has_fast_form = not is_nnx(model) and any(map(_is_depthwise, jax.tree.leaves(weights)))
-    served = _fast_on_cpus(run, weights) if has_fast_form else serve
+    served = _fast_on_cpus(run, weights) if has_fast_layers(run, weights, images) else serve
     data, about = _to_stablehlo(served, spec, _checked_platforms(platforms))
   definition = definition_of(model)
   about = {
@@ -179,10 +178,6 @@ def _server(
 def _constants(weights: Any) -> Any:
   """Makes the weights constants of the program that is being traced."""
   return jax.tree.map(jnp.asarray, weights)
-
-
-def _is_depthwise(leaf: np.ndarray) -> bool:
-  return leaf.ndim == 4 and leaf.shape[2] == 1 < leaf.shape[3]
 
 
 def _fast_on_cpus(run: Callable[[Any, jax.Array], Any], weights: Any) -> Callable[[jax.Array], Any]:

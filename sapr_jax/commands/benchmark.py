@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> Answer:
   import jax
 
   from sapr_jax import channels, report
-  from sapr_jax.models import with_fast_layers
   from sapr_jax.runtime.devices import start_jax
 
   start_jax()
@@ -57,10 +56,9 @@ def run(args: argparse.Namespace) -> Answer:
       "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(network.variables)),
     }
   pairs = {name: (network.model, network.variables) for name, network in saved.items()}
-  options: dict[str, Any] = {"repeats": args.repeats}
-  if jax.default_backend() == "cpu":
-    options["transform"] = with_fast_layers
-  facts["batches"] = {str(size): report.compare_programs(pairs, shapes[0], size, **options) for size in args.batch_size}
+  facts["batches"] = {
+    str(size): report.compare_programs(pairs, shapes[0], size, repeats=args.repeats) for size in args.batch_size
+  }
   return Answer(facts, _text(facts, args.repeats))
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 from sapr_jax.checks import shown
 from sapr_jax.errors import InputError
 from sapr_jax.models import mobilenet_v2, resnet
-from sapr_jax.models.fast_layers import with_fast_layers
+from sapr_jax.models.fast_layers import has_fast_layers, with_fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual, MobileNetV2
 from sapr_jax.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 from sapr_jax.models.vit import EncoderBlock, VisionTransformer
@@ -76,5 +76,6 @@ __all__ = [
   "ResNet",
   "VisionTransformer",
   "create",
+  "has_fast_layers",
   "with_fast_layers",
 ]

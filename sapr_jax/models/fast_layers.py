@@ -35,15 +35,34 @@ def with_fast_layers(function: Callable[..., Any]) -> Callable[..., Any]:
   return fast
 
 
+def has_fast_layers(function: Callable[..., Any], *args: Any) -> bool:
+  """Says whether `with_fast_layers` replaces any layer that `function(*args)` runs; arrays may be their shapes."""
+  found = []
+
+  def note(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    found.append(_fast_form(args, kwargs, context) is not None)
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(function, *args)
+  return any(found)
+
+
 def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-  """Runs a layer in its fast form, if it has one and its fields ask for nothing unusual."""
+  """Runs a layer in its fast form, if it has one."""
+  form = _fast_form(args, kwargs, context)
+  return next_fun(*args, **kwargs) if form is None else form()
+
+
+def _fast_form(args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Callable[[], Any] | None:
+  """Returns what runs a layer in its fast form; None if it has none, or its fields ask for something unusual."""
   layer = context.module
   if context.method_name == "__call__" and len(args) == 1 and not layer.is_initializing():
     if type(layer) is nn.BatchNorm and _is_plain_batch_norm(layer, args[0], kwargs):
-      return _run_batch_norm(layer, args[0])
+      return lambda: _run_batch_norm(layer, args[0])
     if _is_grouped_convolution(layer):
-      return layer.clone(parent=layer.scope, conv_general_dilated=convolve)(*args, **kwargs)
-  return next_fun(*args, **kwargs)
+      return lambda: layer.clone(parent=layer.scope, conv_general_dilated=convolve)(*args, **kwargs)
+  return None
 
 
 def _is_grouped_convolution(layer: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Tables and figures of recorded and measured numbers, and the page that shows them."""
 
 from sapr_jax.report.figures import draw_figures
-from sapr_jax.report.latency import compare_programs, measure_latency
+from sapr_jax.report.latency import compare_programs
 from sapr_jax.report.page import PAGE, write_page
 from sapr_jax.report.run_history import RunHistory, read_histories
 from sapr_jax.report.text import (
@@ -24,7 +24,6 @@ __all__ = [
   "format_epoch",
   "format_summary",
   "headlines",
-  "measure_latency",
   "read_histories",
   "summary_as_html",
   "versions",

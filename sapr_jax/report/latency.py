@@ -12,54 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def measure_latency(
-  networks: Mapping[str, tuple[nn.Module, Any]],
-  input_shape: Sequence[int],
-  batch_sizes: Sequence[int],
-  *,
-  repeats: int = 15,
-) -> dict[str, dict[str, float]]:
-  """Times the compiled evaluation-mode forward pass.
-
-  The networks, (model, variables), take turns, so that other load on the machine affects them alike. Compilation and
-  first calls do not count.
-
-  Returns:
-    Name -> batch size, as a string for JSON -> median milliseconds of `repeats` calls.
-  """
-  result: dict[str, dict[str, float]] = {name: {} for name in networks}
-  for batch_size in batch_sizes:
-    x = jnp.zeros((batch_size, *input_shape[1:]))
-    calls = {name: _call(*_compiled(*network, x)) for name, network in networks.items()}
-    for name, times in _milliseconds(calls, repeats).items():
-      result[name][str(batch_size)] = round(float(np.median(times)), 4)
-  return result
+from sapr_jax.models import with_fast_layers
 
 
 def compare_programs(
-  networks: Mapping[str, tuple[nn.Module, Any]],
-  input_shape: Sequence[int],
-  batch_size: int,
-  *,
-  repeats: int,
-  transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+  networks: Mapping[str, tuple[nn.Module, Any]], input_shape: Sequence[int], batch_size: int, *, repeats: int
 ) -> dict[str, dict[str, Any]]:
-  """Times the forward pass as `measure_latency` does, and asks the compiler how much memory it takes.
+  """Times the compiled evaluation-mode forward pass, and asks the compiler how much memory it takes.
+
+  On a CPU it has the forms of layers that are fast there, as an exported program has. The networks take turns, so that
+  other load on the machine affects them alike. Compilation and first calls do not count.
 
   Args:
     networks: Name -> (model, variables).
     input_shape: `[batch, ...]`; the batch does not count.
     batch_size: Images of a call.
     repeats: Calls of each.
-    transform: What the forward pass goes through before it is compiled, such as `sapr_jax.models.with_fast_layers`.
 
   Returns:
     Name -> "latency_ms", the median; "quartiles_ms", between which half of the calls lie; "memory_bytes", of weights,
     images, outputs and all that is held between them, None where the compiler does not say.
   """
   x = jnp.zeros((batch_size, *input_shape[1:]))
-  compiled = {name: _compiled(*network, x, transform) for name, network in networks.items()}
+  compiled = {name: _compiled(*network, x) for name, network in networks.items()}
   times = _milliseconds({name: _call(*parts) for name, parts in compiled.items()}, repeats)
   result = {}
   for name, (program, _) in compiled.items():
@@ -68,13 +43,15 @@ def compare_programs(
   return result
 
 
-def _compiled(
-  model: nn.Module, variables: Any, x: jax.Array, transform: Callable[..., Any] = lambda function: function
-) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]]:
+def _compiled(model: nn.Module, variables: Any, x: jax.Array) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]]:
   """Returns the compiled forward pass and its arguments."""
+
+  def forward(variables: Any, inputs: jax.Array) -> Any:
+    return model.apply(variables, inputs, train=False)
+
   variables = jax.device_put(variables)
-  forward = transform(lambda v, inputs: model.apply(v, inputs, train=False))
-  return jax.jit(forward).lower(variables, x).compile(), (variables, x)
+  program = jax.jit(with_fast_layers(forward) if jax.default_backend() == "cpu" else forward)
+  return program.lower(variables, x).compile(), (variables, x)
 
 
 def _call(program: jax.stages.Compiled, arguments: tuple[Any, jax.Array]) -> Callable[[], jax.Array]:

@@ -29,14 +29,7 @@ def summarize(
   macs = count_macs(*pruned, experiment.input_shape)
   if macs != graph.macs(masks):  # an invariant of the graph, cheap to check on every run
     raise RuntimeError(f"The pruned network has {macs} MACs; its masks predict {graph.macs(masks)}.")
-  latency = processes.decided_by_main(
-    lambda: report.measure_latency(
-      {"dense": dense, "pruned": pruned},
-      experiment.input_shape,
-      config.report.latency_batch_sizes,
-      repeats=config.report.latency_repeats,
-    )
-  )
+  latency = processes.decided_by_main(lambda: _latency(config.report, experiment.input_shape, dense, pruned))
 
   def accuracy(model: nn.Module, variables: Any) -> dict[str, float]:
     return passes.evaluate(model, replicate(variables, passes.mesh))
@@ -67,6 +60,19 @@ def summarize(
       "device": jax.devices()[0].device_kind,
     },
   }
+
+
+def _latency(
+  options: Any, input_shape: tuple[int, ...], dense: Network, pruned: Network
+) -> dict[str, dict[str, float]]:
+  """Returns "dense", "pruned" -> batch size, as a string for JSON -> milliseconds of a forward pass."""
+  found = {
+    str(size): report.compare_programs(
+      {"dense": dense, "pruned": pruned}, input_shape, size, repeats=options.latency_repeats
+    )
+    for size in options.latency_batch_sizes
+  }
+  return {name: {size: of[name]["latency_ms"] for size, of in found.items()} for name in ("dense", "pruned")}
 
 
 def describe(experiment: Experiment) -> str:

@@ -11,7 +11,7 @@ import pytest
 from sapr_jax import models
 from sapr_jax.channels import prune, trace_channels
 from sapr_jax.models import fast_layers
-from sapr_jax.models.fast_layers import with_fast_layers
+from sapr_jax.models.fast_layers import has_fast_layers, with_fast_layers
 from sapr_jax.models.mobilenet_v2 import InvertedResidual
 
 
@@ -139,6 +139,15 @@ def test_depthwise_convolution(kernel, strides, padding):
 )
 def test_other_convolutions_stay(layer):
   assert "conv_general_dilated" in compare(layer, normal(2, 9, 8, 6))
+
+
+def test_what_has_a_fast_form_is_told_by_the_layer_not_by_its_kernel():
+  stem, depthwise = nn.Conv(6, (3, 3)), nn.Conv(6, (3, 3), feature_group_count=6)
+  for layer, channels, has in ((stem, 1, False), (depthwise, 6, True)):
+    x = normal(1, 5, 5, channels)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables["params"]["kernel"].shape == (3, 3, 1, 6)
+    assert has_fast_layers(layer.apply, variables, x) is has
 
 
 def test_a_depthwise_window_larger_than_the_image_gives_nothing_as_ever():

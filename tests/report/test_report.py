@@ -55,11 +55,13 @@ def test_the_table():
   ]
 
 
-def test_latency_is_measured_for_each_network_and_batch_size(tiny):
+def test_latency_and_memory_are_measured_for_each_network(tiny):
   networks = {"a": (tiny.model, tiny.variables), "b": (tiny.model, tiny.variables)}
-  latency = report.measure_latency(networks, tiny.input_shape, (1, 3), repeats=2)
-  assert latency.keys() == {"a", "b"}
-  assert all(times.keys() == {"1", "3"} and all(t > 0 for t in times.values()) for times in latency.values())
+  found = report.compare_programs(networks, tiny.input_shape, 3, repeats=2)
+  assert found.keys() == {"a", "b"}
+  for measured in found.values():
+    low, high = measured["quartiles_ms"]
+    assert 0 < low <= measured["latency_ms"] <= high and measured["memory_bytes"] > 0
 
 
 def test_the_versions_name_what_numbers_depend_on():
