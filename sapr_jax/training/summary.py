@@ -76,16 +76,17 @@ def _latency(
 
 
 def describe(experiment: Experiment) -> str:
-  """Says what is trained, what may be cut, and how strong the regularization is over the whole run."""
+  """Says what is trained, from which weights, what may be cut, and how strong the regularization is over the run."""
   config, graph, feed, budget = experiment.config, experiment.graph, experiment.passes.feed, experiment.budget
   per_epoch = feed.num_train // config.train.batch_size
   gamma = regularization(config, per_epoch).gamma
   evaluated = "test" if config.data.validation_images is None else "held-out training"
   images = f"{feed.num_train:,} training and {feed.num_test:,} {evaluated} images"
   count = experiment.passes.mesh.devices.size
+  weights = "random weights" if config.init.weights is None else f"the weights of {config.init.weights}"
   devices = f"{count} device{'s' if count > 1 else ''} ({jax.devices()[0].device_kind})"
   return (
-    f"{config.model.name}, {images}, {devices}\n"
+    f"{config.model.name} from {weights}, {images}, {devices}\n"
     f"It does {graph.macs():,} multiply-accumulates (MACs) for an image; {graph.prunable_macs():,} of them are"
     f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
     f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
