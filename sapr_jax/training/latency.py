@@ -135,6 +135,8 @@ def read_latency_table(path: str | os.PathLike[str]) -> LatencyTable:
     InputError: If the file cannot be read, is damaged, was edited, or is something else.
   """
   path = check_path(path)
+  if not path.exists():
+    raise InputError(f"{path} is missing; `sapr latency MODEL {path.name}` measures one.")
   with os_errors_in_one_line(path):
     data = read_bytes(path)
   try:

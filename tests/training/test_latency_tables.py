@@ -81,7 +81,7 @@ def test_a_file_that_is_no_table_is_refused(content, tmp_path):
   (tmp_path / "times.json").write_text(content)
   with pytest.raises(sapr.InputError, match=r"times\.json is damaged or is no latency table: .+; measure it again"):
     sapr.read_latency_table(tmp_path / "times.json")
-  with pytest.raises(sapr.InputError, match=r"missing\.json cannot be used \(No such file"):
+  with pytest.raises(sapr.InputError, match=r"missing\.json is missing; `sapr latency MODEL missing\.json`"):
     sapr.read_latency_table(tmp_path / "missing.json")
 
 
@@ -142,5 +142,5 @@ def test_a_run_measures_or_is_given_a_table_and_keeps_to_it(tmp_path, monkeypatc
   path.unlink()
   assert sapr.read_latency_table(workdir / "latency.json").to_json() == by_hand.to_json()
   assert build(config, workdir).budget.limit == sum(table.groups.values()) / 2
-  with pytest.raises(sapr.InputError, match=r"times\.json cannot be used"):
+  with pytest.raises(sapr.InputError, match=r"times\.json is missing"):
     build(config)
