@@ -35,7 +35,15 @@ def _compiled_programs() -> str:
   return folder
 
 
-# Half of the time of the tests is the compiler's, whose optimizations take half of that: the programs run a few steps.
+# Most of the time of the tests is the compiler's, and the programs run a few steps: here, and in the processes that
+# tests start, none is optimized, and kernels are made in the compiler's older way, which takes a third of the time.
+# Where programs run for longer (`optimized`), they are optimized a little. The flags count from the first program on.
+_FLAGS = (
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+  "--xla_backend_optimization_level=1",
+)
+os.environ["XLA_FLAGS"] = " ".join((*os.environ.get("XLA_FLAGS", "").split(), *_FLAGS))
 for _option, _value in (
   ("jax_disable_most_optimizations", True),
   ("jax_compilation_cache_dir", _compiled_programs()),

@@ -1,8 +1,15 @@
-"""JAX's options for a while."""
+"""JAX's options, for a while or for a process that a test starts."""
 
 import contextlib
+import os
 
 import jax
+
+
+def virtual_devices(count):
+  """Returns what the environment of a process needs that is to find so many devices on the CPU."""
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+  return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 @contextlib.contextmanager

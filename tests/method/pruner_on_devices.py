@@ -3,11 +3,6 @@
 A program of its own, as the number of virtual devices is settled when JAX starts.
 """
 
-import os
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import sys
 
 import jax

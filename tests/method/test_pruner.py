@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import optax
 import orbax.checkpoint
 import pytest
 from flax.training import train_state
+from jax_options import virtual_devices
 
 import sapr_jax as sapr
 from sapr_jax.method import PrunerState, channel_norms
@@ -332,7 +334,9 @@ def test_gamma_is_what_the_shrinkage_takes():
 @pytest.mark.slow
 def test_two_devices_choose_and_train_as_one_does(tmp_path):
   script = pathlib.Path(__file__).with_name("pruner_on_devices.py")
-  done = subprocess.run([sys.executable, script, str(tmp_path / "found.npz")], capture_output=True, text=True)
+  command = [sys.executable, script, str(tmp_path / "found.npz")]
+  environment = os.environ | virtual_devices(2) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   found = np.load(tmp_path / "found.npz")
   for name in ("a", "b"):

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax_options import virtual_devices
 from small_run import small_config
 
 import sapr_jax as sapr
@@ -27,12 +28,7 @@ COUNTS = (1, 2, 8)
 def found(tmp_path_factory):
   """What `many_devices.py` found on them."""
   file = tmp_path_factory.mktemp("devices") / "results.npz"
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(COUNTS)}",
-    "PYTHONPATH": str(ROOT),
-  }
+  environment = os.environ | virtual_devices(max(COUNTS)) | {"PYTHONPATH": str(ROOT)}
   script = pathlib.Path(__file__).with_name("many_devices.py")
   command = [sys.executable, str(script), str(file), *map(str, COUNTS)]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from jax_options import virtual_devices
 from small_run import check_same_run
 
 import sapr_jax as sapr
@@ -52,10 +53,9 @@ class Launcher:
   def __init__(self, cache):
     self._environment = {
       **os.environ,
-      "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": str(ROOT),
       "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
   def run(self, count, workdir, *arguments, last=(), last_environment=None, stop=None, timeout=600):
@@ -70,8 +70,7 @@ class Launcher:
       stop: See `tiny_main`.
       timeout: Seconds until they count as hanging.
     """
-    flags = f"--xla_force_host_platform_device_count={2 // count}"
-    environment = self._environment | {"XLA_FLAGS": flags} | ({"STOP": stop} if stop else {})
+    environment = self._environment | virtual_devices(2 // count) | ({"STOP": stop} if stop else {})
     connect = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"] if count > 1 else []
     command = [sys.executable, str(ROOT / "tests/training/tiny_main.py"), *TINY, f"--workdir={workdir}", *arguments]
     started = [
@@ -147,7 +146,7 @@ def test_two_processes_that_are_stopped_and_killed_end_like_one_that_is_not(laun
       {},
       "train.learning_rate is 0.1 on process 0 and 0.3 on process 1; start all",
     ),
-    ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "got 1 on process 0, 2 on process 1; give each"),
+    ([], virtual_devices(2), "got 1 on process 0, 2 on process 1; give each"),
     ([], {"JAX_ENABLE_X64": "1"}, "jax_enable_x64 is False on process 0 and True on process 1"),
     (["--nonsense"], {}, "Unknown command line flag 'nonsense'"),
   ],
