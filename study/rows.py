@@ -22,6 +22,7 @@ from study.chosen import (
   MAIN_ROW,
   MORE_GENERATORS,
   ROUNDED,
+  SCALED,
   TILTED,
 )
 from study.sizes import Experiment, Overrides
@@ -36,6 +37,7 @@ SELECTION = "selection"
 ADAPTED = "adapted"
 """Row of the size "pretrained" from whose network the others start."""
 RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
+  ("l2_norm", ",shares=scaled", SCALED),
   ("l2_norm", ",shares=tilted", TILTED),
   ("l1_norm", ",shares=equal", EQUAL),
   ("random", "", COMPETING),
@@ -161,7 +163,7 @@ def _pretrained(e: Experiment) -> list[Row]:
 
   def at_budget(p: float) -> list[Row]:
     with_p = {"prune.p": p}
-    always = {**with_p, "prune.proposer": "l2_norm", **TILTED}  # of the main row, and what changes one thing in it
+    always = {**with_p, "prune.proposer": "l2_norm", **SCALED}  # of the main row, and what changes one thing in it
     main, at_once = f"p={p:g},{MAIN_ROW}", f"p={p:g},{MAIN_ROW.replace('penalty', 'cut')}"
 
     def row(name: str, overrides: Overrides, part: int = OTHER_GAMMAS) -> Row:

@@ -14,9 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from sapr_jax.channels import ChannelGraph
-from sapr_jax.method import Scores, Weighting, relative_weights, share_weights, split_by_group
+from sapr_jax.method import (
+  COMPARISONS,
+  Scores,
+  Weighting,
+  rank_within_groups,
+  relative_weights,
+  share_weights,
+  split_by_group,
+)
 from sapr_jax.training import Experiment, Proposer, make_proposer
 from sapr_jax.training.passes import Purpose
+
+
+def _tilted_ranks(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
+  """Divides ranks by prices: at low budgets, groups of expensive channels lose nearly all of them."""
+  return {name: ranks / prices[name] for name, ranks in rank_within_groups(scores).items()}
+
+
+COMPARISONS["tilted_ranks"] = _tilted_ranks  # of the rows with shares=tilted
 
 
 @dataclasses.dataclass(frozen=True)

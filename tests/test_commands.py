@@ -97,11 +97,13 @@ def test_prune_cuts_to_the_budget_and_saves_what_is_known(here, tiny, facts, tmp
   assert info.inputs == INPUTS and info.metrics["dense"]["accuracy"] == 0.5
   assert info.params == found["pruned"]["params"] <= 0.6 * tiny.graph.num_params()
   assert all(entry["kept"] >= 2 for entry in found["widths"].values())
-  graph, scores = tiny.graph, sapr.rank_within_groups(sapr.l2_norm(tiny.params, tiny.graph))
-  budget = sapr.params_budget(graph, 0.6)
-  from sapr_jax.method import relative_to_cost
+  from sapr_jax.method import make_comparable
 
-  masks = sapr.project_to_budget(graph, relative_to_cost(scores, graph, budget.cost, 0.2), budget, min_width=2)
+  graph, defaults = tiny.graph, sapr.Search()
+  budget = sapr.params_budget(graph, 0.6)
+  how = {"compare": defaults.compare, "cost_exponent": defaults.cost_exponent}
+  scores = make_comparable(sapr.l2_norm(tiny.params, graph), graph, budget.cost, **how)
+  masks = sapr.project_to_budget(graph, scores, budget, min_width=2)
   want = sapr.prune(tiny.model, tiny.variables, graph, masks)[1]
   jax.tree.map(np.testing.assert_array_equal, sapr.load(out)[1], want)
 

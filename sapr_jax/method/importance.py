@@ -275,56 +275,58 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
   return {name: jnp.asarray(scores[name]) / jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()}
 
 
-def relative_to_cost(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
-  """Divides scores by a power of what a channel of their group costs, so that cheap channels are kept rather.
+def prices_of_channels(graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, float]:
+  """Returns a power of what a channel of each group costs, in the dense network and relative to the cheapest.
 
-      scores[c] / (slope of the dense network's cost in the width of the group)^exponent
-
-  Args:
-    scores: Scores of at least 0, comparable between groups.
-    graph: The channel graph.
-    cost: What is to be saved, such as `macs_budget(graph, 0.5).cost`.
-    exponent: 0 leaves the scores as they are; 1 ranks by what a score costs.
+      price = (slope of the cost in the width of the group / lowest such slope)^exponent
 
   Example:
     >>> import flax.linen as nn
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import sapr_jax as sapr
-    >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(8), nn.relu, nn.Dense(1)])
+    >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(8), nn.relu, nn.Dense(2)])
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8)))
     >>> graph = sapr.trace_channels(model, variables, (1, 8), select="unjoined")
-    >>> scores = {"layers_0": jnp.array([4.0, 8.0]), "layers_2": jnp.ones(8)}
-    >>> relative_to_cost(scores, graph, sapr.macs_budget(graph, 0.5).cost, 0.5)["layers_0"]  # 8 + 8 MACs a channel
-    Array([1., 2.], dtype=float32)
+    >>> prices_of_channels(graph, sapr.macs_budget(graph, 0.5).cost, 0.5)  # 8 + 8 MACs a channel, and 2 + 2
+    {'layers_0': 2.0, 'layers_2': 1.0}
   """
   slope = jax.grad(lambda kept: jnp.asarray(cost(kept), jnp.float32))(jnp.asarray(graph.kept(), jnp.float32))
-  prices = np.maximum(np.asarray(slope, np.float64), 1e-12)
-  return {
-    group.name: jnp.asarray(scores[group.name]) / price**exponent
-    for group, price in zip(graph.groups, prices, strict=True)
-  }
+  slopes = np.maximum(np.asarray(slope, np.float64), 1e-12)
+  prices = (slopes / slopes.min()) ** exponent
+  return {group.name: float(price) for group, price in zip(graph.groups, prices, strict=True)}
 
 
-COMPARISONS: dict[str, Callable[[Scores], Scores]] = {
-  "group_mean": relative_to_group_mean,
-  "equal_shares": rank_within_groups,
+def _compare_with_mean(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
+  return {name: values / prices[name] for name, values in relative_to_group_mean(scores).items()}
+
+
+def _compare_by_share(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
+  # Above a threshold t lies the share (1 - t) / price of each group, up to rounding.
+  return {name: 1 - (1 - ranks) * prices[name] for name, ranks in rank_within_groups(scores).items()}
+
+
+COMPARISONS: dict[str, Callable[[Scores, Mapping[str, float]], dict[str, jax.Array]]] = {
+  "group_mean": _compare_with_mean,
+  "equal_shares": _compare_by_share,
 }
-"""Name -> what makes the scores of different groups comparable."""
+"""Name -> what makes the scores of different groups comparable, given `prices_of_channels`."""
 
 
-def make_comparable(scores: Scores, graph: ChannelGraph, cost: Cost, *, compare: str, cost_exponent: float) -> Scores:
+def make_comparable(
+  scores: Scores, graph: ChannelGraph, cost: Cost, *, compare: str, cost_exponent: float
+) -> dict[str, jax.Array]:
   """Makes the scores of different groups comparable, for `project_to_budget`.
 
   Args:
     scores: Scores of at least 0.
     graph: The channel graph.
     cost: What the budget limits.
-    compare: A name in `COMPARISONS`.
-    cost_exponent: See `relative_to_cost`; 0 leaves the scores as they are.
+    compare: "group_mean" divides scores by the mean of their group and by the price of a channel; "equal_shares" lets
+      each group keep a share of its channels that is the same for all but for the price, by which it is divided.
+    cost_exponent: The price is what a channel costs to this power; with 0 all prices are the same.
   """
-  compared = COMPARISONS[compare](scores)
-  return relative_to_cost(compared, graph, cost, cost_exponent) if cost_exponent else compared
+  return COMPARISONS[compare](scores, prices_of_channels(graph, cost, cost_exponent))
 
 
 def score_channels(

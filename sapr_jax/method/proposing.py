@@ -68,7 +68,8 @@ class Search:
     importance: A name in `IMPORTANCES`; not used with a generator.
     compare: "equal_shares" lets all groups keep about the same share of their channels, "group_mean" lets channels
       compete by their ratio to the mean of their group.
-    cost_exponent: Scores are divided by this power of what a channel costs, so that cheap ones are kept rather.
+    cost_exponent: These shares or ratios are divided by this power of what a channel costs, so that cheap ones are kept
+      rather: with 0.5, a group whose channels cost four times as much keeps half the share.
     min_width: Channels that every group keeps.
     round_to: Widths are multiples of this; None: what suits the platform and the network, see `default_round_to`.
     generator: Settings of the paper's generator, which then chooses in the place of the importance.

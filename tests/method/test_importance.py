@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sapr_jax as sapr
-from sapr_jax.method import IMPORTANCES
+from sapr_jax.method import IMPORTANCES, make_comparable
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,23 @@ def test_equal_ranks_keep_equal_shares(tiny):
   ranks = sapr.rank_within_groups(sapr.l1_norm(tiny.params, tiny.graph))
   masks = sapr.project_to_budget(tiny.graph, ranks, sapr.macs_budget(tiny.graph, 0.5))
   assert {float(mask.mean()) for mask in masks.values()} == {0.5}
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_shares_are_divided_by_the_price_whatever_the_budget(tiny, exponent):
+  first, *others = (group.name for group in tiny.graph.groups)
+  slopes = jnp.array([4.0] + [1.0] * len(others))
+  scores = {group.name: np.arange(64.0) + 1 for group in tiny.graph.groups}
+  how = {"compare": "equal_shares", "cost_exponent": exponent}
+  got = make_comparable(scores, tiny.graph, lambda kept: kept @ slopes, **how)
+  assert all((np.diff(values) > 0).all() for values in got.values())
+  for threshold in (0.1, 0.5, 0.8):
+    shares = {name: float(np.mean(np.asarray(values) > threshold)) for name, values in got.items()}
+    assert all(shares[name] == pytest.approx(1 - threshold, abs=1 / 64) for name in others)
+    assert shares[first] == pytest.approx((1 - threshold) / 4**exponent, abs=1 / 64)
+  mean = make_comparable(scores, tiny.graph, lambda kept: kept @ slopes, **{**how, "compare": "group_mean"})
+  np.testing.assert_allclose(mean[others[0]], scores[first] / 32.5, rtol=1e-6)
+  np.testing.assert_allclose(mean[first], mean[others[0]] / 4**exponent, rtol=1e-6)
 
 
 def test_a_group_of_zeros_stays_one_and_a_nan_is_not_hidden():
