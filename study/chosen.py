@@ -41,7 +41,7 @@ SHORT_RATES: Mapping[str, Mapping[str, Any]] = {
 """Name -> fields that are compared with those of `SHORT`: main row, its channels cut at once, group norm."""
 SHORT_CANDIDATES: Mapping[str, Mapping[str, Any]] = {
   **SHORT_RATES,
-  **{f"cost_exponent={power:g}": {"importance.cost_exponent": power} for power in (0.5, 1.0)},
+  **{f"cost_exponent={power:g}": {"importance.cost_exponent": power} for power in (0.25, 0.5)},
 }
 """All that are compared in so few epochs; the exponents for the main row only."""
 
@@ -52,7 +52,7 @@ of 78.1 %."""
 COMPETING: Mapping[str, Any] = {"importance.compare": "group_mean", "importance.cost_exponent": 0.0}
 EQUAL: Mapping[str, Any] = {"importance.compare": "equal_shares", "importance.cost_exponent": 0.0}
 TILTED: Mapping[str, Any] = {"importance.compare": "tilted_ranks", "importance.cost_exponent": 0.2}
-SCALED: Mapping[str, Any] = {"importance.compare": "equal_shares", "importance.cost_exponent": 0.75}
+SCALED: Mapping[str, Any] = {"importance.compare": "equal_shares", "importance.cost_exponent": 0.375}
 """How the norms of the main row compare between layers."""
 
 MAIN_ROW = "l2_norm,penalty,shares=scaled"

@@ -21,7 +21,7 @@ from sapr_jax.checks import check_key
 from sapr_jax.errors import InputError
 from sapr_jax.method.budget import check_scores
 from sapr_jax.method.channel_norms import channel_sums, is_kernel, is_producer, is_reader
-from sapr_jax.method.cost import Cost
+from sapr_jax.method.cost import COSTS, Cost
 
 Scores = Mapping[str, Any]
 """Group name -> array `[group.size]`; channels with higher scores are kept first."""
@@ -275,26 +275,34 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
   return {name: jnp.asarray(scores[name]) / jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()}
 
 
-def prices_of_channels(graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, float]:
-  """Returns a power of what a channel of each group costs, in the dense network and relative to the cheapest.
+def prices(graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, float]:
+  """Returns a power of what a parameter of each group costs, in the dense network and relative to the cheapest.
 
-      price = (slope of the cost in the width of the group / lowest such slope)^exponent
+      price = (slope of the cost in the width of the group / slope of the number of parameters)^exponent
+
+  In MACs that is the number of places where a kernel is applied: a head of attention, which has more parameters than a
+  hidden unit, is not dearer for that.
 
   Example:
     >>> import flax.linen as nn
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import sapr_jax as sapr
-    >>> model = nn.Sequential([nn.Dense(2), nn.relu, nn.Dense(8), nn.relu, nn.Dense(2)])
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8)))
-    >>> graph = sapr.trace_channels(model, variables, (1, 8), select="unjoined")
-    >>> prices_of_channels(graph, sapr.macs_budget(graph, 0.5).cost, 0.5)  # 8 + 8 MACs a channel, and 2 + 2
-    {'layers_0': 2.0, 'layers_2': 1.0}
+    >>> model = nn.Sequential([nn.Conv(2, (3, 3)), nn.relu, nn.Conv(8, (3, 3), strides=2), nn.relu, nn.Conv(2, (3, 3))])
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> graph = sapr.trace_channels(model, variables, (1, 8, 8, 1), select="unjoined")
+    >>> found = prices(graph, sapr.macs_budget(graph, 0.5).cost, 0.5)
+    >>> {name: round(price, 2) for name, price in found.items()}  # at 8 x 8 and 4 x 4 places; at 4 x 4
+    {'layers_0': 1.16, 'layers_2': 1.0}
   """
-  slope = jax.grad(lambda kept: jnp.asarray(cost(kept), jnp.float32))(jnp.asarray(graph.kept(), jnp.float32))
-  slopes = np.maximum(np.asarray(slope, np.float64), 1e-12)
-  prices = (slopes / slopes.min()) ** exponent
-  return {group.name: float(price) for group, price in zip(graph.groups, prices, strict=True)}
+  widths = jnp.asarray(graph.kept(), jnp.float32)
+
+  def slopes(of: Cost) -> np.ndarray:
+    return np.maximum(np.asarray(jax.grad(lambda kept: jnp.asarray(of(kept), jnp.float32))(widths), np.float64), 1e-12)
+
+  per_parameter = slopes(cost) / slopes(COSTS["params"](graph))
+  relative = (per_parameter / per_parameter.min()) ** exponent
+  return {group.name: float(price) for group, price in zip(graph.groups, relative, strict=True)}
 
 
 def _compare_with_mean(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
@@ -310,7 +318,7 @@ COMPARISONS: dict[str, Callable[[Scores, Mapping[str, float]], dict[str, jax.Arr
   "group_mean": _compare_with_mean,
   "equal_shares": _compare_by_share,
 }
-"""Name -> what makes the scores of different groups comparable, given `prices_of_channels`."""
+"""Name -> what makes the scores of different groups comparable, given `prices`."""
 
 
 def make_comparable(
@@ -326,7 +334,7 @@ def make_comparable(
       each group keep a share of its channels that is the same for all but for the price, by which it is divided.
     cost_exponent: The price is what a channel costs to this power; with 0 all prices are the same.
   """
-  return COMPARISONS[compare](scores, prices_of_channels(graph, cost, cost_exponent))
+  return COMPARISONS[compare](scores, prices(graph, cost, cost_exponent))
 
 
 def score_channels(

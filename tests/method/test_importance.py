@@ -81,7 +81,8 @@ def test_equal_ranks_keep_equal_shares(tiny):
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_shares_are_divided_by_the_price_whatever_the_budget(tiny, exponent):
   first, *others = (group.name for group in tiny.graph.groups)
-  slopes = jnp.array([4.0] + [1.0] * len(others))
+  params = jax.grad(tiny.graph.costs["params"])(jnp.asarray(tiny.graph.kept(), jnp.float32))
+  slopes = params * jnp.array([4.0] + [1.0] * len(others))  # what a parameter costs
   scores = {group.name: np.arange(64.0) + 1 for group in tiny.graph.groups}
   how = {"compare": "equal_shares", "cost_exponent": exponent}
   got = make_comparable(scores, tiny.graph, lambda kept: kept @ slopes, **how)
