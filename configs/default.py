@@ -84,8 +84,8 @@ def get_config() -> ConfigDict:
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.importance = ConfigDict()  # where prune.proposer, generator.prior or generator.order name one
-  config.importance.compare = "equal_shares"  # about, of the channels of each group; or group_mean: channels compete
-  config.importance.cost_exponent = 0.2  # scores are divided by this power of what a channel costs
+  config.importance.compare = "equal_shares"  # of the channels of each group; or group_mean: channels compete
+  config.importance.cost_exponent = 0.375  # shares are divided by this power of what a parameter of the group costs
 
   config.search = ConfigDict()
   config.search.start_epoch = placeholder(int)  # from when on the channels are ranked; unset: prune.start_epoch

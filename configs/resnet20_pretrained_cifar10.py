@@ -8,9 +8,9 @@ images; reading them needs `pip install -e '.[torch]'`). Their network saw image
 deviation. DIR has `train/<class>/*` and `test/<class>/*`; without it the images come from tensorflow-datasets.
 
 One epoch lets the network adapt to images that may differ from those that it was trained on, such as a JPEG copy of
-them. Then the norms of its weights choose: every layer keeps about the same share of its channels, those whose channels
-cost more a little less. For two epochs the channels that are to go lose their norm, and nine epochs of fine-tuning
-follow. To choose a setting, leave the test images alone: `--config.data.validation_images=5000`.
+them. Then the norms of its weights choose: every layer keeps a share of its channels, a smaller one where images are
+larger, as its parameters cost more there. For two epochs the channels that are to go lose their norm, and nine epochs
+of fine-tuning follow. To choose a setting, leave the test images alone: `--config.data.validation_images=5000`.
 
 Sized for a CPU.
 

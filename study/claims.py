@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
-from study.chosen import CANDIDATES, MAIN_ROW, SHORT_CANDIDATES
+from study.chosen import CANDIDATES, SHORT_CANDIDATES
 from study.results import Estimate, Results, combined, difference, estimate, holm, mean_and_deviation
 from study.rows import SELECTION, SELECTION_BASELINE, gamma_name
 from study.sizes import LONGER
@@ -223,9 +223,9 @@ def beats_alternatives(results: Results) -> Claim:
   )
 
 
-def pretrained_claims(results: Results, budget: str) -> list[Claim]:
+def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Claim]:
   """Returns what is claimed of the improved method at one budget, "p=0.3", where a pretrained network is pruned."""
-  main = f"{budget},{MAIN_ROW}"
+  main = f"{budget},{main_row}"
   plain = [name for name in results.names(f"{budget},") if name != main and not _is_variation(name)]
   parts = [name for name in plain if ",penalty" in name]
   alternatives = [name for name in plain if name not in parts]

@@ -66,7 +66,7 @@ def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
   lines = []
   for size in (size for size in found if size not in (*SMALL, *CHOICES)):
     for results in _networks(found[size]):
-      claims = _claims_at_budgets(results) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
+      claims = _claims_at_budgets(results, size) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
       lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in claims]
   for judge in CLAIMS if small else ():
     claims_of = {size: judge(results) for size, results in small.items()}
@@ -164,9 +164,9 @@ def _is_pretrained(size: str) -> bool:
   return any(experiment.budgets for experiment in SIZES[size])
 
 
-def _claims_at_budgets(results: Results) -> list[Claim]:
+def _claims_at_budgets(results: Results, size: str) -> list[Claim]:
   budgets = dict.fromkeys(name.split(",")[0] for name in results.names("p="))
-  return [claim for budget in budgets for claim in pretrained_claims(results, budget)]
+  return [claim for budget in budgets for claim in pretrained_claims(results, budget, SIZES[size][0].main_row)]
 
 
 def _compared(results: Results, size: str) -> list[str]:
@@ -174,7 +174,7 @@ def _compared(results: Results, size: str) -> list[str]:
   if size in CHOICES:
     return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for claim in _claims_at_budgets(results):
+  for claim in _claims_at_budgets(results, size):
     verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
     parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
   return [*parts, "#### All rows", _all_rows(results)]

@@ -19,7 +19,6 @@ from study.chosen import (
   DISTILLED,
   EQUAL,
   GENERATORS,
-  MAIN_ROW,
   MORE_GENERATORS,
   ROUNDED,
   SCALED,
@@ -163,8 +162,9 @@ def _pretrained(e: Experiment) -> list[Row]:
 
   def at_budget(p: float) -> list[Row]:
     with_p = {"prune.p": p}
-    always = {**with_p, "prune.proposer": "l2_norm", **SCALED}  # of the main row, and what changes one thing in it
-    main, at_once = f"p={p:g},{MAIN_ROW}", f"p={p:g},{MAIN_ROW.replace('penalty', 'cut')}"
+    main, at_once = f"p={p:g},{e.main_row}", f"p={p:g},{e.main_row.replace('penalty', 'cut')}"
+    chosen_by = {f"{name},penalty{shares}": {"prune.proposer": name, **how} for name, shares, how in RANKINGS}
+    always = {**with_p, **chosen_by[e.main_row]}  # of the main row, and what changes one thing in it
 
     def row(name: str, overrides: Overrides, part: int = OTHER_GAMMAS) -> Row:
       return adapted(f"p={p:g},{name}", "method", overrides, part)
@@ -173,12 +173,10 @@ def _pretrained(e: Experiment) -> list[Row]:
       return adapted(f"p={p:g},torch_pruning={name}", "torch", {**with_p, **overrides}, choice=choice)
 
     rows: list[Row] = []
-    for proposer, shares, compared in RANKINGS:
-      fields: Overrides = {**with_p, "prune.proposer": proposer, **compared}
-      ours = f"{proposer},penalty{shares}"
+    for ours, fields in chosen_by.items():
       rows += [
-        row(ours, fields, MAIN if ours == MAIN_ROW else OTHER_GAMMAS),
-        row(f"{proposer},cut{shares}", {**fields, **cut}, COMPARED),
+        row(ours, {**with_p, **fields}, MAIN if ours == e.main_row else OTHER_GAMMAS),
+        row(ours.replace("penalty", "cut"), {**with_p, **fields, **cut}, COMPARED),
       ]
     rows += [row(name, {**with_p, **fields}) for name, fields in GENERATORS.items()]
     rows += [

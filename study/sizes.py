@@ -13,7 +13,9 @@ from study.chosen import (
   CANDIDATE_STRENGTHS,
   CANDIDATES,
   EPOCHS,
+  FIRST_MAIN_ROW,
   FIRST_TRIED,
+  MAIN_ROW,
   SCHEDULE,
   SHORT,
   SHORT_CANDIDATES,
@@ -47,6 +49,7 @@ class Experiment:
     budgets: Values of `prune.p` at which all ways to prune a pretrained network are compared; () for an experiment that
       checks the paper's claims.
     epochs: With `budgets`: the epochs of every row, training and fine-tuning together.
+    main_row: With `budgets`: the row, without its budget, that is compared with everything else.
   """
 
   network: str
@@ -61,6 +64,7 @@ class Experiment:
   get_config: Callable[[], ConfigDict] = resnet56_cifar10.get_config
   budgets: tuple[float, ...] = ()
   epochs: int = EPOCHS
+  main_row: str = MAIN_ROW
 
 
 LONGER = "longer_schedule"
@@ -168,9 +172,12 @@ _OTHERS_RESNET20 = Experiment(
   seeds=FIVE,
   get_config=resnet20_pretrained_cifar10.get_config,
   budgets=(0.3, 0.5),
+  main_row=FIRST_MAIN_ROW,
 )
 
-_SHORT = dataclasses.replace(_OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS)
+_SHORT = dataclasses.replace(
+  _OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS, main_row=MAIN_ROW
+)
 
 # What is chosen is chosen on images that no row trains on, and with seeds that no row has.
 _HELD_OUT = {"data.validation_images": 5000}

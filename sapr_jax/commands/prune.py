@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   how.add_argument("--importance", default="l2_norm", metavar="NAME", help="l2_norm (default), l1_norm, taylor, ...")
   how.add_argument("--compare", default="equal_shares", metavar="NAME", help="equal_shares (default) or group_mean")
   how.add_argument(
-    "--cost-exponent", type=float, default=0.2, metavar="X", help="prefers cheap channels (default: %(default)s)"
+    "--cost-exponent", type=float, default=0.375, metavar="X", help="prefers cheap channels (default: %(default)s)"
   )
   how.add_argument("--select", default="blocks", metavar="GROUPS", help="blocks (default), unjoined or exact")
   networks.add_patterns(how)

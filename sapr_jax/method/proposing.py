@@ -66,10 +66,11 @@ class Search:
       learns to the end.
     in_force: The epoch from which on masks are in force, so that a generator can learn before it counts; None: `start`.
     importance: A name in `IMPORTANCES`; not used with a generator.
-    compare: "equal_shares" lets all groups keep about the same share of their channels, "group_mean" lets channels
-      compete by their ratio to the mean of their group.
-    cost_exponent: These shares or ratios are divided by this power of what a channel costs, so that cheap ones are kept
-      rather: with 0.5, a group whose channels cost four times as much keeps half the share.
+    compare: "equal_shares" lets all groups keep the same share of their channels but for the cost, "group_mean" lets
+      channels compete by their ratio to the mean of their group.
+    cost_exponent: These shares or ratios are divided by this power of what a parameter of the group costs, so that
+      cheap ones are kept rather: with 0.5, a convolution on images of twice the side, whose parameters cost four times
+      the MACs, keeps half the share.
     min_width: Channels that every group keeps.
     round_to: Widths are multiples of this; None: what suits the platform and the network, see `default_round_to`.
     generator: Settings of the paper's generator, which then chooses in the place of the importance.
@@ -80,7 +81,7 @@ class Search:
   in_force: int | None = None
   importance: str = "l2_norm"
   compare: str = "equal_shares"
-  cost_exponent: float = 0.2
+  cost_exponent: float = 0.375
   min_width: int = 1
   round_to: int | None = None
   generator: GeneratorOptions | None = None

@@ -160,7 +160,7 @@ def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distill
     for row, value in pruned.items():
       mine = noise if row.startswith(main) else 0.0
       entries.append(entry(row, seed, pruned=value + mine, subnetwork=75.0 + mine))
-  beaten, worth, before, distilled, rounded = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3")
+  beaten, worth, before, distilled, rounded = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3", MAIN_ROW)
   lines = {line.split(" | ")[0].strip("| "): line for line in beaten.table.splitlines()[2:]}
   assert lines.keys() == {main, at_once, "p=0.3,random,cut"}
   assert lines[at_once].endswith("| 0.000 | holds |") and lines["p=0.3,random,cut"].endswith("| undecided |")

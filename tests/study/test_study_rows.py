@@ -9,7 +9,7 @@ import pytest
 import sapr_jax as sapr
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
-from study.chosen import CANDIDATES, DISTILLED, MAIN_ROW, ROUNDED
+from study.chosen import CANDIDATES, DISTILLED, ROUNDED
 from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
 from study.variants import VARIANTS, Sampled, Variant, uniform_weights, variant_of
@@ -106,14 +106,16 @@ def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_
       assert config.init.weights == want
       assert config.train.epochs + config.finetune.epochs == epochs
   names = {row.name for row in rows}
+  main = SIZES[size][0].main_row
   for p in SIZES[size][0].budgets:
     assert {f"p={p},{way}{how}" for way in ("l2_norm", "random") for how in (",cut", ",penalty")} <= names
-    assert {f"p={p},{MAIN_ROW}", f"p={p},{MAIN_ROW},distilled", f"p={p},torch_pruning=group_taylor"} <= names
+    assert {f"p={p},{main}", f"p={p},{main},distilled", f"p={p},torch_pruning=group_taylor"} <= names
 
 
 def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
-  rows = {row.name: row for row in grid(SIZES["pretrained_choice"])}
-  main = rows[f"p=0.5,{MAIN_ROW}"]
+  (experiment,) = SIZES["pretrained_choice"]
+  rows = {row.name: row for row in grid([experiment])}
+  main = rows[f"p=0.5,{experiment.main_row}"]
   changed = {
     name.removeprefix(f"{main.name},"): {
       field: value for field, value in row.overrides.items() if value != main.overrides.get(field)
