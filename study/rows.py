@@ -163,7 +163,9 @@ def _pretrained(e: Experiment) -> list[Row]:
   def at_budget(p: float) -> list[Row]:
     with_p = {"prune.p": p}
     main, at_once = f"p={p:g},{e.main_row}", f"p={p:g},{e.main_row.replace('penalty', 'cut')}"
-    chosen_by = {f"{name},penalty{shares}": {"prune.proposer": name, **how} for name, shares, how in RANKINGS}
+    chosen_by: dict[str, Overrides] = {
+      f"{name},penalty{shares}": {"prune.proposer": name, **how} for name, shares, how in RANKINGS
+    }
     always = {**with_p, **chosen_by[e.main_row]}  # of the main row, and what changes one thing in it
 
     def row(name: str, overrides: Overrides, part: int = OTHER_GAMMAS) -> Row:
