@@ -6,8 +6,9 @@ row, cannot be resumed with another one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +33,14 @@ def _tilted_ranks(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.
   return {name: ranks / prices[name] for name, ranks in rank_within_groups(scores).items()}
 
 
-COMPARISONS["tilted_ranks"] = _tilted_ranks  # of the rows with shares=tilted
+@contextlib.contextmanager
+def older_comparisons() -> Iterator[None]:
+  """Lets `importance.compare` be "tilted_ranks" in the block, as in the rows with shares=tilted."""
+  COMPARISONS["tilted_ranks"] = _tilted_ranks
+  try:
+    yield
+  finally:
+    del COMPARISONS["tilted_ranks"]
 
 
 @dataclasses.dataclass(frozen=True)
