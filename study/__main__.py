@@ -45,6 +45,7 @@ from sapr_jax.training import check_config
 from study import page, records, work
 from study.rows import ADAPTED, Job, chosen, grid, job_of
 from study.sizes import SIZES
+from study.variants import older_comparisons
 
 
 def main() -> int:
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+@older_comparisons()
 def _study(args: argparse.Namespace) -> int:
   """Does what the arguments say."""
   experiments, settings = SIZES[args.size], parse_settings(args.set)

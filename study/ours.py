@@ -26,7 +26,7 @@ from sapr_jax.training.passes import recalibrate_batch_norm
 from sapr_jax.training.position import Position
 from sapr_jax.training.run import run_stage
 from study.rows import Job
-from study.variants import Variant, older_comparisons, variant_of
+from study.variants import Variant, variant_of
 
 Variables = dict[str, Any]
 
@@ -44,8 +44,7 @@ References:
 def run_method(job: Job) -> None:
   """Runs the method, in the variant of the row."""
   variant = variant_of(job.row.name)
-  with older_comparisons():
-    training.run(job.config, job.workdir, proposer=variant.proposer, weighting=variant.weighting)
+  training.run(job.config, job.workdir, proposer=variant.proposer, weighting=variant.weighting)
 
 
 def run_one_shot(job: Job) -> None:
