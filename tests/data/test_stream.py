@@ -200,12 +200,13 @@ def test_the_next_whole_image_stands_in_for_a_broken_one(tmp_path, refused, work
 
 
 _PROGRAM = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from multiprocessing import active_children
 from sapr_jax.data import DataSpec, TrainingRecipe, open_dataset, stream_batches
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program in a shell's background ignores
   split = open_dataset(DataSpec("folder", path=sys.argv[1])).train
   order = np.zeros((500, 80), np.int32)
   batches = stream_batches(split, order, recipe=TrainingRecipe(size=12), seed=0, purpose=1, epoch=0, workers=2)
