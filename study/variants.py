@@ -17,20 +17,24 @@ import jax.numpy as jnp
 from sapr_jax.channels import ChannelGraph
 from sapr_jax.method import (
   COMPARISONS,
+  Cost,
   Scores,
   Weighting,
   rank_within_groups,
   relative_weights,
   share_weights,
+  slopes,
   split_by_group,
 )
 from sapr_jax.training import Experiment, Proposer, make_proposer
 from sapr_jax.training.passes import Purpose
 
 
-def _tilted_ranks(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
-  """Divides ranks by prices: at low budgets, groups of expensive channels lose nearly all of them."""
-  return {name: ranks / prices[name] for name, ranks in rank_within_groups(scores).items()}
+def _tilted_ranks(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
+  """Divides ranks by a power of what a channel costs: with large ones, expensive groups lose nearly all channels."""
+  ranks = rank_within_groups(scores)
+  of_groups = zip(graph.groups, slopes(graph, cost) ** exponent, strict=True)
+  return {group.name: ranks[group.name] / price for group, price in of_groups}
 
 
 @contextlib.contextmanager

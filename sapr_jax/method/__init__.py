@@ -34,6 +34,7 @@ from sapr_jax.method.importance import (
   rank_within_groups,
   relative_to_group_mean,
   score_channels,
+  slopes,
   taylor,
 )
 from sapr_jax.method.latency import LatencyCost, LatencyTable, TimedLayer, latency_cost
@@ -115,6 +116,7 @@ __all__ = [
   "set_masks",
   "share_weights",
   "shrinkage_of",
+  "slopes",
   "split_by_group",
   "start_from",
   "taylor",

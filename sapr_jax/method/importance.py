@@ -275,6 +275,12 @@ def relative_to_group_mean(scores: Scores) -> dict[str, jax.Array]:
   return {name: jnp.asarray(scores[name]) / jnp.where(mean == 0, 1.0, mean) for name, mean in means.items()}
 
 
+def slopes(graph: ChannelGraph, cost: Cost) -> np.ndarray:
+  """Returns what a channel of each group costs in the dense network, `[K]`: the slope in the width, above zero."""
+  slope = jax.grad(lambda kept: jnp.asarray(cost(kept), jnp.float32))(jnp.asarray(graph.kept(), jnp.float32))
+  return np.maximum(np.asarray(slope, np.float64), 1e-12)
+
+
 def prices(graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, float]:
   """Returns a power of what a parameter of each group costs, in the dense network and relative to the cheapest.
 
@@ -295,30 +301,27 @@ def prices(graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, float]
     >>> {name: round(price, 2) for name, price in found.items()}  # at 8 x 8 and 4 x 4 places; at 4 x 4
     {'layers_0': 1.16, 'layers_2': 1.0}
   """
-  widths = jnp.asarray(graph.kept(), jnp.float32)
-
-  def slopes(of: Cost) -> np.ndarray:
-    return np.maximum(np.asarray(jax.grad(lambda kept: jnp.asarray(of(kept), jnp.float32))(widths), np.float64), 1e-12)
-
-  per_parameter = slopes(cost) / slopes(COSTS["params"](graph))
+  per_parameter = slopes(graph, cost) / slopes(graph, COSTS["params"](graph))
   relative = (per_parameter / per_parameter.min()) ** exponent
   return {group.name: float(price) for group, price in zip(graph.groups, relative, strict=True)}
 
 
-def _compare_with_mean(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
-  return {name: values / prices[name] for name, values in relative_to_group_mean(scores).items()}
+def _compare_with_mean(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
+  price = prices(graph, cost, exponent)
+  return {name: values / price[name] for name, values in relative_to_group_mean(scores).items()}
 
 
-def _compare_by_share(scores: Scores, prices: Mapping[str, float]) -> dict[str, jax.Array]:
+def _compare_by_share(scores: Scores, graph: ChannelGraph, cost: Cost, exponent: float) -> dict[str, jax.Array]:
+  price = prices(graph, cost, exponent)
   # Above a threshold t lies the share (1 - t) / price of each group, up to rounding.
-  return {name: 1 - (1 - ranks) * prices[name] for name, ranks in rank_within_groups(scores).items()}
+  return {name: 1 - (1 - ranks) * price[name] for name, ranks in rank_within_groups(scores).items()}
 
 
-COMPARISONS: dict[str, Callable[[Scores, Mapping[str, float]], dict[str, jax.Array]]] = {
+COMPARISONS: dict[str, Callable[[Scores, ChannelGraph, Cost, float], dict[str, jax.Array]]] = {
   "group_mean": _compare_with_mean,
   "equal_shares": _compare_by_share,
 }
-"""Name -> what makes the scores of different groups comparable, given `prices`."""
+"""Name -> what makes the scores of different groups comparable; the last argument is the exponent of the cost."""
 
 
 def make_comparable(
@@ -330,11 +333,11 @@ def make_comparable(
     scores: Scores of at least 0.
     graph: The channel graph.
     cost: What the budget limits.
-    compare: "group_mean" divides scores by the mean of their group and by the price of a channel; "equal_shares" lets
-      each group keep a share of its channels that is the same for all but for the price, by which it is divided.
-    cost_exponent: The price is what a channel costs to this power; with 0 all prices are the same.
+    compare: "group_mean" divides scores by the mean of their group and by its price; "equal_shares" lets each group
+      keep a share of its channels that is the same for all but for the price, by which it is divided.
+    cost_exponent: See `prices`; with 0 all prices are the same.
   """
-  return COMPARISONS[compare](scores, prices(graph, cost, cost_exponent))
+  return COMPARISONS[compare](scores, graph, cost, cost_exponent)
 
 
 def score_channels(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 
 import sapr_jax as sapr
+from sapr_jax import models
+from sapr_jax.artifacts.files import read_json
+from sapr_jax.method import make_comparable
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
-from study.chosen import CANDIDATES, DISTILLED, ROUNDED
+from study.chosen import CANDIDATES, DISTILLED, ROUNDED, TILTED
 from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
 from study.variants import VARIANTS, Sampled, Variant, older_comparisons, uniform_weights, variant_of
 
+ROOT = pathlib.Path(__file__).parents[2]
 FULL, REDUCED, FIFTH = (grid(SIZES[size]) for size in ("full", "reduced", "fifth"))
 
 
@@ -134,6 +141,23 @@ def test_what_was_chosen_was_chosen_with_other_seeds_and_no_test_images(size):
   assert not {s for row in judged for s in row.seeds} & {s for row in tried for s in row.seeds}
   assert {config_of(row, 100, None, {}).data.validation_images for row in tried} == {5000}
   assert {config_of(row, 0, None, {}).data.validation_images for row in judged} == {None}
+
+
+def test_the_tilted_shares_are_those_that_were_recorded():
+  model = models.create("resnet20", num_classes=10)
+  variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), np.zeros((1, 32, 32, 3)))
+  graph = sapr.trace_channels(model, variables, (1, 32, 32, 3))
+  scores = {group.name: np.arange(1.0, group.size + 1) for group in graph.groups}  # only ranks count
+  probes = read_json(ROOT / "results/pretrained_probe.json")["rows"]
+  recorded = {row["p"]: row["widths"] for row in probes if row["row"] == "tilted"}
+  assert recorded.keys() == {0.3, 0.5}
+  for p, widths in recorded.items():
+    budget = sapr.macs_budget(graph, p)
+    with older_comparisons():
+      compare, exponent = TILTED["importance.compare"], TILTED["importance.cost_exponent"]
+      compared = make_comparable(scores, graph, budget.cost, compare=compare, cost_exponent=exponent)
+    masks = sapr.project_to_budget(graph, compared, budget, round_to=1)
+    assert [int(mask.sum()) for mask in masks.values()] == widths
 
 
 def test_uniform_weights_do_not_depend_on_what_is_dropped():
