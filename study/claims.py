@@ -293,6 +293,34 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
   ]
 
 
+def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
+  """Returns what is claimed at one budget, "p=0.3", of a row without the penalty that was declared later."""
+  later = f"{budget},{later_row}"
+  plain = [name for name in results.names(f"{budget},") if name != later and not _is_variation(name)]
+  own = [name for name in plain if name.endswith((",shares=scaled", ",shares=tilted"))]
+  others = [name for name in plain if name not in own and ",penalty" not in name]
+  beaten, verdicts, nearest = _against(results, later, others)
+  compared, own_verdicts, nearest_own = _against(results, later, own)
+  rule = f"p is below {_LEVEL:g} after Holm's correction over the rows of this table"
+  return [
+    Claim(
+      f"At {budget} its channels, cut at once, beat what others do",
+      f"The pruned network of {later} is better than that of each row whose channels are chosen in another way, and cut"
+      f" without the penalty: {rule}.",
+      beaten,
+      combined(verdicts),
+      short=nearest,
+    ),
+    Claim(
+      f"At {budget} its channels, cut at once, are better than our other forms",
+      f"As above, against the older shares and the penalty: {rule}.",
+      compared,
+      combined(own_verdicts),
+      short=nearest_own,
+    ),
+  ]
+
+
 def _is_variation(name: str) -> bool:
   """Says whether a row only tries another setting, or has a teacher, which the others have not."""
   return any(f",{factor}" in name for factor in ("distilled", "round_to", *CANDIDATES, *SHORT_CANDIDATES))

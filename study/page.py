@@ -11,7 +11,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, Claim, open_choices, pretrained_claims, selection
+from study.claims import CLAIMS, Claim, later_claims, open_choices, pretrained_claims, selection
 from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -166,7 +166,12 @@ def _is_pretrained(size: str) -> bool:
 
 def _claims_at_budgets(results: Results, size: str) -> list[Claim]:
   budgets = dict.fromkeys(name.split(",")[0] for name in results.names("p="))
-  return [claim for budget in budgets for claim in pretrained_claims(results, budget, SIZES[size][0].main_row)]
+  (experiment,) = SIZES[size]
+  claims = []
+  for budget in budgets:
+    claims += pretrained_claims(results, budget, experiment.main_row)
+    claims += later_claims(results, budget, experiment.later_row) if experiment.later_row else []
+  return claims
 
 
 def _compared(results: Results, size: str) -> list[str]:

@@ -8,11 +8,12 @@ import math
 import pytest
 from entries import entry
 
-from study.chosen import MAIN_ROW
+from study.chosen import LATER_ROW, MAIN_ROW
 from study.claims import (
   CLAIMS,
   beats_alternatives,
   larger_gamma,
+  later_claims,
   mean_of_epochs,
   nothing_lost,
   open_choices,
@@ -169,3 +170,21 @@ def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distill
   assert before.verdict == "holds" and "-0.50 [-0.65, -0.35]" in before.table
   assert distilled.verdict == "holds" and "78.00 ± 0.00" in distilled.table
   assert rounded.verdict == "fails" and rounded.short == "-2.00 [-2.00, -2.00] points."
+
+
+def test_a_later_row_is_compared_with_what_others_do_and_with_our_other_forms():
+  at_once = f"p=0.3,{LATER_ROW}"
+  others = {"p=0.3,torch_pruning=group_norm": 72.0, "p=0.3,l1_norm,cut,shares=equal": 73.9}
+  own = {at_once.replace("cut", "penalty"): 74.0, at_once.replace("scaled", "tilted"): 71.0}
+  apart = {f"{at_once},distilled": 80.0, "p=0.3,random,penalty": 60.0, "p=0.5,l2_norm,cut,shares=scaled": 84.0}
+  entries = [
+    entry(row, seed, pruned=value + (noise if row == at_once else 0.0), subnetwork=20.0)
+    for seed, noise in enumerate((0.0, 0.2, -0.2, 0.1, -0.1))
+    for row, value in {at_once: 74.0, **others, **own, **apart}.items()
+  ]
+  beaten, forms = later_claims(Results(entries, 0.0, [0.0]), "p=0.3", LATER_ROW)
+  for claim, rows in ((beaten, others), (forms, own)):
+    lines = claim.table.splitlines()[2:]
+    assert {line.split(" | ")[0].strip("| ") for line in lines} == {at_once, *rows}
+    assert claim.verdict == "undecided"
+    assert [line.endswith("| holds |") for line in lines[1:]].count(True) == 1
