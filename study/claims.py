@@ -23,7 +23,8 @@ _LEVEL = 0.05
 """One-sided p-value below which a comparison holds: as an interval of 90 % that lies above 0."""
 WITHIN = 1.0
 """Points of accuracy by which a sub-network may be behind before fine-tuning, and rounded widths after it."""
-_NOT_RUN = "Not run yet."
+NOT_RUN = "Not run yet."
+"""`Claim.short` of what no run has tested."""
 STABLE = 0.05
 """Hamming distance that the supplement calls small: (d)."""
 
@@ -343,14 +344,14 @@ def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, l
   header = ["row", "MACs left, %", "dense, %", "sub-network, %", "pruned, %", "main row is better by", "p", "verdict"]
   means = {name: estimate(values.values()) for name, values in gains.items() if values}
   nearest = min(means, key=lambda name: means[name].mean, default=None)
-  short = _NOT_RUN
+  short = NOT_RUN
   if nearest is not None:
     short = f"{mean_and_deviation(own)} %; against the nearest, {nearest.split(',', 1)[1]}, {means[nearest]} points."
   return table(header, rows), verdicts, short
 
 
 def _in_points(difference: Estimate) -> str:
-  return f"{difference} points." if difference.count else _NOT_RUN
+  return f"{difference} points." if difference.count else NOT_RUN
 
 
 def _accuracies(results: Results, name: str) -> list[str]:

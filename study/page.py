@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +12,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, Claim, later_claims, open_choices, pretrained_claims, selection
+from study.claims import CLAIMS, NOT_RUN, Claim, later_claims, open_choices, pretrained_claims, selection
 from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -47,7 +48,12 @@ def renew(results: pathlib.Path, page: pathlib.Path) -> None:
   for size in shown:
     parts += _size(found[size], page)
   if small:
-    parts += ["## Appendix: small networks, trained from scratch", _text("small"), _table_of_small(small)]
+    parts += [
+      "## Appendix: small networks, trained from scratch",
+      _text("small"),
+      _verdicts_of_small(small),
+      _table_of_small(small),
+    ]
     parts += [_where_run([found[size] for size in small])]
   write_atomically(page, "\n".join(part.strip() + "\n" for part in [*parts, _text("published")]))
 
@@ -62,17 +68,30 @@ def _networks(report: Mapping[str, Any]) -> list[Results]:
 
 
 def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
-  """Returns a line for each claim."""
-  lines = []
+  """Returns a line for each claim that was tested, and one for the small networks."""
+  lines, untested = [], 0
   for size in (size for size in found if size not in (*SMALL, *CHOICES)):
     for results in _networks(found[size]):
       claims = _claims_at_budgets(results, size) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
-      lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in claims]
-  for judge in CLAIMS if small else ():
-    claims_of = {size: judge(results) for size, results in small.items()}
-    verdicts = ", ".join(f"{size} **{claim.verdict}**" for size, claim in claims_of.items())
-    lines.append(f"- Small networks: {next(iter(claims_of.values())).title.split(' (')[0]}: {verdicts}.")
+      tested = [claim for claim in claims if claim.short != NOT_RUN]
+      lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in tested]
+      untested += len(claims) - len(tested)
+  if untested:
+    lines.append(f"- {untested} further claims have not been tested: their rows are named in the sections.")
+  if small:
+    verdicts = collections.Counter(judge(results).verdict for results in small.values() for judge in CLAIMS)
+    counts = ", ".join(f"{count} **{verdict}**" for verdict, count in verdicts.most_common())
+    lines.append(f"- Small networks (appendix), the paper's claims in {len(small)} sizes: {counts}.")
   return "\n".join(lines)
+
+
+def _verdicts_of_small(small: Mapping[str, Results]) -> str:
+  """Returns the table of the paper's claims in the small sizes."""
+  rows = []
+  for judge in CLAIMS:
+    claims = [judge(results) for results in small.values()]
+    rows.append([claims[0].title.split(" (")[0], *(claim.verdict for claim in claims)])
+  return table(["claim", *small], rows)
 
 
 def _table_of_small(small: Mapping[str, Results]) -> str:
