@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
   config.prune.statistics_batches = (
     100  # on which running statistics are measured again after the cut; 0: they are kept
   )
+  config.prune.compensation_batches = 0  # on which kept weights are fitted to make up for the cut; 0: they are not
   config.prune.round_to = placeholder(int)  # widths are multiples of this; unset: suits backend and network
 
   config.importance = ConfigDict()  # where prune.proposer, generator.prior or generator.order name one

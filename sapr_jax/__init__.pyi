@@ -46,6 +46,7 @@ from .method import (
   batch_norm_scale as batch_norm_scale,
   budget_penalty as budget_penalty,
   check_budget as check_budget,
+  compensate as compensate,
   gamma_for as gamma_for,
   get_masks as get_masks,
   l1_norm as l1_norm,

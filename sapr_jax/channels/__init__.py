@@ -13,9 +13,11 @@ from sapr_jax.channels.networks import (
   network_of,
   network_pieces,
   prune,
+  reader_moments,
   trace_channels,
 )
 from sapr_jax.channels.pieces import Piece
+from sapr_jax.channels.readers import Moments
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
@@ -26,6 +28,7 @@ __all__ = [
   "ChannelGroup",
   "Masks",
   "Member",
+  "Moments",
   "NarrowModule",
   "Piece",
   "abstract_image",
@@ -50,6 +53,7 @@ __all__ = [
   "network_pieces",
   "prune",
   "prune_tree",
+  "reader_moments",
   "register_rule",
   "trace_channels",
 ]

@@ -140,10 +140,10 @@ class _Equation:
 
   def bind(self, **changes: Any) -> list[Any]:
     """Evaluates it with some parameters changed."""
-    return _evaluate_alone(self.eqn.replace(params={**self.eqn.params, **changes}), *self.operands)
+    return evaluate_alone(self.eqn.replace(params={**self.eqn.params, **changes}), *self.operands)
 
 
-def _evaluate_alone(eqn: JaxprEqn, *operands: Any) -> list[Any]:
+def evaluate_alone(eqn: JaxprEqn, *operands: Any) -> list[Any]:
   """Evaluates one equation, which may hold functions."""
   params = eqn.primitive.get_bind_params(eqn.params)
   functions, params = params if isinstance(params, tuple) else ((), params)  # as JAX before 0.8 returned them
@@ -239,7 +239,7 @@ def _custom_derivative(program: NarrowProgram, equation: _Equation) -> list[Any]
     def function(*real: Any) -> list[Any]:
       values = iter(real)
       full = [next(values) if real else x for x, real in zip(operands, is_real, strict=True)]
-      results = _evaluate_alone(eqn, *full)
+      results = evaluate_alone(eqn, *full)
       return [results[i] for i in real_out]
 
     return function, [x for x, real in zip(operands, is_real, strict=True) if real]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sapr_jax.channels import linen
@@ -17,6 +18,8 @@ from sapr_jax.channels.narrow_module import check_module
 from sapr_jax.channels.pieces import Piece, pieces_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, check_fit, cut, find_graph
+from sapr_jax.channels.readers import moments_of_call
+from sapr_jax.channels.rules import ParamKey
 from sapr_jax.channels.selection import Patterns
 from sapr_jax.channels.trees import check_variables
 from sapr_jax.checks import shown
@@ -198,6 +201,27 @@ def masked_apply(model: Any, variables: Any, graph: Any = None, masks: Any = Non
   from sapr_jax.channels.nnx import masked_apply as apply_module
 
   return apply_module(model, variables, graph, *(() if masks is None else (masks, *args)), **kwargs)
+
+
+def reader_moments(model: Any, variables: Mapping[str, Any], graph: ChannelGraph, batch: Any) -> dict[ParamKey, Any]:
+  """Returns what the kernels that read channels see on one batch, as `readers.Moments`; it can be compiled.
+
+  Args:
+    model: The dense network.
+    variables: Its variables, those of NNX as `nnx.variables_of` returns them.
+    graph: Its channel graph.
+    batch: An array, or a tuple of the arrays of `graph.call`.
+
+  Raises:
+    InputError: If something does not fit `graph`.
+  """
+  check_graph(graph)
+  check_fit(variables, graph)
+  arrays = jax.tree.leaves(batch)
+  if len(arrays) != len(graph.call.arrays):
+    raise InputError(f"a batch must hold the arrays of the call that was traced, {graph.call}, got {shown(batch)}.")
+  front_end = network_of(model, None if is_nnx(model) else variables, ())[0]
+  return moments_of_call(front_end, model, variables, graph, arrays)
 
 
 def evaluate(model: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from sapr_jax.method.budget import (
   project_to_budget,
 )
 from sapr_jax.method.channel_norms import channel_norms
+from sapr_jax.method.compensation import compensate, with_moments
 from sapr_jax.method.cost import COSTS, Cost, cost_of, measured_costs
 from sapr_jax.method.generator import (
   ArchitectureGenerator,
@@ -82,6 +83,7 @@ __all__ = [
   "budget_penalty",
   "channel_norms",
   "check_budget",
+  "compensate",
   "cost_of",
   "default_round_to",
   "gamma_for",
@@ -120,4 +122,5 @@ __all__ = [
   "split_by_group",
   "start_from",
   "taylor",
+  "with_moments",
 ]

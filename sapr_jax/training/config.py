@@ -168,6 +168,7 @@ FIELDS: dict[str, Rule | OneOf] = {
   "prune.min_width": integer(1),
   "prune.round_to": integer(1).or_unset(),
   "prune.statistics_batches": integer(0),
+  "prune.compensation_batches": integer(0),
   "importance.compare": OneOf(COMPARISONS),
   "importance.cost_exponent": AT_LEAST_0,
   "search.start_epoch": integer(0).or_unset(),

@@ -14,7 +14,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from sapr_jax.channels import ChannelGraph, Masks, reader_moments
 from sapr_jax.errors import DivergedError
+from sapr_jax.method import with_moments
 from sapr_jax.runtime import cpu
 from sapr_jax.runtime.devices import MappedStep, Step, loops_are_slow, replicate
 from sapr_jax.training import steps
@@ -38,6 +40,7 @@ class Purpose(enum.IntEnum):
   MASKS = 5
   STATISTICS = 6
   IMPORTANCE = 7
+  COMPENSATION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,20 +151,43 @@ def recalibrate_batch_norm(
   """
   if not batches or "batch_stats" not in variables:
     return variables
-  purpose, per_epoch = Purpose.STATISTICS, passes.feed.num_train // batch_size
-
-  def calls() -> Iterator[Any]:
-    left = batches
-    for epoch in range(-(-batches // per_epoch)):
-      for call in passes.feed.training(batch_size, purpose=purpose, epoch=epoch):
-        yield jax.tree.map(lambda x: x[:left], call)  # noqa: B023  (run at once)
-        left -= len(jax.tree.leaves(call)[0])
-        if left <= 0:
-          return
-
+  purpose = Purpose.STATISTICS
   # From the host, as the state is donated.
   state = {"step": np.zeros((), np.int32), "batch_stats": jax.device_get(variables["batch_stats"])}
   step = passes.map(steps.recalibration_step(model, passes.feed.preprocessing))
   state, variables_on_devices = replicate((state, variables), passes.mesh)
-  state, _ = step.run(state, passes.shared(purpose, variables_on_devices), calls())
+  calls = _first_batches(passes, purpose, batches, batch_size)
+  state, _ = step.run(state, passes.shared(purpose, variables_on_devices), calls)
   return {**variables, "batch_stats": jax.device_get(state["batch_stats"])}
+
+
+def fit_to_cut(
+  passes: Passes, model: nn.Module, graph: ChannelGraph, variables: Any, masks: Masks, *, batches: int, batch_size: int
+) -> dict[str, Any]:
+  """Fits the weights that stay to make up for the channels that go, on batches of training images; see `compensate`.
+
+  Returns:
+    The variables of the dense network, on the host; as they are if there are no batches.
+  """
+  if not batches:
+    return variables
+  purpose = Purpose.COMPENSATION
+  image = jax.ShapeDtypeStruct((1, *passes.feed.image_shape), np.float32)
+  shapes = jax.eval_shape(lambda variables, x: reader_moments(model, variables, graph, x), variables, image)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+  step = passes.map(steps.moments_step(model, graph, passes.feed.preprocessing))
+  sums, variables_on_devices = replicate((zeros, variables), passes.mesh)
+  calls = _first_batches(passes, purpose, batches, batch_size)
+  sums, _ = step.run(sums, passes.shared(purpose, variables_on_devices), calls)
+  return with_moments(variables, graph, masks, jax.device_get(sums))
+
+
+def _first_batches(passes: Passes, purpose: Purpose, batches: int, batch_size: int) -> Iterator[Any]:
+  """Yields calls with so many batches of training images in all, those of several epochs if one has too few."""
+  left, per_epoch = batches, passes.feed.num_train // batch_size
+  for epoch in range(-(-batches // per_epoch)):
+    for call in passes.feed.training(batch_size, purpose=purpose, epoch=epoch):
+      yield jax.tree.map(lambda x: x[:left], call)  # noqa: B023  (run at once)
+      left -= len(jax.tree.leaves(call)[0])
+      if left <= 0:
+        return

@@ -25,7 +25,7 @@ from sapr_jax.training import loop, stages, workdir as layout
 from sapr_jax.training.config import check_config
 from sapr_jax.training.experiment import Experiment, build, make_proposer
 from sapr_jax.training.latency import write_latency_table
-from sapr_jax.training.passes import recalibrate_batch_norm
+from sapr_jax.training.passes import fit_to_cut, recalibrate_batch_norm
 from sapr_jax.training.position import Position
 from sapr_jax.training.proposers import Proposer
 from sapr_jax.training.result import RunResult
@@ -113,7 +113,16 @@ def run(
     variables, masks, teacher = jax.device_get((state.variables, state.masks, state.teacher))
     check_masks_meet(experiment.budget, experiment.graph, masks)
 
-    small_model, small_variables = prune(experiment.model, variables, experiment.graph, masks)
+    fitted = fit_to_cut(
+      experiment.passes,
+      experiment.model,
+      experiment.graph,
+      variables,
+      masks,
+      batches=config.prune.compensation_batches,
+      batch_size=config.train.batch_size,
+    )
+    small_model, small_variables = prune(experiment.model, fitted, experiment.graph, masks)
     small_variables = recalibrate_batch_norm(
       experiment.passes,
       small_model,

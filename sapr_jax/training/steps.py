@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sapr_jax.channels import ChannelGraph, Masks, masked_apply
+from sapr_jax.channels import ChannelGraph, Masks, masked_apply, reader_moments
 from sapr_jax.data import Inputs
 from sapr_jax.method import ArchitectureGenerator, GeneratorState, SearchOptions, learn
 from sapr_jax.runtime.devices import Step, device_key, mean_over_devices, sum_over_devices
@@ -188,6 +188,17 @@ def gradient_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
 
     loss, grads = mean_over_devices(jax.value_and_grad(loss_fn)(shared.variables["params"]))
     return jax.tree.map(jnp.add, sums, grads), {"loss": loss}
+
+  return step
+
+
+def moments_step(model: nn.Module, graph: ChannelGraph, preprocessing: Preprocessing) -> Step:
+  """Builds the step that sums what the kernels that read channels see; the state has the sums, see `reader_moments`."""
+
+  def step(sums: Any, shared: Shared, batch: Any) -> tuple[Any, Metrics]:
+    images, _ = shared.read(batch)
+    moments = reader_moments(model, shared.variables, graph, preprocessing.normalize(images))
+    return jax.tree.map(jnp.add, sums, sum_over_devices(moments)), {}
 
   return step
 

@@ -223,6 +223,26 @@ def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, tmp_path
   jax.tree.map(np.testing.assert_array_equal, dense, first)
 
 
+def test_weights_that_stay_make_up_for_a_cut_on_all_images(tmp_path):
+  config = small_config(prune__compensation_batches=10)  # of two epochs, 64 images each
+  experiment = parts.build(config)
+  model, graph, variables, run = experiment.model, experiment.graph, experiment.variables, experiment.passes
+  masks = experiment.project(sapr.random_scores(variables, graph, jax.random.key(0)))
+  images, _ = run.shared(passes.Purpose.COMPENSATION).read(np.arange(320))
+  want = sapr.compensate(model, variables, graph, masks, [run.feed.preprocessing.normalize(images)])
+  got = passes.fit_to_cut(run, model, graph, variables, masks, batches=10, batch_size=64)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got["params"], variables["params"])
+  assert max(jax.tree.leaves(moved)) > 0.01
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+  config.update_from_flattened_dict({"train.epochs": 0, "train.decay_epochs": (), "prune.start_epoch": 0})
+  config.update_from_flattened_dict({"finetune.epochs": 0, "finetune.decay_epochs": (), "prune.proposer": "l2_norm"})
+  training.run(config, tmp_path / "fitted")
+  config.prune.compensation_batches = 0
+  training.run(config, tmp_path / "plain")
+  fitted, plain = (sapr.load(tmp_path / name / "pruned")[1]["params"] for name in ("fitted", "plain"))
+  assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(fitted), jax.tree.leaves(plain), strict=True))
+
+
 def test_a_run_starts_from_pytorch_weights(tmp_path):
   config = small_config(model__name="resnet8", model__width_multiplier=0.25)
   model = sapr.models.create("resnet8", width_multiplier=0.25)

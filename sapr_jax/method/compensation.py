@@ -1,0 +1,134 @@
+"""Kept weights that make up for dropped channels: least squares on what the kernels that read a group see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, overload
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from sapr_jax.channels import (
+  ChannelGraph,
+  Masks,
+  Moments,
+  check_masks,
+  check_variables,
+  errors_of_model,
+  is_nnx,
+  network_of,
+  reader_moments,
+)
+from sapr_jax.checks import shown
+from sapr_jax.errors import InputError
+from sapr_jax.method.statistics import some
+
+if TYPE_CHECKING:
+  from flax import nnx  # takes a while to import
+
+_RIDGE = 1e-4
+"""Of the mean square of the kept channels: some are zero, or copies of others."""
+
+
+@overload
+def compensate(model: nnx.Module, graph: ChannelGraph, masks: Masks, batches: Iterable[Any], /) -> nnx.Module: ...
+
+
+@overload
+def compensate(
+  model: nn.Module, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, batches: Iterable[Any]
+) -> dict[str, Any]: ...
+
+
+def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any = None, batches: Any = None) -> Any:
+  """Changes the weights that read kept channels so that they make up for the dropped ones, before the cut.
+
+  Each kernel that reads a group loses the part of its input x that is dropped. What the kept channels say of it is
+  found by least squares over all positions of all batches, and added to the weights that read them:
+
+      x_dropped ~ A^T x_kept,   A = (E[x_kept x_kept^T] + ridge)^-1 E[x_kept x_dropped^T],   W_kept + A W_dropped
+
+  There is nothing to train. It needs some thousand positions of each input: a few hundred images are many. Where
+  statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are
+  changed; a kernel that reads its input in another way (grouped, reshaped, several times in different ways) stays.
+
+  Args:
+    model: The dense network.
+    variables: Its variables; left out for a module of NNX: `compensate(module, graph, masks, batches)`.
+    graph: Its channel graph.
+    masks: Group name -> 0/1 array `[group.size]`; 1 keeps.
+    batches: Inputs of the network, as it was traced: an array each, or a tuple of those of the call, of any batch size.
+
+  Returns:
+    The variables of the dense network with other kernels, for `prune` with the same masks; with NNX a module.
+
+  Raises:
+    InputError: If something does not fit `graph`, or there is no batch.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> import sapr_jax as sapr
+    >>> model = nn.Sequential([nn.Dense(2, use_bias=False), nn.Dense(1, use_bias=False)])
+    >>> params = {"layers_0": {"kernel": jnp.array([[1.0, 2.0]])}, "layers_1": {"kernel": jnp.array([[5.0], [3.0]])}}
+    >>> graph = sapr.trace_channels(model, {"params": params}, (1, 1), select="unjoined")
+    >>> masks = {"layers_0": jnp.array([0.0, 1.0])}  # the channel that is dropped is half of the other
+    >>> found = sapr.compensate(model, {"params": params}, graph, masks, [jnp.ones((8, 1))])
+    >>> found["params"]["layers_1"]["kernel"][1].round(2)
+    Array([5.5], dtype=float32)
+
+  References:
+    Luo et al., ThiNet, 2017, section 3.2.3, and He et al., Channel pruning for accelerating very deep neural networks,
+    2017, section 3.1, which solve for the kernel of one layer after the other.
+  """
+  if is_nnx(model):
+    if not isinstance(variables, ChannelGraph):
+      raise InputError(f"graph must be a ChannelGraph in compensate(module, graph, ...), got {shown(variables)}.")
+    from sapr_jax.channels import nnx
+
+    graph, masks, batches = variables, graph, masks
+    variables = nnx.variables_of(model)
+    return nnx.with_variables(model, _compensated(model, variables, graph, masks, batches))
+  network_of(model, variables, ())
+  check_variables(variables)
+  return _compensated(model, variables, graph, masks, batches)
+
+
+def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, batches: Any) -> dict[str, Any]:
+  check_masks(graph, masks, allow_empty=False)
+  moments_of = jax.jit(lambda variables, batch: reader_moments(model, variables, graph, batch))
+  total: dict[Any, np.ndarray] = {}
+  for batch in some(batches):
+    with errors_of_model("The model, its variables and a batch"):
+      found = jax.device_get(moments_of(dict(variables), batch))
+    total = {key: total.get(key, 0) + np.asarray(value, np.float64) for key, value in found.items()}
+  return with_moments(variables, graph, masks, total)
+
+
+def with_moments(variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, moments: Moments) -> dict[str, Any]:
+  """Does what `compensate` does, from the sums of `reader_moments` over all batches."""
+  members = graph.members_by_variable("params")
+
+  def change(place: Any, leaf: Any) -> Any:
+    key = ("params", *(str(entry.key) for entry in place))
+    readers = [(name, member) for name, member in members.get(key[1:], ()) if member.role == "in"]
+    if key not in moments or not readers:
+      return leaf
+    kept = np.ones(leaf.shape[readers[0][1].axis], bool)
+    for name, member in readers:
+      kept &= member.along_axis(np.asarray(masks[name], np.float32), 1).reshape(-1) > 0
+    return leaf if kept.all() or not kept.any() else _solved(leaf, readers[0][1].axis, kept, np.asarray(moments[key]))
+
+  return {**variables, "params": jax.tree_util.tree_map_with_path(change, variables["params"])}
+
+
+def _solved(kernel: Any, axis: int, kept: np.ndarray, moments: np.ndarray) -> Any:
+  """Adds to the rows of a kernel that stay what the least squares give of those that go."""
+  moments = moments.astype(np.float64)
+  among_kept = moments[np.ix_(kept, kept)]
+  ridge = _RIDGE * max(among_kept.trace() / kept.sum(), np.finfo(np.float32).tiny)
+  shares = np.linalg.solve(among_kept + ridge * np.eye(len(among_kept)), moments[np.ix_(kept, ~kept)])
+  rows = np.moveaxis(np.array(kernel, np.float64), axis, 0)
+  rows[kept] += np.tensordot(shares, rows[~kept], 1)
+  return jax.numpy.asarray(np.moveaxis(rows, 0, axis), kernel.dtype)

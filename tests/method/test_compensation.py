@@ -1,0 +1,113 @@
+"""Kept weights make up for dropped channels, as far as these are sums of kept ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sapr_jax as sapr
+
+
+class Doubled(nn.Module):
+  """Uses its kernel in a way of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 3))
+    return x @ (2 * kernel)
+
+
+class Block(nn.Module):
+  """A convolution whose channels 2 and 3 are copies of 0 and of the sum of 0 and 1, and three that read them."""
+
+  @nn.compact
+  def __call__(self, x):
+    h = jax.checkpoint(nn.relu)(nn.Conv(4, (3, 3), use_bias=False, name="writer")(x))
+    y = nn.Conv(2, (3, 3), strides=2, name="reader")(h)
+    z = nn.Dense(3, name="dense")(h.mean((1, 2)))
+    return y, z, Doubled(name="own")(h)
+
+
+def positive_copies(model, x):
+  """Variables in which a dropped channel is a sum of kept ones, behind the ReLU as well."""
+  variables = model.init(jax.random.key(0), x)
+  writer = jnp.abs(variables["params"]["writer"]["kernel"])
+  writer = writer.at[..., 2].set(writer[..., 0]).at[..., 3].set(writer[..., 0] + writer[..., 1])
+  return {"params": {**variables["params"], "writer": {"kernel": writer}}}
+
+
+@pytest.fixture(scope="module")
+def block():
+  model, x = Block(), jax.random.uniform(jax.random.key(1), (4, 8, 8, 2))
+  variables = positive_copies(model, x)
+  graph = sapr.trace_channels(model, variables, (1, 8, 8, 2), select="unjoined", include="writer")
+  return model, variables, graph, x
+
+
+MASKS = {"writer": np.array([1, 1, 0, 0], np.float32)}
+
+
+def test_what_is_a_sum_of_kept_channels_is_made_up_for_exactly(block):
+  model, variables, graph, x = block
+  found = sapr.compensate(model, variables, graph, MASKS, [x[:1], x[1:]])
+  small, small_variables = sapr.prune(model, found, graph, MASKS)
+  want, got = model.apply(variables, x), small.apply(small_variables, x)
+  for a, b in zip(want[:2], got[:2], strict=True):
+    np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-3)
+  plain, plain_variables = sapr.prune(model, variables, graph, MASKS)
+  assert np.abs(plain.apply(plain_variables, x)[0] - want[0]).max() > 0.1
+
+
+def test_kernels_that_read_in_another_way_and_writers_stay(block):
+  model, variables, graph, x = block
+  found = sapr.compensate(model, variables, graph, MASKS, [x])["params"]
+  for name in ("writer", "own"):
+    np.testing.assert_array_equal(found[name]["kernel"], variables["params"][name]["kernel"])
+  for name in ("reader", "dense"):
+    assert found[name]["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(found[name]["bias"], variables["params"][name]["bias"])
+    assert np.abs(found[name]["kernel"] - variables["params"][name]["kernel"]).max() > 0.01
+
+
+def test_full_masks_change_nothing_and_the_least_squares_are_the_best(block):
+  model, variables, graph, x = block
+  same = sapr.compensate(model, variables, graph, graph.full_masks(), [x])
+  jax.tree.map(np.testing.assert_array_equal, same, variables)
+  # Channels 1 and 2 do not say all of 0 and 3.
+  masks, kept = {"writer": np.array([0, 1, 1, 0], np.float32)}, np.array([1, 2])
+  writer = nn.Conv(4, (3, 3), use_bias=False)
+  inputs = np.asarray(nn.relu(writer.apply({"params": variables["params"]["writer"]}, x)).mean((1, 2)))
+  kernel = np.asarray(variables["params"]["dense"]["kernel"])
+  found = sapr.compensate(model, variables, graph, masks, [x])["params"]["dense"]["kernel"]
+  best = np.linalg.lstsq(inputs[:, kept], inputs @ kernel, rcond=None)[0]
+  np.testing.assert_allclose(inputs[:, kept] @ found[kept], inputs[:, kept] @ best, atol=1e-2)
+  assert np.abs(inputs[:, kept] @ kernel[kept] - inputs @ kernel).max() > 0.1
+
+
+def test_a_module_of_nnx_gets_weights_of_its_own():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.second = nnx.Linear(2, 3, use_bias=False, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)
+
+    def __call__(self, x):
+      return self.second(self.first(x))
+
+  module, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (16, 2))
+  before = np.array(module.second.kernel[...])
+  graph = sapr.trace_channels(module, x[:1], select="unjoined")
+  masks = {"first": np.array([1, 0, 1], np.float32)}  # two channels hold all that two inputs say
+  small = sapr.prune(sapr.compensate(module, graph, masks, [x]), graph, masks)
+  np.testing.assert_allclose(small(x), module(x), rtol=1e-2, atol=1e-2)
+  np.testing.assert_array_equal(module.second.kernel[...], before)
+
+
+@pytest.mark.parametrize(
+  ("batches", "message"),
+  [([], "batch"), ([jnp.ones((1, 8, 8, 5))], "do not fit together"), ([(1.0, 2.0)], "arrays of the call")],
+)
+def test_batches_that_do_not_fit(block, batches, message):
+  model, variables, graph, _ = block
+  with pytest.raises(sapr.InputError, match=message):
+    sapr.compensate(model, variables, graph, MASKS, batches)
