@@ -104,6 +104,11 @@ DISTILLED: Mapping[str, Any] = {
 }
 """Of the rows with distillation."""
 
+FITTED: Mapping[str, Any] = {"prune.compensation_batches": 50}
+"""Of the row whose weights are fitted to make up for the cut."""
+FITTED_ROW = f"{LATER_ROW},fitted"
+"""Judged like `LATER_ROW` in "pretrained" and "pretrained_short"; declared before any run of it on test images."""
+
 ROUNDED: Mapping[str, Any] = {"prune.round_to": 8}
 """Of the row with widths that processors are fast at."""
 

@@ -305,7 +305,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
   rule = f"p is below {_LEVEL:g} after Holm's correction over the rows of this table"
   return [
     Claim(
-      f"At {budget} its channels, cut at once, beat what others do",
+      f"At {budget} {later_row} beats what others do",
       f"The pruned network of {later} is better than that of each row whose channels are chosen in another way, and cut"
       f" without the penalty: {rule}.",
       beaten,
@@ -313,7 +313,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
       short=nearest,
     ),
     Claim(
-      f"At {budget} its channels, cut at once, are better than our other forms",
+      f"At {budget} {later_row} is better than our other forms",
       f"As above, against the older shares and the penalty: {rule}.",
       compared,
       combined(own_verdicts),
@@ -324,7 +324,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
 
 def _is_variation(name: str) -> bool:
   """Says whether a row only tries another setting, or has a teacher, which the others have not."""
-  return any(f",{factor}" in name for factor in ("distilled", "round_to", *CANDIDATES, *SHORT_CANDIDATES))
+  return any(f",{factor}" in name for factor in ("distilled", "fitted", "round_to", *CANDIDATES, *SHORT_CANDIDATES))
 
 
 def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str], str]:

@@ -189,7 +189,8 @@ def _claims_at_budgets(results: Results, size: str) -> list[Claim]:
   claims = []
   for budget in budgets:
     claims += pretrained_claims(results, budget, experiment.main_row)
-    claims += later_claims(results, budget, experiment.later_row) if experiment.later_row else []
+    for row in experiment.later_rows:
+      claims += later_claims(results, budget, row)
   return claims
 
 

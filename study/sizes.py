@@ -15,6 +15,7 @@ from study.chosen import (
   EPOCHS,
   FIRST_MAIN_ROW,
   FIRST_TRIED,
+  FITTED_ROW,
   LATER_ROW,
   MAIN_ROW,
   SCHEDULE,
@@ -51,7 +52,7 @@ class Experiment:
       checks the paper's claims.
     epochs: With `budgets`: the epochs of every row, training and fine-tuning together.
     main_row: With `budgets`: the row, without its budget, that is compared with everything else.
-    later_row: A row without the penalty that was declared later, and is compared with what others do; "" for none.
+    later_rows: Rows without the penalty that were declared later, and are compared with what others do.
   """
 
   network: str
@@ -67,7 +68,7 @@ class Experiment:
   budgets: tuple[float, ...] = ()
   epochs: int = EPOCHS
   main_row: str = MAIN_ROW
-  later_row: str = ""
+  later_rows: tuple[str, ...] = ()
 
 
 LONGER = "longer_schedule"
@@ -176,11 +177,11 @@ _OTHERS_RESNET20 = Experiment(
   get_config=resnet20_pretrained_cifar10.get_config,
   budgets=(0.3, 0.5),
   main_row=FIRST_MAIN_ROW,
-  later_row=LATER_ROW,
+  later_rows=(LATER_ROW, FITTED_ROW),
 )
 
 _SHORT = dataclasses.replace(
-  _OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS, main_row=MAIN_ROW, later_row=""
+  _OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS, main_row=MAIN_ROW, later_rows=(FITTED_ROW,)
 )
 
 # What is chosen is chosen on images that no row trains on, and with seeds that no row has.
