@@ -183,6 +183,10 @@ CALLS = {
   "get_masks": (sapr.get_masks, {"opt_state": PENALTY.init(PARAMS)}),
   "gamma_for": (sapr.gamma_for, {"shrinkage": 4, "learning_rate": 0.1, "steps": 10, "momentum": 0.9}),
   "shrinkage_of": (sapr.shrinkage_of, {"gamma": 0.1, "learning_rate": 0.1, "steps": 10, "momentum": 0.9}),
+  "compensate": (
+    sapr.compensate,
+    {"model": MODEL, "variables": VARIABLES, "graph": GRAPH, "masks": MASKS, "batches": [np.ones((1, 3))]},
+  ),
   "renew_statistics": (
     sapr.renew_statistics,
     {
