@@ -179,7 +179,7 @@ def fit_to_cut(
   sums, variables_on_devices = replicate((zeros, variables), passes.mesh)
   calls = _first_batches(passes, purpose, batches, batch_size)
   sums, _ = step.run(sums, passes.shared(purpose, variables_on_devices), calls)
-  return with_moments(variables, graph, masks, jax.device_get(sums))
+  return jax.device_get(with_moments(variables, graph, masks, jax.device_get(sums)))
 
 
 def _first_batches(passes: Passes, purpose: Purpose, batches: int, batch_size: int) -> Iterator[Any]:

@@ -210,7 +210,7 @@ def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, tmp_path
   config = small_config(
     init__weights=str(whole[0] / "dense"), train__epochs=0, train__decay_epochs=(), prune__start_epoch=0,
     prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
-    evaluate__every_epochs=2, data__test_images=None, data__validation_images=50,
+    evaluate__every_epochs=2, data__test_images=None, data__validation_images=50, prune__compensation_batches=2,
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run").summary
   records = artifacts.read_records(tmp_path / "run")
