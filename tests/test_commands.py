@@ -200,6 +200,7 @@ MISUSE = [
   ("prune dense new --cost-exponent -1", r"--cost-exponent must be at least 0, got -1\.0"),
   ("prune dense new --round-to 0", r"round_to must be an integer of at least 1, got 0"),
   ("prune dense new --finetune-epochs 3", r"--finetune-epochs needs images; add --data DIR or --source NAME"),
+  ("prune dense new --fit-batches 3", r"--fit-batches needs images; add --data DIR or --source NAME"),
   ("prune dense new --mean 0.5", r"--mean is for PyTorch weights; add --network"),
   ("prune dense new --network resnet8", r"--network must be left out for dense"),
   ("prune file new", r"file is a file; name its network, such as --network resnet20"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.call import Call, abstract_arrays
@@ -21,6 +22,10 @@ Moments = Mapping[ParamKey, Any]
 
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
 """Primitives whose result is a kernel as it was."""
+
+
+_WIDEST = 8192
+"""Input channels of a kernel that is looked at: the moments of more take gigabytes."""
 
 
 def moments_of_call(
@@ -89,7 +94,7 @@ class _Found:
       if key is None:
         continue
       axis = _axis_of_input(eqn, i, self.axes[key])
-      if axis is None:
+      if axis is None or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
         self.unclear.add(key)
         continue
       x = jnp.moveaxis(inputs[1 - i], axis, -1)

@@ -28,6 +28,9 @@ and the fine-tuning are one run in OUT.run (or --workdir), which the same comman
 """
 
 
+_FIT_BATCHES = 50
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("model", metavar="MODEL", help="saved model, or with --network a file of PyTorch weights")
   parser.add_argument("out", metavar="OUT", help="directory of the pruned model")
@@ -47,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   how.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: %(default)s)")
   after = parser.add_argument_group("images, and fine-tuning on them")
   images.add_arguments(after, "train/<class>/* and test/<class>/* (or val/)")
+  after.add_argument(
+    "--fit-batches",
+    type=int,
+    metavar="N",
+    help=f"on which weights that stay are fitted to make up for the others; 0: they are not (default: {_FIT_BATCHES})",
+  )
   after.add_argument("--finetune-epochs", type=int, default=0, metavar="N", help="default: %(default)s")
   after.add_argument("--learning-rate", type=float, default=0.02, metavar="X", help="at first (default: %(default)s)")
   after.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
@@ -73,7 +82,7 @@ class _Dense:
 
 def run(args: argparse.Namespace) -> Answer:
   fields = images.fields_of(args)
-  if fields is None and (wanted := [n for n in ("finetune_epochs", "workdir") if getattr(args, n)]):
+  if fields is None and (wanted := [n for n in ("finetune_epochs", "fit_batches", "workdir") if getattr(args, n)]):
     raise InputError(f"--{wanted[0].replace('_', '-')} needs images; add --data DIR or --source NAME.")
   out = networks.check_place(args.out, args.model)
   from sapr_jax.runtime.devices import start_jax
@@ -211,7 +220,7 @@ def _config(args: argparse.Namespace, dense: _Dense, fields: dict[str, Any]) -> 
     "data.crop_padding": 1 if is_digits else 4,
     "train.epochs": 0,
     "train.decay_epochs": (),
-    "train.batch_size": args.batch_size,  # of the renewed statistics
+    "train.batch_size": args.batch_size,  # of the fit at the cut, and of the renewed statistics
     "prune.start_epoch": 0,
     "prune.proposer": args.importance,
     "prune.cost": args.cost,
@@ -221,6 +230,7 @@ def _config(args: argparse.Namespace, dense: _Dense, fields: dict[str, Any]) -> 
     "prune.include": tuple(args.include or ()),
     "prune.exclude": tuple(args.exclude or ()),
     "prune.min_width": args.min_width,
+    "prune.compensation_batches": _FIT_BATCHES if args.fit_batches is None else args.fit_batches,
     "prune.round_to": args.round_to,
     "importance.compare": args.compare,
     "importance.cost_exponent": args.cost_exponent,

@@ -51,7 +51,7 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
   There is nothing to train. It needs some thousand positions of each input: a few hundred images are many. Where
   statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are
-  changed; a kernel that reads its input in another way (grouped, reshaped, several times in different ways) stays.
+  changed; a kernel that reads its input in another way (grouped, reshaped, of more than 8192 channels) stays.
 
   Args:
     model: The dense network.
