@@ -40,6 +40,7 @@ class Claim:
     verdict: "holds", "fails" or "undecided".
     remark: What else is to be seen; "" for nothing.
     short: The numbers behind the verdict, for a summary.
+    in_summary: Whether a summary has it: not if it only compares forms of one method.
   """
 
   title: str
@@ -48,6 +49,7 @@ class Claim:
   verdict: str
   remark: str = ""
   short: str = ""
+  in_summary: bool = True
 
 
 def nothing_lost(results: Results) -> Claim:
@@ -318,6 +320,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
       compared,
       combined(own_verdicts),
       short=nearest_own,
+      in_summary=False,
     ),
   ]
 
