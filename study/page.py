@@ -84,7 +84,7 @@ def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
   if small:
     verdicts = collections.Counter(judge(results).verdict for results in small.values() for judge in CLAIMS)
     counts = ", ".join(f"{count} **{verdict}**" for verdict, count in verdicts.most_common())
-    lines.append(f"- Small networks (appendix), the paper's claims in {len(small)} sizes: {counts}.")
+    lines.append(f"- Small networks (appendix), the paper's claims at {', '.join(small)}: {counts}.")
   return "\n".join(lines)
 
 
