@@ -50,9 +50,10 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
       x_dropped ~ A^T x_kept,   A = (E[x_kept x_kept^T] + ridge)^-1 E[x_kept x_dropped^T],   W_kept + A W_dropped
 
   That is the least error of what a matrix product gives, and of what a convolution reads. There is nothing to train. It
-  needs some thousand positions of each input: a few hundred images are many. Where statistics follow,
-  `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are changed; a kernel
-  that reads its input in another way (grouped, reshaped, in a loop, of more than 8192 channels) stays.
+  needs several positions for each channel that is kept: a convolution sees many in an image, a layer behind a mean or a
+  flattening only one. Where statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix
+  products over the channels are changed; a kernel that reads its input in another way (grouped, reshaped, in a loop,
+  of more than 8192 channels) stays.
 
   Args:
     model: The dense network.
