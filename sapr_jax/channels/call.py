@@ -38,6 +38,20 @@ class Call:
     values = iter(arrays)
     return jax.tree.map(lambda leaf: next(values) if _is_abstract(leaf) else leaf, (self.args, dict(self.kwargs)))
 
+  def arrays_of(self, batch: Any) -> list[Any]:
+    """Returns the arrays of a batch, which go in the place of those of this call.
+
+    Raises:
+      InputError: If it has more or fewer.
+    """
+    arrays = jax.tree.leaves(batch)
+    if len(arrays) != len(self.arrays):
+      raise InputError(
+        f"a batch must hold the arrays of the call that was traced, and nothing else, such as labels: {self}, got"
+        f" {_text(abstract_arrays(batch))}."
+      )
+    return arrays
+
   def with_batch(self, size: int) -> Call:
     """Returns the call on a batch of this size, in all arrays that begin with the axis of the first array's batch."""
     first = self.arrays[0].shape[:1]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from sapr_jax.channels import linen
@@ -217,9 +216,7 @@ def reader_moments(model: Any, variables: Mapping[str, Any], graph: ChannelGraph
   """
   check_graph(graph)
   check_fit(variables, graph)
-  arrays = jax.tree.leaves(batch)
-  if len(arrays) != len(graph.call.arrays):
-    raise InputError(f"a batch must hold the arrays of the call that was traced, {graph.call}, got {shown(batch)}.")
+  arrays = graph.call.arrays_of(batch)
   front_end = network_of(model, None if is_nnx(model) else variables, ())[0]
   return moments_of_call(front_end, model, variables, graph, arrays)
 

@@ -34,13 +34,13 @@ def moments_of_call(
   """Evaluates the network on the arrays of a call; returns the moments of each kernel whose input is a plain one.
 
   That is a kernel of a convolution, in which a channel is read by its own weights alone, or of a matrix product over
-  the channels. A kernel that is used otherwise besides has none.
+  the channels, of real numbers. A kernel that is used otherwise besides has none.
   """
   call = Call(*abstract_arrays(graph.call.filled(arrays)))
   closed = front_end.trace(model, variables, call).closed
   leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
   axes = {("params", *m.path): m.axis for group in graph.groups for m in group.members if m.role == "in"}
-  sources = [key if (key := path_of(place)) in axes else None for place, _ in leaves]
+  sources = [key if _is_real(leaf) and (key := path_of(place)) in axes else None for place, leaf in leaves]
   found = _Found(axes)
   found.run(closed, [*(leaf for _, leaf in leaves), *arrays], [*sources, *(None for _ in arrays)])
   return {key: moments for key, moments in found.moments.items() if key not in found.unclear}
@@ -94,13 +94,17 @@ class _Found:
       if key is None:
         continue
       axis = _axis_of_input(eqn, i, self.axes[key])
-      if axis is None or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
+      if axis is None or not _is_real(inputs[1 - i]) or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
         self.unclear.add(key)
         continue
       x = jnp.moveaxis(inputs[1 - i], axis, -1)
       x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
       moments = jnp.matmul(x.T, x, precision="highest")
       self.moments[key] = self.moments[key] + moments if key in self.moments else moments
+
+
+def _is_real(array: Any) -> bool:
+  return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _axis_of_input(eqn: JaxprEqn, kernel: int, axis: int) -> int | None:

@@ -15,12 +15,12 @@ from sapr_jax.channels import (
   Moments,
   check_masks,
   check_variables,
-  errors_of_model,
   is_nnx,
   network_of,
   reader_moments,
 )
-from sapr_jax.checks import shown
+from sapr_jax.channels.trees import path_of
+from sapr_jax.checks import check_concrete
 from sapr_jax.errors import InputError
 from sapr_jax.method.statistics import some
 
@@ -49,22 +49,25 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
       x_dropped ~ A^T x_kept,   A = (E[x_kept x_kept^T] + ridge)^-1 E[x_kept x_dropped^T],   W_kept + A W_dropped
 
-  There is nothing to train. It needs some thousand positions of each input: a few hundred images are many. Where
-  statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are
-  changed; a kernel that reads its input in another way (grouped, reshaped, of more than 8192 channels) stays.
+  That is the least error of what a matrix product gives, and of what a convolution reads. There is nothing to train. It
+  needs several positions for each channel that is kept: a convolution sees many in an image, a layer behind a mean or a
+  flattening only one. Where statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix
+  products over the channels are changed; a kernel that reads its input in another way (grouped, reshaped, in a loop,
+  of more than 8192 channels) stays.
 
   Args:
     model: The dense network.
     variables: Its variables; left out for a module of NNX: `compensate(module, graph, masks, batches)`.
     graph: Its channel graph.
     masks: Group name -> 0/1 array `[group.size]`; 1 keeps.
-    batches: Inputs of the network, as it was traced: an array each, or a tuple of those of the call, of any batch size.
+    batches: Inputs of the network, as it was traced: an array each, or a tuple of those of the call in the order of
+      `graph.call`, which sorts keyword arguments by name. Of any batch size.
 
   Returns:
     The variables of the dense network with other kernels, for `prune` with the same masks; with NNX a module.
 
   Raises:
-    InputError: If something does not fit `graph`, or there is no batch.
+    InputError: If something does not fit `graph`, there is no batch, or what a kernel reads is not finite.
 
   Example:
     >>> import flax.linen as nn
@@ -83,12 +86,14 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
     2017, section 3.1, which solve for the kernel of one layer after the other.
   """
   if is_nnx(model):
-    if not isinstance(variables, ChannelGraph):
-      raise InputError(f"graph must be a ChannelGraph in compensate(module, graph, ...), got {shown(variables)}.")
+    given = [part for part in (variables, graph, masks, batches) if part is not None]
+    if len(given) != 3 or not isinstance(given[0], ChannelGraph):
+      found = ", ".join(["the module", *(type(part).__name__ for part in given)])
+      raise InputError(f"compensate must be called as compensate(module, graph, masks, batches) with NNX, got {found}.")
     from sapr_jax.channels import nnx
 
-    graph, masks, batches = variables, graph, masks
-    variables = nnx.variables_of(model)
+    graph, masks, batches = given
+    variables = network_of(model, None, ())[1]
     return nnx.with_variables(model, _compensated(model, variables, graph, masks, batches))
   network_of(model, variables, ())
   check_variables(variables)
@@ -97,11 +102,14 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
 def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, batches: Any) -> dict[str, Any]:
   check_masks(graph, masks, allow_empty=False)
+  check_concrete("variables", dict(variables), "compensate")
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(variables))):
+    raise InputError("variables must hold arrays with values, got jax.ShapeDtypeStructs; the network is evaluated.")
   moments_of = jax.jit(lambda variables, batch: reader_moments(model, variables, graph, batch))
   total: dict[Any, np.ndarray] = {}
   for batch in some(batches):
-    with errors_of_model("The model, its variables and a batch"):
-      found = jax.device_get(moments_of(dict(variables), batch))
+    check_concrete("batches", batch, "compensate")
+    found = jax.device_get(moments_of(dict(variables), graph.call.arrays_of(batch)))
     total = {key: total.get(key, 0) + np.asarray(value, np.float64) for key, value in found.items()}
   return with_moments(variables, graph, masks, total)
 
@@ -111,14 +119,21 @@ def with_moments(variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks
   members = graph.members_by_variable("params")
 
   def change(place: Any, leaf: Any) -> Any:
-    key = ("params", *(str(entry.key) for entry in place))
+    key = ("params", *path_of(place))
     readers = [(name, member) for name, member in members.get(key[1:], ()) if member.role == "in"]
     if key not in moments or not readers:
       return leaf
     kept = np.ones(leaf.shape[readers[0][1].axis], bool)
     for name, member in readers:
       kept &= member.along_axis(np.asarray(masks[name], np.float32), 1).reshape(-1) > 0
-    return leaf if kept.all() or not kept.any() else _solved(leaf, readers[0][1].axis, kept, np.asarray(moments[key]))
+    if kept.all() or not kept.any():
+      return leaf
+    if not np.isfinite(moments[key]).all():
+      name = "/".join(key[1:])
+      raise InputError(
+        f"what {name} reads must be finite, got NaN or infinity; look for it in the batches and weights."
+      )
+    return _solved(leaf, readers[0][1].axis, kept, np.asarray(moments[key]))
 
   return {**variables, "params": jax.tree_util.tree_map_with_path(change, variables["params"])}
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import sapr_jax as sapr
 
@@ -98,16 +99,63 @@ def test_a_module_of_nnx_gets_weights_of_its_own():
   before = np.array(module.second.kernel[...])
   graph = sapr.trace_channels(module, x[:1], select="unjoined")
   masks = {"first": np.array([1, 0, 1], np.float32)}  # two channels hold all that two inputs say
-  small = sapr.prune(sapr.compensate(module, graph, masks, [x]), graph, masks)
+  small = sapr.prune(sapr.compensate(module, graph, masks=masks, batches=[x]), graph, masks)
   np.testing.assert_allclose(small(x), module(x), rtol=1e-2, atol=1e-2)
   np.testing.assert_array_equal(module.second.kernel[...], before)
+  with pytest.raises(sapr.InputError, match=r"compensate\(module, graph, masks, batches\).*got the module, dict, Ch"):
+    sapr.compensate(module, {}, graph, masks, [x])
+
+
+def test_boxed_kernels_are_fitted_and_complex_ones_stay():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale, bias):
+      h = nn.Dense(4, use_bias=False, name="first")(x)
+      boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None))
+      y = nn.Dense(1, kernel_init=boxed, name="boxed")(h * scale + bias)
+      waves = nn.Dense(1, dtype=jnp.complex64, param_dtype=jnp.complex64, name="waves")(h.astype(jnp.complex64))
+      return y, waves, nn.Dense(1, dtype=jnp.complex64, name="real")(jax.lax.complex(h, h))
+
+  model, x = Net(), jax.random.normal(jax.random.key(0), (16, 2))
+  zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
+  variables = freeze(model.init(jax.random.key(0), x, zero, one))
+  graph = sapr.trace_channels(model, variables, x, scale=one, bias=zero, select="unjoined")
+  # Two channels hold all that two inputs say. Keyword arguments are sorted by name: bias, scale.
+  found = sapr.compensate(model, variables, graph, masks := {"first": np.array([1, 0, 1, 0], bool)}, [(x, zero, one)])
+  for name in ("waves", "real"):
+    np.testing.assert_array_equal(found["params"][name]["kernel"], variables["params"][name]["kernel"])
+  small, small_variables = sapr.prune(model, found, graph, masks)
+  got, want = small.apply(small_variables, x, one, zero)[0], model.apply(variables, x, one, zero)[0]
+  np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
   ("batches", "message"),
-  [([], "batch"), ([jnp.ones((1, 8, 8, 5))], "do not fit together"), ([(1.0, 2.0)], "arrays of the call")],
+  [
+    ([], "batch"),
+    ([jnp.ones((1, 8, 8, 5))], r"^The model, its variables and the inputs .* do not fit together: For"),
+    ([(1.0, 2.0)], "arrays of the call"),
+    (
+      [(jnp.ones((3, 8, 8, 2)), jnp.zeros(3, int))],
+      r"^a batch.*labels: float32\[1,8,8,2\], got \(float32.*int32\[3\]\)",
+    ),
+    ([jnp.full((1, 8, 8, 2), jnp.nan)], "what dense/kernel reads must be finite, got NaN"),
+    ([jax.ShapeDtypeStruct((1, 8, 8, 2), np.float32)], "arrays of numbers, got ShapeDtype"),
+  ],
 )
 def test_batches_that_do_not_fit(block, batches, message):
   model, variables, graph, _ = block
   with pytest.raises(sapr.InputError, match=message):
     sapr.compensate(model, variables, graph, MASKS, batches)
+
+
+def test_traced_or_abstract_variables(block):
+  model, variables, graph, x = block
+
+  def fit(variables):
+    return sapr.compensate(model, variables, graph, MASKS, [x])
+
+  with pytest.raises(sapr.InputError, match=r"variables must be concrete.*outside of jax\.jit"):
+    jax.jit(fit)(variables)
+  with pytest.raises(sapr.InputError, match="must hold arrays with values"):
+    fit(jax.eval_shape(lambda: variables))
