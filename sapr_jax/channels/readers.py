@@ -21,7 +21,7 @@ Moments = Mapping[ParamKey, Any]
 """Kernel that reads a group -> sum of x x^T over all positions of its input, `[n, n]` for n input channels."""
 
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
-"""Primitives whose result is a kernel as it was."""
+"""Primitives whose result is the kernel, up to its dtype."""
 
 
 _WIDEST = 8192
@@ -110,7 +110,7 @@ def _is_real(array: Any) -> bool:
 def _axis_of_input(eqn: JaxprEqn, kernel: int, axis: int) -> int | None:
   """Returns which axis of the other operand meets axis `axis` of the kernel, operand number `kernel`.
 
-  None if the equation is no product in which that axis alone is summed over, but for the places of a window.
+  None if the equation is no product in which that axis alone is summed over, besides the positions of a window.
   """
   params = eqn.params
   if eqn.primitive.name == "conv_general_dilated" and kernel == 1:

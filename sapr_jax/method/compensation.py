@@ -1,4 +1,4 @@
-"""Kept weights that make up for dropped channels: least squares on what the kernels that read a group see."""
+"""Changes kept weights so that they make up for dropped channels: least squares on what the readers of a group see."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
   from flax import nnx  # takes a while to import
 
 _RIDGE = 1e-4
-"""Of the mean square of the kept channels: some are zero, or copies of others."""
+"""As a share of the mean square of the kept channels, as some are zero or copies of others."""
 
 
 @overload
@@ -49,11 +49,11 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
       x_dropped ~ A^T x_kept,   A = (E[x_kept x_kept^T] + ridge)^-1 E[x_kept x_dropped^T],   W_kept + A W_dropped
 
-  That is the least error of what a matrix product gives, and of what a convolution reads. There is nothing to train. It
-  needs several positions for each channel that is kept: a convolution sees many in an image, a layer behind a mean or a
-  flattening only one. Where statistics follow, `renew_statistics` belongs after the cut. Convolutions and matrix
-  products over the channels are changed; a kernel that reads its input in another way (grouped, reshaped, in a loop,
-  of more than 8192 channels) stays.
+  where the rows of W belong to the input channels. That is the least error of what a matrix product gives, and of
+  what a convolution reads. There is nothing to train. It needs several positions for each channel that is kept: a
+  convolution sees many in an image, a layer behind a mean or a flattening only one. Where statistics follow,
+  `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are changed; a kernel
+  that reads its input in another way (grouped, reshaped, in a loop, of more than 8192 channels) stays.
 
   Args:
     model: The dense network.
