@@ -327,7 +327,10 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
 
 def _is_variation(name: str) -> bool:
   """Says whether a row only tries another setting, or has a teacher, which the others have not."""
-  return any(f",{factor}" in name for factor in ("distilled", "fitted", "round_to", *CANDIDATES, *SHORT_CANDIDATES))
+  return any(
+    f",{factor}" in name
+    for factor in ("distilled", "fitted", "compensated", "round_to", *CANDIDATES, *SHORT_CANDIDATES)
+  )
 
 
 def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, list[str], str]:

@@ -18,7 +18,10 @@ from sapr_jax.channels.rules import ParamKey, closed_jaxprs
 from sapr_jax.channels.trees import path_of
 
 Moments = Mapping[ParamKey, Any]
-"""Kernel that reads a group -> sum of x x^T over all positions of its input, `[n, n]` for n input channels."""
+"""Kernel that reads a group -> sum of y y^T over all positions of its input, `[n + 1, n + 1]` for n input channels.
+
+y is the input x with a 1 behind it, so that the last row has the sums of x, and the last entry counts the positions.
+"""
 
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
 """Primitives whose result is the kernel, up to its dtype."""
@@ -99,6 +102,7 @@ class _Found:
         continue
       x = jnp.moveaxis(inputs[1 - i], axis, -1)
       x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+      x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
       moments = jnp.matmul(x.T, x, precision="highest")
       self.moments[key] = self.moments[key] + moments if key in self.moments else moments
 

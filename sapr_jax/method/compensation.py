@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sapr_jax.channels import (
@@ -47,13 +48,16 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
   Each kernel that reads a group loses the part of its input x that is dropped. What the kept channels say of it is
   found by least squares over all positions of all batches, and added to the weights that read them:
 
-      x_dropped ~ A^T x_kept,   A = (E[x_kept x_kept^T] + ridge)^-1 E[x_kept x_dropped^T],   W_kept + A W_dropped
+      x_dropped ~ A^T x_kept + b,   A = (C_kept + ridge)^-1 C_kept,dropped,   W_kept + A W_dropped
 
-  where the rows of W belong to the input channels. That is the least error of what a matrix product gives, and of
-  what a convolution reads. There is nothing to train. It needs several positions for each channel that is kept: a
-  convolution sees many in an image, a layer behind a mean or a flattening only one. Where statistics follow,
-  `renew_statistics` belongs after the cut. Convolutions and matrix products over the channels are changed; a kernel
-  that reads its input in another way (grouped, reshaped, in a loop, of more than 8192 channels) stays.
+  where C are covariances, and the rows of W belong to the input channels. b goes into the bias. A kernel without one in
+  a network with running statistics leaves it to these, so `renew_statistics` belongs after the cut; without statistics
+  b is 0, and C are means of products. That is the least error of what a matrix product gives, and of what a convolution
+  reads.
+
+  There is nothing to train. It needs several positions for each channel that is kept: a convolution sees many in an
+  image, a layer behind a mean or a flattening only one. Convolutions and matrix products over the channels are changed;
+  a kernel that reads its input in another way (grouped, reshaped, in a loop, of more than 8192 channels) stays.
 
   Args:
     model: The dense network.
@@ -117,33 +121,41 @@ def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, 
 def with_moments(variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, moments: Moments) -> dict[str, Any]:
   """Does what `compensate` does, from the sums of `reader_moments` over all batches."""
   members = graph.members_by_variable("params")
-
-  def change(place: Any, leaf: Any) -> Any:
-    key = ("params", *path_of(place))
-    readers = [(name, member) for name, member in members.get(key[1:], ()) if member.role == "in"]
-    if key not in moments or not readers:
-      return leaf
-    kept = np.ones(leaf.shape[readers[0][1].axis], bool)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(variables["params"])
+  params = {path_of(place): leaf for place, leaf in leaves}
+  for path, kernel in list(params.items()):
+    readers = [(name, member) for name, member in members.get(path, ()) if member.role == "in"]
+    if (sums := moments.get(("params", *path))) is None or not readers:
+      continue
+    axis = readers[0][1].axis
+    kept = np.ones(kernel.shape[axis], bool)
     for name, member in readers:
       kept &= member.along_axis(np.asarray(masks[name], np.float32), 1).reshape(-1) > 0
     if kept.all() or not kept.any():
-      return leaf
-    if not np.isfinite(moments[key]).all():
-      name = "/".join(key[1:])
+      continue
+    if not np.isfinite(sums).all():
       raise InputError(
-        f"what {name} reads must be finite, got NaN or infinity; look for it in the batches and weights."
+        f"what {'/'.join(path)} reads must be finite, got NaN or infinity; look for it in the batches and weights."
       )
-    return _solved(leaf, readers[0][1].axis, kept, np.asarray(moments[key]))
+    bias: Any = params.get(key := (*path[:-1], "bias"))
+    has_bias = bias is not None and bias.shape == kernel.shape[-1:] and axis != kernel.ndim - 1
+    shares, constant = _least_squares(
+      np.asarray(sums, np.float64), kept, centered=has_bias or "batch_stats" in variables
+    )
+    rows = np.moveaxis(np.array(kernel, np.float64), axis, 0)
+    if has_bias:
+      added = np.tensordot(constant, rows[~kept], 1)
+      params[key] = jnp.asarray(bias + added.reshape(-1, added.shape[-1]).sum(0), bias.dtype)
+    rows[kept] += np.tensordot(shares, rows[~kept], 1)
+    params[path] = jnp.asarray(np.moveaxis(rows, 0, axis), kernel.dtype)
+  return {**variables, "params": jax.tree.unflatten(structure, params.values())}
 
-  return {**variables, "params": jax.tree_util.tree_map_with_path(change, variables["params"])}
 
-
-def _solved(kernel: Any, axis: int, kept: np.ndarray, moments: np.ndarray) -> Any:
-  """Adds to the rows of a kernel that stay what the least squares give of those that go."""
-  moments = moments.astype(np.float64)
-  among_kept = moments[np.ix_(kept, kept)]
+def _least_squares(sums: np.ndarray, kept: np.ndarray, *, centered: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Returns A and b of `compensate`, `[kept, dropped]` and `[dropped]`, from the moments of one kernel."""
+  mean = sums[:-1, -1] / sums[-1, -1] * centered
+  products = sums[:-1, :-1] / sums[-1, -1] - np.outer(mean, mean)
+  among_kept = products[np.ix_(kept, kept)]
   ridge = _RIDGE * max(among_kept.trace() / kept.sum(), np.finfo(np.float32).tiny)
-  shares = np.linalg.solve(among_kept + ridge * np.eye(len(among_kept)), moments[np.ix_(kept, ~kept)])
-  rows = np.moveaxis(np.array(kernel, np.float64), axis, 0)
-  rows[kept] += np.tensordot(shares, rows[~kept], 1)
-  return jax.numpy.asarray(np.moveaxis(rows, 0, axis), kernel.dtype)
+  shares = np.linalg.solve(among_kept + ridge * np.eye(len(among_kept)), products[np.ix_(kept, ~kept)])
+  return shares, mean[~kept] - shares.T @ mean[kept]

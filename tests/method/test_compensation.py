@@ -68,7 +68,7 @@ def test_kernels_that_read_in_another_way_and_writers_stay(block):
     np.testing.assert_array_equal(found[name]["kernel"], variables["params"][name]["kernel"])
   for name in ("reader", "dense"):
     assert found[name]["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(found[name]["bias"], variables["params"][name]["bias"])
+    np.testing.assert_allclose(found[name]["bias"], variables["params"][name]["bias"], atol=1e-2)
     assert np.abs(found[name]["kernel"] - variables["params"][name]["kernel"]).max() > 0.01
 
 
@@ -81,10 +81,34 @@ def test_full_masks_change_nothing_and_the_least_squares_are_the_best(block):
   writer = nn.Conv(4, (3, 3), use_bias=False)
   inputs = np.asarray(nn.relu(writer.apply({"params": variables["params"]["writer"]}, x)).mean((1, 2)))
   kernel = np.asarray(variables["params"]["dense"]["kernel"])
-  found = sapr.compensate(model, variables, graph, masks, [x])["params"]["dense"]["kernel"]
-  best = np.linalg.lstsq(inputs[:, kept], inputs @ kernel, rcond=None)[0]
-  np.testing.assert_allclose(inputs[:, kept] @ found[kept], inputs[:, kept] @ best, atol=1e-2)
+  found = sapr.compensate(model, variables, graph, masks, [x])["params"]["dense"]
+  ones = np.hstack([inputs[:, kept], np.ones((len(inputs), 1))])
+  best = np.linalg.lstsq(ones, inputs @ kernel, rcond=None)[0]
+  np.testing.assert_allclose(inputs[:, kept] @ found["kernel"][kept] + found["bias"], ones @ best, atol=1e-2)
   assert np.abs(inputs[:, kept] @ kernel[kept] - inputs @ kernel).max() > 0.1
+
+
+@pytest.mark.parametrize(("use_bias", "has_statistics"), [(True, False), (False, True), (False, False)])
+def test_a_mean_goes_into_the_bias_or_to_the_statistics_or_else_to_the_weights(use_bias, has_statistics):
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(2, name="writer")(x)
+      x = nn.Dense(1, use_bias=use_bias, name="reader")(x)
+      return nn.BatchNorm(use_running_average=True)(x) if has_statistics else x
+
+  model, x = Net(), jnp.asarray([[-1.0], [0.0], [1.0]])
+  variables = model.init(jax.random.key(0), x)
+  # The first channel is 1 + x, the second, which is dropped, is always 3.
+  writer = {"kernel": jnp.asarray([[1.0, 0.0]]), "bias": jnp.asarray([1.0, 3.0])}
+  reader = {**variables["params"]["reader"], "kernel": jnp.asarray([[1.0], [2.0]])}
+  variables = {**variables, "params": {**variables["params"], "writer": writer, "reader": reader}}
+  graph = sapr.trace_channels(model, variables, (1, 1), select="unjoined")
+  found = sapr.compensate(model, variables, graph, {"writer": np.array([1.0, 0.0])}, [x])["params"]["reader"]
+  # E[(1 + x) * 3] / E[(1 + x)^2] = 3 / (5 / 3) = 1.8 of the first channel, if nothing else can take the mean.
+  weight, bias = (1.0, 6.0) if use_bias else (1.0, None) if has_statistics else (1.0 + 2 * 1.8, None)
+  np.testing.assert_allclose(found["kernel"][0, 0], weight, rtol=1e-3)
+  assert bias is None or np.isclose(found["bias"][0], bias, rtol=1e-3)
 
 
 def test_a_module_of_nnx_gets_weights_of_its_own():
