@@ -29,7 +29,9 @@ if TYPE_CHECKING:
   from flax import nnx  # takes a while to import
 
 _RIDGE = 1e-4
-"""As a share of the mean square of the kept channels, as some are zero or copies of others."""
+"""As a share of the variance of the kept channels, as some are zero or copies of others."""
+_ROUNDING = 1e-6
+"""What sums in float32 leave of a variance of zero, as a share of the mean square."""
 
 
 @overload
@@ -156,6 +158,7 @@ def _least_squares(sums: np.ndarray, kept: np.ndarray, *, centered: bool) -> tup
   mean = sums[:-1, -1] / sums[-1, -1] * centered
   products = sums[:-1, :-1] / sums[-1, -1] - np.outer(mean, mean)
   among_kept = products[np.ix_(kept, kept)]
-  ridge = _RIDGE * max(among_kept.trace() / kept.sum(), np.finfo(np.float32).tiny)
+  rounding = _ROUNDING * sums[:-1, :-1][np.ix_(kept, kept)].trace() / sums[-1, -1]
+  ridge = _RIDGE * max(among_kept.trace(), rounding, np.finfo(np.float32).tiny) / kept.sum()
   shares = np.linalg.solve(among_kept + ridge * np.eye(len(among_kept)), products[np.ix_(kept, ~kept)])
   return shares, mean[~kept] - shares.T @ mean[kept]
