@@ -26,7 +26,6 @@ y is the input x with a 1 behind it, so that the last row has the sums of x, and
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
 """Primitives whose result is the kernel, up to its dtype."""
 
-
 _WIDEST = 8192
 """Input channels of a kernel that is looked at: the moments of more take gigabytes."""
 
@@ -43,7 +42,7 @@ def moments_of_call(
   closed = front_end.trace(model, variables, call).closed
   leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
   axes = {("params", *m.path): m.axis for group in graph.groups for m in group.members if m.role == "in"}
-  sources = [key if _is_real(leaf) and (key := path_of(place)) in axes else None for place, leaf in leaves]
+  sources = [key if _is_floating(leaf) and (key := path_of(place)) in axes else None for place, leaf in leaves]
   found = _Found(axes)
   found.run(closed, [*(leaf for _, leaf in leaves), *arrays], [*sources, *(None for _ in arrays)])
   return {key: moments for key, moments in found.moments.items() if key not in found.unclear}
@@ -97,7 +96,7 @@ class _Found:
       if key is None:
         continue
       axis = _axis_of_input(eqn, i, self.axes[key])
-      if axis is None or not _is_real(inputs[1 - i]) or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
+      if axis is None or not _is_floating(inputs[1 - i]) or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
         self.unclear.add(key)
         continue
       x = jnp.moveaxis(inputs[1 - i], axis, -1)
@@ -107,7 +106,7 @@ class _Found:
       self.moments[key] = self.moments[key] + moments if key in self.moments else moments
 
 
-def _is_real(array: Any) -> bool:
+def _is_floating(array: Any) -> bool:
   return jnp.issubdtype(array.dtype, jnp.floating)
 
 
