@@ -17,7 +17,7 @@ from sapr_jax.channels.networks import (
   trace_channels,
 )
 from sapr_jax.channels.pieces import Piece
-from sapr_jax.channels.readers import Moments
+from sapr_jax.channels.readers import Moments, kept_features, kept_weights
 from sapr_jax.channels.rules import register_rule
 from sapr_jax.channels.trees import check_params, check_variables, map_members, mask_params, prune_tree
 
@@ -46,6 +46,8 @@ __all__ = [
   "evaluation_kwargs",
   "is_array",
   "is_nnx",
+  "kept_features",
+  "kept_weights",
   "map_members",
   "mask_params",
   "masked_apply",

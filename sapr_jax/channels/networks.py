@@ -17,7 +17,7 @@ from sapr_jax.channels.narrow_module import check_module
 from sapr_jax.channels.pieces import Piece, pieces_of
 from sapr_jax.channels.program import FrontEnd
 from sapr_jax.channels.pruning import Dense, check_fit, cut, find_graph
-from sapr_jax.channels.readers import moments_of_call
+from sapr_jax.channels.readers import Moments, kept_weights, moments_of_call
 from sapr_jax.channels.rules import ParamKey
 from sapr_jax.channels.selection import Patterns
 from sapr_jax.channels.trees import check_variables
@@ -202,14 +202,20 @@ def masked_apply(model: Any, variables: Any, graph: Any = None, masks: Any = Non
   return apply_module(model, variables, graph, *(() if masks is None else (masks, *args)), **kwargs)
 
 
-def reader_moments(model: Any, variables: Mapping[str, Any], graph: ChannelGraph, batch: Any) -> dict[ParamKey, Any]:
-  """Returns what the kernels that read channels see on one batch, as `readers.Moments`; it can be compiled.
+def reader_moments(
+  model: Any, variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, batch: Any
+) -> dict[ParamKey, Moments]:
+  """Returns what kernels see of the channels that stay, and give for those that go, on one batch; it can be compiled.
 
   Args:
     model: The dense network.
     variables: Its variables, those of NNX as `nnx.variables_of` returns them.
     graph: Its channel graph.
+    masks: Group name -> 0/1 array `[group.size]`, with values: no tracers.
     batch: An array, or a tuple of the arrays of `graph.call`.
+
+  Returns:
+    Kernel that loses input channels, where it is used in a plain way -> its moments.
 
   Raises:
     InputError: If something does not fit `graph`.
@@ -218,7 +224,7 @@ def reader_moments(model: Any, variables: Mapping[str, Any], graph: ChannelGraph
   check_fit(variables, graph)
   arrays = graph.call.arrays_of(batch)
   front_end = network_of(model, None if is_nnx(model) else variables, ())[0]
-  return moments_of_call(front_end, model, variables, graph, arrays)
+  return moments_of_call(front_end, model, variables, graph, kept_weights(graph, masks), arrays)
 
 
 def evaluate(model: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

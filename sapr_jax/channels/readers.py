@@ -1,7 +1,9 @@
-"""What the kernels that read channels see: sums over the inputs of a network, taken while its program is evaluated."""
+"""What the kernels that read channels see and give: sums over inputs of a network, taken while its program runs."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,39 +13,75 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from sapr_jax.channels.call import Call, abstract_arrays
-from sapr_jax.channels.graph import ChannelGraph
+from sapr_jax.channels.graph import ChannelGraph, Masks
 from sapr_jax.channels.narrow_program import INLINED, evaluate_alone
 from sapr_jax.channels.program import FrontEnd
-from sapr_jax.channels.rules import ParamKey, closed_jaxprs
+from sapr_jax.channels.rules import ParamKey, closed_jaxprs, shape_of
 from sapr_jax.channels.trees import path_of
-
-Moments = Mapping[ParamKey, Any]
-"""Kernel that reads a group -> sum of y y^T over all positions of its input, `[n + 1, n + 1]` for n input channels.
-
-y is the input x with a 1 behind it, so that the last row has the sums of x, and the last entry counts the positions.
-"""
 
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
 """Primitives whose result is the kernel, up to its dtype."""
 
 _WIDEST = 8192
-"""Input channels of a kernel that is looked at: the moments of more take gigabytes."""
+"""Kept weights of an output channel that are looked at: the moments of more take gigabytes."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Sums over all positions of one kernel that reads channels.
+
+  An output is a sum over some axes of the kernel, its *features*: input channels, and the window of a convolution. y is
+  what the kernel sees at a position of its f kept features, and a 1 behind that. z `[c]` is the part of its outputs
+  that comes from those that are dropped.
+
+  Attributes:
+    seen: Sum of y y^T, `[f + 1, f + 1]`: the last row has the sums of what is seen, and how many positions there are.
+    missing: Sum of y z^T, `[f + 1, c]`.
+    axes: The kernel's axes of features, ascending.
+  """
+
+  seen: Any
+  missing: Any
+  axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def kept_weights(graph: ChannelGraph, masks: Masks) -> dict[ParamKey, np.ndarray]:
+  """Returns which weights stay of each kernel that loses input channels, but not all: of a shape that broadcasts."""
+  found: dict[ParamKey, np.ndarray] = {}
+  for group in graph.groups:
+    for member in group.members:
+      if member.role == "in" and member.collection == "params":
+        kept = member.along_axis(np.asarray(masks[group.name], np.float32), 1) > 0
+        key = ("params", *member.path)
+        found[key] = found.get(key, True) & kept
+  return {key: kept for key, kept in found.items() if kept.any() and not kept.all()}
+
+
+def kept_features(kept: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> np.ndarray:
+  """Returns which features of a kernel of such a shape stay, flattened, from one of `kept_weights`: bool `[...]`."""
+  sizes = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+  return np.broadcast_to(kept, sizes).reshape(-1)
 
 
 def moments_of_call(
-  front_end: FrontEnd, model: Any, variables: Mapping[str, Any], graph: ChannelGraph, arrays: Sequence[Any]
-) -> dict[ParamKey, jax.Array]:
-  """Evaluates the network on the arrays of a call; returns the moments of each kernel whose input is a plain one.
+  front_end: FrontEnd,
+  model: Any,
+  variables: Mapping[str, Any],
+  graph: ChannelGraph,
+  kept: Mapping[ParamKey, np.ndarray],
+  arrays: Sequence[Any],
+) -> dict[ParamKey, Moments]:
+  """Evaluates the network on the arrays of a call; returns the moments of each kernel of `kept` that is used plainly.
 
-  That is a kernel of a convolution, in which a channel is read by its own weights alone, or of a matrix product over
-  the channels, of real numbers. A kernel that is used otherwise besides has none.
+  That is a convolution or a matrix product of real numbers, in which dropped channels are summed over. A kernel that is
+  used otherwise besides has none.
   """
   call = Call(*abstract_arrays(graph.call.filled(arrays)))
   closed = front_end.trace(model, variables, call).closed
   leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
-  axes = {("params", *m.path): m.axis for group in graph.groups for m in group.members if m.role == "in"}
-  sources = [key if _is_floating(leaf) and (key := path_of(place)) in axes else None for place, leaf in leaves]
-  found = _Found(axes)
+  sources = [key if _is_floating(leaf) and (key := path_of(place)) in kept else None for place, leaf in leaves]
+  found = _Found(kept)
   found.run(closed, [*(leaf for _, leaf in leaves), *arrays], [*sources, *(None for _ in arrays)])
   return {key: moments for key, moments in found.moments.items() if key not in found.unclear}
 
@@ -52,13 +90,13 @@ class _Found:
   """Evaluates jaxprs and collects moments.
 
   Attributes:
-    axes: Kernel -> its axis of input channels.
-    moments: Kernel -> the sum so far.
+    kept: Kernel -> which of its weights stay.
+    moments: Kernel -> the sums so far.
     unclear: Kernels that are used in another way.
   """
 
-  def __init__(self, axes: Mapping[ParamKey, int]):
-    self.axes, self.moments = axes, dict[ParamKey, jax.Array]()
+  def __init__(self, kept: Mapping[ParamKey, np.ndarray]):
+    self.kept, self.moments = kept, dict[ParamKey, Moments]()
     self.unclear: set[ParamKey] = set()
 
   def run(
@@ -91,37 +129,84 @@ class _Found:
     return list(map(read, jaxpr.outvars)), list(map(kernel, jaxpr.outvars))
 
   def _note(self, eqn: JaxprEqn, inputs: Sequence[Any], known: Sequence[ParamKey | None]) -> None:
-    """Adds the moments of the input that a kernel is applied to."""
+    """Adds the moments of a kernel that is applied to something."""
     for i, key in enumerate(known):
       if key is None:
         continue
-      axis = _axis_of_input(eqn, i, self.axes[key])
-      if axis is None or not _is_floating(inputs[1 - i]) or np.shape(inputs[i])[self.axes[key]] > _WIDEST:
+      moments = _moments(eqn, inputs, i, self.kept[key])
+      if moments is None:
         self.unclear.add(key)
-        continue
-      x = jnp.moveaxis(inputs[1 - i], axis, -1)
-      x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-      x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
-      moments = jnp.matmul(x.T, x, precision="highest")
-      self.moments[key] = self.moments[key] + moments if key in self.moments else moments
+      elif key in self.moments:
+        self.moments[key] = jax.tree.map(jnp.add, self.moments[key], moments)
+      else:
+        self.moments[key] = moments
+
+
+def _moments(eqn: JaxprEqn, inputs: Sequence[Any], i: int, kept: np.ndarray) -> Moments | None:
+  """Returns the moments of the kernel that is operand i of an equation; None if it is no plain use."""
+  kernel = inputs[i]
+  axes = _feature_axes(eqn, i)
+  is_plain = all(size == 1 or axis in axes for axis, size in enumerate(kept.shape))
+  if not is_plain or not all(map(_is_floating, inputs)):
+    return None
+  stays = kept_features(kept, kernel.shape, axes)
+  if stays.sum() > _WIDEST:
+    return None
+  dropped = [*inputs]
+  dropped[i] = jnp.where(kept, 0, kernel)
+  (missing,) = evaluate_alone(eqn, *dropped)
+  if eqn.primitive.name == "conv_general_dilated":
+    seen = _windows(eqn, inputs[0], kernel.shape, kept.reshape(-1))
+    missing = _channels_last(missing, eqn.params["dimension_numbers"].out_spec)
+  else:
+    pairs = sorted(zip(*(eqn.params["dimension_numbers"][0][side] for side in (i, 1 - i)), strict=True))
+    seen = jnp.moveaxis(inputs[1 - i], [axis for _, axis in pairs], range(-len(pairs), 0))
+    seen = seen.reshape(-1, stays.size)[:, np.flatnonzero(stays)]
+    outputs = kernel.ndim - len(axes)
+    missing = missing if i == 1 else jnp.moveaxis(missing, range(outputs), range(-outputs, 0))
+  y = seen.reshape(-1, seen.shape[-1]).astype(jnp.float32)
+  y = jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1)
+  z = missing.reshape(len(y), -1).astype(jnp.float32)
+  return Moments(jnp.matmul(y.T, y, precision="highest"), jnp.matmul(y.T, z, precision="highest"), axes)
+
+
+def _feature_axes(eqn: JaxprEqn, i: int) -> tuple[int, ...]:
+  """Returns the axes of operand i that an equation sums over, ascending; none if it is no plain product."""
+  params = eqn.params
+  if eqn.primitive.name == "conv_general_dilated" and i == 1:
+    is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
+    return tuple(sorted(params["dimension_numbers"].rhs_spec[1:])) if is_plain else ()
+  if eqn.primitive.name == "dot_general":
+    contracted, batched = params["dimension_numbers"]
+    return () if batched[i] else tuple(sorted(contracted[i]))
+  return ()
+
+
+def _windows(eqn: JaxprEqn, x: jax.Array, kernel: Sequence[int], kept: np.ndarray) -> jax.Array:
+  """Returns what a convolution's kernel of such a shape sees at each position: `[batch, ..., f]`, as it is laid out."""
+  params = eqn.params
+  numbers, batched = params["dimension_numbers"], [(0, 0, 0)]
+  x = _channels_last(x, numbers.lhs_spec)[..., np.flatnonzero(kept)]
+  ends = [(low, high, by - 1) for (low, high), by in zip(params["padding"], params["lhs_dilation"], strict=True)]
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*batched, *ends, *batched])
+  shape = shape_of(eqn.outvars[0])
+  places = [shape[axis] for axis in numbers.out_spec[2:]]
+  strides, spatial = params["window_strides"], numbers.rhs_spec[2:]
+  window = [kernel[axis] for axis in spatial]
+  seen = []
+  for offset in itertools.product(*map(range, window)):
+    start = [at * by for at, by in zip(offset, params["rhs_dilation"], strict=True)]
+    stop = [first + by * (count - 1) + 1 for first, by, count in zip(start, strides, places, strict=True)]
+    seen.append(jax.lax.slice(x, [0, *start, 0], [len(x), *stop, x.shape[-1]], [1, *strides, 1]))
+  y = jnp.stack(seen, axis=-2).reshape(len(x), *places, *window, x.shape[-1])
+  order = np.argsort([*spatial, numbers.rhs_spec[1]]) + 1 + len(places)
+  return y.transpose(*range(1 + len(places)), *order).reshape(len(x), *places, -1)
+
+
+def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+  """Returns the operand or result of a convolution as `[batch, ..., channels]`."""
+  return x.transpose(spec[0], *spec[2:], spec[1])
 
 
 def _is_floating(array: Any) -> bool:
   return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _axis_of_input(eqn: JaxprEqn, kernel: int, axis: int) -> int | None:
-  """Returns which axis of the other operand meets axis `axis` of the kernel, operand number `kernel`.
-
-  None if the equation is no product in which that axis alone is summed over, besides the positions of a window.
-  """
-  params = eqn.params
-  if eqn.primitive.name == "conv_general_dilated" and kernel == 1:
-    numbers = params["dimension_numbers"]
-    is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
-    return numbers.lhs_spec[1] if is_plain and numbers.rhs_spec[1] == axis else None
-  if eqn.primitive.name == "dot_general":
-    contracted, batched = params["dimension_numbers"]
-    is_plain = tuple(contracted[kernel]) == (axis,) and not batched[kernel]
-    return contracted[1 - kernel][0] if is_plain else None
-  return None

@@ -17,6 +17,8 @@ from sapr_jax.channels import (
   check_masks,
   check_variables,
   is_nnx,
+  kept_features,
+  kept_weights,
   network_of,
   reader_moments,
 )
@@ -47,19 +49,19 @@ def compensate(
 def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any = None, batches: Any = None) -> Any:
   """Changes the weights that read kept channels so that they make up for the dropped ones, before the cut.
 
-  Each kernel that reads a group loses the part of its input x that is dropped. What the kept channels say of it is
-  found by least squares over all positions of all batches, and added to the weights that read them:
+  Each kernel that reads a group loses a part z of what it gives at each position. What it still sees there, y: the kept
+  channels, in all places of a convolution's window, says some of that. The least squares over all positions of all
+  batches are added to the weights W of what stays:
 
-      x_dropped ~ A^T x_kept + b,   A = (C_kept + ridge)^-1 C_kept,dropped,   W_kept + A W_dropped
+      z ~ D^T y + b,   D = (C_yy + ridge)^-1 C_yz,   W_kept + D
 
-  where C are covariances, and the rows of W belong to the input channels. b goes into the bias. A kernel without one in
-  a network with running statistics leaves it to these, so `renew_statistics` belongs after the cut; without statistics
-  b is 0, and C are means of products. That is the least error of what a matrix product gives, and of what a convolution
-  reads.
+  where C are covariances. b goes into the bias. A kernel without one in a network with running statistics leaves it to
+  these, so `renew_statistics` belongs after the cut; without statistics b is 0, and C are means of products. That is
+  the least error of what the kernel gives, layer by layer: what layers before it have lost is not made up for.
 
-  There is nothing to train. It needs several positions for each channel that is kept: a convolution sees many in an
-  image, a layer behind a mean or a flattening only one. Convolutions and matrix products over the channels are changed;
-  a kernel that reads its input in another way (grouped, reshaped, in a loop, of more than 8192 channels) stays.
+  There is nothing to train. It needs several positions for each weight of an output channel that is kept: a convolution
+  has many in an image, a layer behind a mean or a flattening only one. Convolutions and matrix products are changed; a
+  kernel that reads its input in another way (grouped, reshaped, in a loop, with more than 8192 such weights) stays.
 
   Args:
     model: The dense network.
@@ -89,7 +91,7 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
   References:
     Luo et al., ThiNet, 2017, section 3.2.3, and He et al., Channel pruning for accelerating very deep neural networks,
-    2017, section 3.1, which solve for the kernel of one layer after the other.
+    2017, section 3.1, solve for the kernel of one layer after the other.
   """
   if is_nnx(model):
     given = [part for part in (variables, graph, masks, batches) if part is not None]
@@ -111,54 +113,50 @@ def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, 
   check_concrete("variables", dict(variables), "compensate")
   if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(variables))):
     raise InputError("variables must hold arrays with values, got jax.ShapeDtypeStructs; the network is evaluated.")
-  moments_of = jax.jit(lambda variables, batch: reader_moments(model, variables, graph, batch))
-  total: dict[Any, np.ndarray] = {}
+  moments_of = jax.jit(lambda variables, batch: reader_moments(model, variables, graph, masks, batch))
+  total: Any = None
   for batch in some(batches):
     check_concrete("batches", batch, "compensate")
     found = jax.device_get(moments_of(dict(variables), graph.call.arrays_of(batch)))
-    total = {key: total.get(key, 0) + np.asarray(value, np.float64) for key, value in found.items()}
+    found = jax.tree.map(lambda sums: np.asarray(sums, np.float64), found)
+    total = found if total is None else jax.tree.map(np.add, total, found)
   return with_moments(variables, graph, masks, total)
 
 
-def with_moments(variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, moments: Moments) -> dict[str, Any]:
+def with_moments(
+  variables: Mapping[str, Any], graph: ChannelGraph, masks: Masks, moments: Mapping[Any, Moments]
+) -> dict[str, Any]:
   """Does what `compensate` does, from the sums of `reader_moments` over all batches."""
-  members = graph.members_by_variable("params")
   leaves, structure = jax.tree_util.tree_flatten_with_path(variables["params"])
   params = {path_of(place): leaf for place, leaf in leaves}
-  for path, kernel in list(params.items()):
-    readers = [(name, member) for name, member in members.get(path, ()) if member.role == "in"]
-    if (sums := moments.get(("params", *path))) is None or not readers:
-      continue
-    axis = readers[0][1].axis
-    kept = np.ones(kernel.shape[axis], bool)
-    for name, member in readers:
-      kept &= member.along_axis(np.asarray(masks[name], np.float32), 1).reshape(-1) > 0
-    if kept.all() or not kept.any():
-      continue
-    if not np.isfinite(sums).all():
+  kept = kept_weights(graph, masks)
+  for key, found in moments.items():
+    path = key[1:]
+    if not all(np.isfinite(sums).all() for sums in (found.seen, found.missing)):
       raise InputError(
         f"what {'/'.join(path)} reads must be finite, got NaN or infinity; look for it in the batches and weights."
       )
-    bias: Any = params.get(key := (*path[:-1], "bias"))
-    has_bias = bias is not None and bias.shape == kernel.shape[-1:] and axis != kernel.ndim - 1
-    shares, constant = _least_squares(
-      np.asarray(sums, np.float64), kept, centered=has_bias or "batch_stats" in variables
-    )
-    rows = np.moveaxis(np.array(kernel, np.float64), axis, 0)
+    kernel, first = params[path], range(len(found.axes))
+    bias: Any = params.get(bias_path := (*path[:-1], "bias"))
+    moved = np.moveaxis(np.array(kernel, np.float64), found.axes, first)
+    outputs = moved.shape[len(first) :]
+    has_bias = bias is not None and bias.shape == outputs
+    change, constant = _least_squares(found, centered=has_bias or "batch_stats" in variables)
     if has_bias:
-      added = np.tensordot(constant, rows[~kept], 1)
-      params[key] = jnp.asarray(bias + added.reshape(-1, added.shape[-1]).sum(0), bias.dtype)
-    rows[kept] += np.tensordot(shares, rows[~kept], 1)
-    params[path] = jnp.asarray(np.moveaxis(rows, 0, axis), kernel.dtype)
+      params[bias_path] = jnp.asarray(bias + constant.reshape(outputs), bias.dtype)
+    rows = moved.reshape(-1, len(constant))
+    rows[kept_features(kept[key], kernel.shape, found.axes)] += change
+    params[path] = jnp.asarray(np.moveaxis(rows.reshape(moved.shape), first, found.axes), kernel.dtype)
   return {**variables, "params": jax.tree.unflatten(structure, params.values())}
 
 
-def _least_squares(sums: np.ndarray, kept: np.ndarray, *, centered: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Returns A and b of `compensate`, `[kept, dropped]` and `[dropped]`, from the moments of one kernel."""
-  mean = sums[:-1, -1] / sums[-1, -1] * centered
-  products = sums[:-1, :-1] / sums[-1, -1] - np.outer(mean, mean)
-  among_kept = products[np.ix_(kept, kept)]
-  rounding = _ROUNDING * sums[:-1, :-1][np.ix_(kept, kept)].trace() / sums[-1, -1]
-  ridge = _RIDGE * max(among_kept.trace(), rounding, np.finfo(np.float32).tiny) / kept.sum()
-  shares = np.linalg.solve(among_kept + ridge * np.eye(len(among_kept)), products[np.ix_(kept, ~kept)])
-  return shares, mean[~kept] - shares.T @ mean[kept]
+def _least_squares(moments: Moments, *, centered: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Returns D and b of `compensate`, `[f, c]` and `[c]`, from the moments of one kernel."""
+  seen, missing = (np.asarray(sums, np.float64) / moments.seen[-1, -1] for sums in (moments.seen, moments.missing))
+  squares = seen[:-1, :-1].trace()
+  mean, mean_missing = seen[-1, :-1] * centered, missing[-1] * centered
+  among_seen = seen[:-1, :-1] - np.outer(mean, mean)
+  with_missing = missing[:-1] - np.outer(mean, mean_missing)
+  ridge = _RIDGE * max(among_seen.trace(), _ROUNDING * squares, np.finfo(np.float32).tiny) / len(mean)
+  change = np.linalg.solve(among_seen + ridge * np.eye(len(mean)), with_missing)
+  return change, mean_missing - mean @ change

@@ -173,9 +173,9 @@ def fit_to_cut(
     return variables
   purpose = Purpose.COMPENSATION
   image = jax.ShapeDtypeStruct((1, *passes.feed.image_shape), np.float32)
-  shapes = jax.eval_shape(lambda variables, x: reader_moments(model, variables, graph, x), variables, image)
+  shapes = jax.eval_shape(lambda variables, x: reader_moments(model, variables, graph, masks, x), variables, image)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-  step = passes.map(steps.moments_step(model, graph, passes.feed.preprocessing))
+  step = passes.map(steps.moments_step(model, graph, masks, passes.feed.preprocessing))
   sums, variables_on_devices = replicate((zeros, variables), passes.mesh)
   calls = _first_batches(passes, purpose, batches, batch_size)
   sums, _ = step.run(sums, passes.shared(purpose, variables_on_devices), calls)

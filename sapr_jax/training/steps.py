@@ -192,12 +192,12 @@ def gradient_step(model: nn.Module, preprocessing: Preprocessing) -> Step:
   return step
 
 
-def moments_step(model: nn.Module, graph: ChannelGraph, preprocessing: Preprocessing) -> Step:
+def moments_step(model: nn.Module, graph: ChannelGraph, masks: Masks, preprocessing: Preprocessing) -> Step:
   """Builds the step that sums what the kernels that read channels see; the state has the sums, see `reader_moments`."""
 
   def step(sums: Any, shared: Shared, batch: Any) -> tuple[Any, Metrics]:
     images, _ = shared.read(batch)
-    moments = reader_moments(model, shared.variables, graph, preprocessing.normalize(images))
+    moments = reader_moments(model, shared.variables, graph, masks, preprocessing.normalize(images))
     return jax.tree.map(jnp.add, sums, sum_over_devices(moments)), {}
 
   return step

@@ -88,6 +88,65 @@ def test_full_masks_change_nothing_and_the_least_squares_are_the_best(block):
   assert np.abs(inputs[:, kept] @ kernel[kept] - inputs @ kernel).max() > 0.1
 
 
+class Reader(nn.Module):
+  """Reads three channels by a layer of one's choice."""
+
+  layer: nn.Module
+  heads: int | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Dense(3, name="writer")(x))
+    if self.heads:
+      x = x.reshape(*x.shape[:-1], 1, 3) * jnp.arange(1.0, self.heads + 1)[:, None]
+    return self.layer(x)
+
+
+@pytest.mark.parametrize(
+  ("layer", "shape"),
+  [
+    (nn.Conv(2, (3, 3)), (4, 5, 5, 2)),
+    (nn.Conv(2, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), (4, 6, 6, 2)),
+    (nn.Conv(2, (3, 3), kernel_dilation=(1, 2), padding=((0, 1), (3, 0))), (4, 6, 6, 2)),
+    (nn.ConvTranspose(2, (3, 3), strides=(2, 1)), (4, 4, 4, 2)),
+    (nn.Conv(2, (3,)), (8, 6, 2)),
+    (nn.DenseGeneral((2, 2), axis=(-2, -1)), (32, 2)),
+  ],
+)
+def test_a_kernel_gives_the_least_error_that_its_weights_can_give(layer, shape):
+  model = Reader(layer, heads=2 if isinstance(layer, nn.DenseGeneral) else None)
+  x = jax.random.normal(jax.random.key(0), shape)
+  variables = model.init(jax.random.key(1), x)
+  graph = sapr.trace_channels(model, variables, (1, *shape[1:]), select="unjoined", include="writer")
+  found = sapr.compensate(model, variables, graph, masks := {"writer": np.array([1.0, 0.0, 1.0])}, [x[:2], x[2:]])
+  small, small_variables = sapr.prune(model, found, graph, masks)
+  params, reader = small_variables["params"], next(name for name in small_variables["params"] if name != "writer")
+
+  def outputs(of_reader):
+    return small.apply({"params": {**params, reader: of_reader}}, x)
+
+  # The outputs are linear in the layer's weights, so numpy finds the best ones.
+  flat, unravel = jax.flatten_util.ravel_pytree(params[reader])
+  slopes = np.asarray(jax.jacobian(lambda flat: outputs(unravel(flat)).ravel())(flat))
+  want = np.asarray(model.apply(variables, x)).ravel()
+  least = np.square(slopes @ np.linalg.lstsq(slopes, want, rcond=None)[0] - want).mean()
+  np.testing.assert_allclose(np.square(outputs(params[reader]).ravel() - want).mean(), least, rtol=1e-2)
+  plain = sapr.prune(model, variables, graph, masks)[1]["params"][reader]
+  assert np.square(outputs(plain).ravel() - want).mean() > 1.2 * least
+
+
+def test_what_is_dropped_and_gives_nothing_changes_nothing(block):
+  model, variables, graph, x = block
+  kernel = variables["params"]["reader"]["kernel"].at[:, :, 2:].set(0)
+  dense = variables["params"]["dense"]["kernel"].at[2:].set(0)
+  params = variables["params"] | {
+    "reader": {**variables["params"]["reader"], "kernel": kernel},
+    "dense": {**variables["params"]["dense"], "kernel": dense},
+  }
+  found = sapr.compensate(model, {"params": params}, graph, MASKS, [x])
+  jax.tree.map(np.testing.assert_array_equal, found["params"], params)
+
+
 @pytest.mark.parametrize(("use_bias", "has_statistics"), [(True, False), (False, True), (False, False)])
 def test_a_mean_goes_into_the_bias_or_to_the_statistics_or_else_to_the_weights(use_bias, has_statistics):
   class Net(nn.Module):
