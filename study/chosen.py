@@ -106,11 +106,12 @@ DISTILLED: Mapping[str, Any] = {
 
 FITTED: Mapping[str, Any] = {"prune.compensation_batches": 50}
 """Of the row whose weights are fitted to make up for the cut."""
-FITTED_ROW = f"{LATER_ROW},compensated"
+FITTED_ROW = f"{LATER_ROW},compensated=windows"
 """Judged like `LATER_ROW` in "pretrained" and "pretrained_short"; declared before any run of it on test images.
 
-Recorded rows that end in "fitted" are of an earlier form, which gave the weights the mean of what is dropped to make up
-for, too, though a normalization that follows takes that.
+Recorded rows that end in "compensated" are of an earlier form, in which a convolution had one sum of kept channels for
+all places of its window; those that end in "fitted" of one before that, which gave the weights the mean of what is
+dropped to make up for, too, though a normalization that follows takes that.
 """
 
 ROUNDED: Mapping[str, Any] = {"prune.round_to": 8}
