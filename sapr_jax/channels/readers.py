@@ -133,13 +133,11 @@ class _Found:
     for i, key in enumerate(known):
       if key is None:
         continue
-      moments = _moments(eqn, inputs, i, self.kept[key])
-      if moments is None:
+      moments, before = _moments(eqn, inputs, i, self.kept[key]), self.moments.get(key)
+      if moments is None or (before is not None and before.axes != moments.axes):
         self.unclear.add(key)
-      elif key in self.moments:
-        self.moments[key] = jax.tree.map(jnp.add, self.moments[key], moments)
       else:
-        self.moments[key] = moments
+        self.moments[key] = moments if before is None else jax.tree.map(jnp.add, before, moments)
 
 
 def _moments(eqn: JaxprEqn, inputs: Sequence[Any], i: int, kept: np.ndarray) -> Moments | None:
