@@ -36,7 +36,7 @@ def renew_statistics(model: Any, variables: Any = None, batches: Any = None, ren
     return _renew_module(model, *((batches, renew) if variables is None else (variables, batches)))
   check_module(model)
   check_variables(variables)
-  check_function("renew", renew, "it takes (model, variables, batch) and returns the new batch_stats")
+  check_function("renew", renew, "it takes (model, variables, batch) and returns {'batch_stats': ...}")
 
   @jax.jit
   def step(variables: dict[str, Any], batch: Any) -> dict[str, Any]:
