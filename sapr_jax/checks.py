@@ -87,7 +87,7 @@ def check_array(name: str, value: Any, shape: tuple[int | None, ...] | None = No
     array: Any = value if hasattr(value, "dtype") else np.asarray(value)
   except (OverflowError, TypeError, ValueError):
     raise InputError(f"{name} must have shape {_written(shape)}, got a ragged list.") from None
-  if isinstance(value, jax.ShapeDtypeStruct) or not is_real(array):
+  if not is_real(array):
     raise InputError(f"{name} must hold real numbers, got {shown(value)}.")
   found = np.shape(array)
   if shape is not None and not (
@@ -104,6 +104,13 @@ def check_concrete(name: str, tree: Any, function: str) -> None:
   """Raises `InputError` if an array in `tree` is traced."""
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
     raise InputError(f"{name} must be concrete, got a traced array; call {function} outside of jax.jit.")
+
+
+def check_values(name: str, tree: Any, function: str) -> None:
+  """Raises `InputError` if an array in `tree` is traced, or a shape alone."""
+  check_concrete(name, tree, function)
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+    raise InputError(f"{name} must hold arrays with values, got shapes without numbers; give those that were trained.")
 
 
 def check_key(key: Any) -> None:
@@ -134,8 +141,10 @@ def is_number(value: Any) -> bool:
 
 
 def is_real(value: Any) -> bool:
-  """Returns whether a number or array, traced or not, holds real numbers."""
+  """Returns whether a number or array, traced or not, holds real numbers; a shape alone holds none."""
   dtype = getattr(value, "dtype", None)
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return False
   if not isinstance(dtype, np.dtype):  # none, that of random keys, or the descriptor of a class
     return isinstance(value, numbers.Real)
   return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))

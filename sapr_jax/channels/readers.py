@@ -48,14 +48,15 @@ class Moments:
 
 def kept_weights(graph: ChannelGraph, masks: Masks) -> dict[ParamKey, np.ndarray]:
   """Returns which weights stay of each kernel that loses input channels, but not all: of a shape that broadcasts."""
-  found: dict[ParamKey, np.ndarray] = {}
-  for group in graph.groups:
-    for member in group.members:
-      if member.role == "in" and member.collection == "params":
-        kept = member.along_axis(np.asarray(masks[group.name], np.float32), 1) > 0
-        key = ("params", *member.path)
-        found[key] = found.get(key, True) & kept
-  return {key: kept for key, kept in found.items() if kept.any() and not kept.all()}
+  found = {}
+  for path, members in graph.members_by_variable("params").items():
+    kept = np.array(True)
+    for name, member in members:
+      if member.role == "in":
+        kept = kept & (member.along_axis(np.asarray(masks[name], np.float32), 1) > 0)
+    if kept.any() and not kept.all():
+      found["params", *path] = kept
+  return found
 
 
 def kept_features(kept: np.ndarray, shape: Sequence[int], axes: Sequence[int]) -> np.ndarray:

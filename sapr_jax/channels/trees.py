@@ -42,7 +42,7 @@ def map_members(change: Callable[[Any, Sequence[tuple[str, Member]]], Any], para
     if path not in members:
       return leaf
     missing.discard(path)
-    traced, is_array = graph.shapes[("params", *path)], is_real(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct)
+    traced, is_array = graph.shapes[("params", *path)], is_real(leaf)
     if np.shape(leaf) != traced or not is_array:
       found = np.shape(leaf) if is_array else shown(leaf)
       raise InputError(f"params: {'/'.join(path)} must have shape {traced} as it was traced, got {found}.")

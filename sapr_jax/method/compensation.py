@@ -23,7 +23,7 @@ from sapr_jax.channels import (
   reader_moments,
 )
 from sapr_jax.channels.trees import path_of
-from sapr_jax.checks import check_concrete
+from sapr_jax.checks import check_concrete, check_values
 from sapr_jax.errors import InputError
 from sapr_jax.method.statistics import some
 
@@ -110,9 +110,7 @@ def compensate(model: Any, variables: Any = None, graph: Any = None, masks: Any 
 
 def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, batches: Any) -> dict[str, Any]:
   check_masks(graph, masks, allow_empty=False)
-  check_concrete("variables", dict(variables), "compensate")
-  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(variables))):
-    raise InputError("variables must hold arrays with values, got jax.ShapeDtypeStructs; the network is evaluated.")
+  check_values("variables", dict(variables), "compensate")
   moments_of = jax.jit(lambda variables, batch: reader_moments(model, variables, graph, masks, batch))
   total: Any = None
   for batch in some(batches):

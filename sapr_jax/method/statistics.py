@@ -79,7 +79,7 @@ def some(batches: Iterable[Any]) -> Iterator[Any]:
     raise InputError(f"batches must be an iterable of trees of arrays, such as a list, got {shown(batches)}.")
   found = False
   for batch in batches:
-    if not all(is_real(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batch)):
+    if not all(map(is_real, jax.tree.leaves(batch))):
       raise InputError(f"batches must hold trees of arrays of numbers, got {shown(batch)}.")
     found = True
     yield batch

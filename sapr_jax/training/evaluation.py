@@ -16,7 +16,7 @@ import numpy as np
 
 from sapr_jax import artifacts
 from sapr_jax.channels import check_module, check_variables, checked_kwargs, errors_of_model, evaluation_kwargs
-from sapr_jax.checks import check_array, check_concrete, check_integer, check_path, check_type, shown
+from sapr_jax.checks import check_array, check_integer, check_path, check_type, check_values, shown
 from sapr_jax.data import EncodedSource, ImageSplit, Inputs, decode_exactly, evaluation_batches, open_split
 from sapr_jax.errors import InputError
 from sapr_jax.runtime import cpu
@@ -80,9 +80,7 @@ def evaluate(
     model, variables = artifacts.load(model)
   check_module(model)
   check_variables(variables)
-  check_concrete("variables", dict(variables or {}), "evaluate")
-  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(variables or {}))):
-    raise InputError("variables must hold arrays, got shapes without numbers; give those that were trained.")
+  check_values("variables", dict(variables or {}), "evaluate")
   check_integer("batch_size", batch_size, 1)
   if inputs is not None:
     check_type("inputs", inputs, Inputs, "sapr_jax.load_info(path).inputs are those of a saved model")
