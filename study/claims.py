@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
-from study.chosen import CANDIDATES, SHORT_CANDIDATES
+from study.chosen import CANDIDATES, FITTED_ROW, SHORT_CANDIDATES
 from study.results import Estimate, Results, combined, difference, estimate, holm, mean_and_deviation
-from study.rows import SELECTION, SELECTION_BASELINE, gamma_name
+from study.rows import CHOSEN_ELSEWHERE, SELECTION, SELECTION_BASELINE, gamma_name
 from study.sizes import LONGER
 
 NOTHING_LOST = 0.25
@@ -50,6 +50,11 @@ class Claim:
   remark: str = ""
   short: str = ""
   in_summary: bool = True
+
+  @property
+  def was_tested(self) -> bool:
+    """Whether any run says something of it."""
+    return self.short != NOT_RUN
 
 
 def nothing_lost(results: Results) -> Claim:
@@ -234,13 +239,6 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
   alternatives = [name for name in plain if name not in parts]
   beaten, beaten_verdicts, nearest = _against(results, main, alternatives)
   worth, worth_verdicts, nearest_part = _against(results, main, parts)
-  subnetwork = results.accuracy(main, "subnetwork")
-  changes = {
-    "trained as long, whole": difference(subnetwork, results.accuracy("dense", "pruned")),
-    "of the same run": difference(subnetwork, results.accuracy(main, "dense")),
-  }
-  distilled = [f"{main},distilled", f"{main},distilled".replace("penalty", "cut")]
-  gain = difference(*(results.accuracy(name, "pruned") for name in distilled))
   rounded = f"{main},round_to=8"
   loss = difference(results.accuracy(rounded, "pruned"), results.accuracy(main, "pruned"))
   rule = (
@@ -262,27 +260,7 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
       combined(worth_verdicts),
       short=nearest_part,
     ),
-    Claim(
-      f"At {budget} nothing much is lost before fine-tuning",
-      f"The sub-network of {main}, before fine-tuning, is less than {WITHIN:g} point behind the network that is trained"
-      " for all epochs without pruning.",
-      table(
-        ["dense network", "sub-network - dense, points"], [[name, str(change)] for name, change in changes.items()]
-      ),
-      changes["trained as long, whole"].verdict(-WITHIN),
-      "The dense network of the same run has lost its dropped channels, and with them the fit of its statistics.",
-      _in_points(changes["trained as long, whole"]),
-    ),
-    Claim(
-      f"At {budget} it is ahead where both are distilled",
-      f"The pruned network of {distilled[0]} is better than that of {distilled[1]}: the interval lies above 0.",
-      table(
-        ["row", "sub-network, %", "pruned, %"],
-        [[name, *_accuracies(results, name)[1:]] for name in distilled],
-      ),
-      gain.verdict(),
-      short=_in_points(gain),
-    ),
+    _little_lost_by_the_cut(results, budget, main),
     Claim(
       f"At {budget} little accuracy is lost by widths in multiples of eight",
       f"The pruned network of {rounded} is less than {WITHIN:g} point behind that of {main}.",
@@ -305,7 +283,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
   beaten, verdicts, nearest = _against(results, later, others)
   compared, own_verdicts, nearest_own = _against(results, later, own)
   rule = f"p is below {_LEVEL:g} after Holm's correction over the rows of this table"
-  return [
+  claims = [
     Claim(
       f"At {budget} {later_row} beats what others do",
       f"The pruned network of {later} is better than that of each row whose channels are chosen in another way, and cut"
@@ -323,6 +301,47 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
       in_summary=False,
     ),
   ]
+  if later_row == FITTED_ROW:
+    claims += [_little_lost_by_the_cut(results, budget, later), _ahead_if_distilled(results, budget, later)]
+  return claims
+
+
+def _little_lost_by_the_cut(results: Results, budget: str, name: str) -> Claim:
+  subnetwork = results.accuracy(name, "subnetwork")
+  changes = {
+    "trained as long, whole": difference(subnetwork, results.accuracy("dense", "pruned")),
+    "of the same run": difference(subnetwork, results.accuracy(name, "dense")),
+  }
+  return Claim(
+    f"At {budget} nothing much is lost before fine-tuning ({_row_of(name)})",
+    f"The sub-network of {name}, before fine-tuning, is less than {WITHIN:g} point behind the network that is trained"
+    " for all epochs without pruning.",
+    table(["dense network", "sub-network - dense, points"], [[row, str(change)] for row, change in changes.items()]),
+    changes["trained as long, whole"].verdict(-WITHIN),
+    "With a penalty the dense network of the same run has lost its dropped channels, and the fit of its statistics.",
+    _in_points(changes["trained as long, whole"]),
+  )
+
+
+def _ahead_if_distilled(results: Results, budget: str, name: str) -> Claim:
+  """Judges channels against those of group norm, with all else the same."""
+  distilled = [f"{name},distilled", f"{budget},{CHOSEN_ELSEWHERE},distilled"]
+  gain = difference(*(results.accuracy(row, "pruned") for row in distilled))
+  return Claim(
+    f"At {budget} it is ahead where both are distilled ({_row_of(name)})",
+    f"The pruned network of {distilled[0]} is better than that of {distilled[1]}: the interval lies above 0.",
+    table(
+      ["row", "sub-network, %", "pruned, %"],
+      [[row, *_accuracies(results, row)[1:]] for row in distilled],
+    ),
+    gain.verdict(),
+    short=_in_points(gain),
+  )
+
+
+def _row_of(name: str) -> str:
+  """Returns the name of a row without its budget."""
+  return name.split(",", 1)[1]
 
 
 def _is_variation(name: str) -> bool:
@@ -352,7 +371,7 @@ def _against(results: Results, main: str, others: Sequence[str]) -> tuple[str, l
   nearest = min(means, key=lambda name: means[name].mean, default=None)
   short = NOT_RUN
   if nearest is not None:
-    short = f"{mean_and_deviation(own)} %; against the nearest, {nearest.split(',', 1)[1]}, {means[nearest]} points."
+    short = f"{mean_and_deviation(own)} %; against the nearest, {_row_of(nearest)}, {means[nearest]} points."
   return table(header, rows), verdicts, short
 
 

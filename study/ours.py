@@ -70,9 +70,18 @@ def run_uniform_width(job: Job) -> None:
 
 def run_adapted(job: Job) -> None:
   """Trains the whole network for one epoch on all images, from which other rows start."""
-  experiment = _build(job)
   phase = ConfigDict(job.config.train.to_dict())
   phase.epochs, phase.schedule = 1, "cosine"
+  _train_whole(job, phase)
+
+
+def run_trained(job: Job) -> None:
+  """Trains the whole network as its configuration says, from which other rows start."""
+  _train_whole(job, job.config.train)
+
+
+def _train_whole(job: Job, phase: ConfigDict) -> None:
+  experiment = _build(job)
   trained = train_plainly(job, experiment, experiment.model, experiment.variables, phase)
   artifacts.save(job.workdir / layout.DENSE, experiment.model, trained)
   _write_summary(job, experiment, dense=(experiment.model, trained), pruned=(experiment.model, trained))
@@ -109,6 +118,7 @@ KINDS: Mapping[str, Callable[[Job], None]] = {
   "one_shot": run_one_shot,
   "width": run_uniform_width,
   "adapted": run_adapted,
+  "trained": run_trained,
   "recalibrated": run_recalibration,
   "selection": run_selection,
 }

@@ -12,7 +12,7 @@ from benchmarks.measuring import table
 from sapr_jax.artifacts.files import read_json, write_atomically
 from sapr_jax.report import figures
 from sapr_jax.report.run_history import RunHistory
-from study.claims import CLAIMS, NOT_RUN, Claim, later_claims, open_choices, pretrained_claims, selection
+from study.claims import CLAIMS, Claim, later_claims, open_choices, pretrained_claims, selection
 from study.records import CURVES, file_name
 from study.results import Results, mean_and_deviation
 from study.rows import gamma_name
@@ -74,13 +74,11 @@ def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
     for results in _networks(found[size]):
       claims = _claims_at_budgets(results, size) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
       claims = [claim for claim in claims if claim.in_summary]
-      tested = [claim for claim in claims if claim.short != NOT_RUN]
+      tested = [claim for claim in claims if claim.was_tested]
       lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in tested]
       untested += len(claims) - len(tested)
   if untested:
-    lines.append(
-      f"- {untested} further claims have not been tested; all, and how our own forms compare, are in the sections."
-    )
+    lines.append(f"- {untested} further claims have not been tested; how our own forms compare is in the sections.")
   if small:
     verdicts = collections.Counter(judge(results).verdict for results in small.values() for judge in CLAIMS)
     counts = ", ".join(f"{count} **{verdict}**" for verdict, count in verdicts.most_common())
@@ -202,7 +200,7 @@ def _compared(results: Results, size: str) -> list[str]:
   if size in CHOICES:
     return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for claim in _claims_at_budgets(results, size):
+  for claim in (claim for claim in _claims_at_budgets(results, size) if claim.was_tested):
     verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
     parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
   return [*parts, "#### All rows", _all_rows(results)]

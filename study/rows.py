@@ -36,7 +36,9 @@ FORM = "form="
 SELECTION = "selection"
 """Rows that only choose channels have names that begin with this."""
 ADAPTED = "adapted"
-"""Row of the size "pretrained" from whose network the others start."""
+"""Row from whose network, which others trained, the others of its size start."""
+TRAINED = "trained"
+"""The same where the network was trained here."""
 RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
   ("l2_norm", ",shares=scaled", SCALED),
   ("l2_norm", ",shares=tilted", TILTED),
@@ -47,6 +49,9 @@ RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
   ("taylor", "", {**COMPETING, "generator.batch_size": 32}),
 )
 """Importances by which channels are chosen before any training, last factor of the row's name, how scores compare."""
+
+CHOSEN_ELSEWHERE = "cut,channels=group_norm"
+"""Row with the channels that Torch-Pruning keeps, in which all else is as in our own."""
 
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The row that the other selections are compared with."""
@@ -64,12 +69,13 @@ class Row:
     experiment: Network and schedule.
     name: Its factors, separated by commas: "gamma=0.04,hold_epoch=6". It is unique in the experiment, and tells the
       variant of the method (`study.variants`).
-    kind: Which function runs it: a key of `ours.KINDS`, or "torch".
+    kind: Which function runs it: a key of `ours.KINDS`, "torch" or "torch_choice".
     part: The part of the grid.
     seeds: Its seeds.
     overrides: Fields of the configuration in which it differs from the other rows.
     choice: What `kind` needs to know beside the configuration.
     source: Name of the row whose finished run it starts from.
+    source_seed: Seed of that run; None for its own.
   """
 
   experiment: Experiment
@@ -80,6 +86,7 @@ class Row:
   overrides: Overrides
   choice: Any = None
   source: str | None = None
+  source_seed: int | None = None
 
   @property
   def path(self) -> str:
@@ -159,8 +166,14 @@ def _pretrained(e: Experiment) -> list[Row]:
   """Returns all ways to prune a pretrained network, at each budget; all start from the same adapted one."""
   cut = {"train.epochs": 0, "finetune.epochs": e.epochs, "search.end_epoch": None, "prune.shrinkage": None}
 
+  if e.trained is None:
+    start = Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None})
+  else:
+    start = Row(e, TRAINED, "trained", MAIN, (0,), e.trained)
+  source_seed = None if e.trained is None else start.seeds[0]
+
   def adapted(name: str, kind: str, overrides: Overrides, part: int = COMPARED, choice: Any = None) -> Row:
-    return Row(e, name, kind, part, e.seeds, overrides, choice, source=ADAPTED)
+    return Row(e, name, kind, part, e.seeds, overrides, choice, start.name, source_seed)
 
   def at_budget(p: float) -> list[Row]:
     with_p = {"prune.p": p}
@@ -176,6 +189,10 @@ def _pretrained(e: Experiment) -> list[Row]:
     def torch(name: str, overrides: Overrides, choice: Any) -> Row:
       return adapted(f"p={p:g},torch_pruning={name}", "torch", {**with_p, **overrides}, choice=choice)
 
+    def choice(name: str, overrides: Overrides) -> Row:
+      return adapted(f"p={p:g},{name}", "torch_choice", {**with_p, **cut, **overrides})
+
+    fitted = {**with_p, "prune.proposer": "l2_norm", **SCALED, **cut, **FITTED}
     rows: list[Row] = []
     for ours, fields in chosen_by.items():
       rows += [
@@ -188,10 +205,11 @@ def _pretrained(e: Experiment) -> list[Row]:
       torch("group_taylor", cut, "taylor"),
       *(torch(f"group_sl,strength={s:g}", {}, s) for s in e.strengths),
       Row(e, f"p={p:g},uniform_width", "width", COMPARED, e.seeds, with_p),
-      adapted(f"p={p:g},{FITTED_ROW}", "method", {**with_p, "prune.proposer": "l2_norm", **SCALED, **cut, **FITTED}),
+      row(FITTED_ROW, fitted, COMPARED),
+      row(f"{FITTED_ROW},distilled", {**fitted, **DISTILLED}),
+      choice(CHOSEN_ELSEWHERE, {}),
+      choice(f"{CHOSEN_ELSEWHERE},distilled", DISTILLED),
       adapted(f"{main},round_to=8", "method", {**always, **ROUNDED}, OTHER_GAMMAS),
-      adapted(f"{main},distilled", "method", {**always, **DISTILLED}, OTHER_GAMMAS),
-      adapted(f"{at_once},distilled", "method", {**always, **cut, **DISTILLED}, OTHER_GAMMAS),
     ]
     if e.more:
       rows += [row(name, {**with_p, **fields}) for name, fields in MORE_GENERATORS.items()]
@@ -202,10 +220,10 @@ def _pretrained(e: Experiment) -> list[Row]:
         rows.append(torch(f"group_norm,{name}", {**cut, **fields}, 0.0))
     return rows
 
+  rows = [adapted("dense", "method", {**cut, "prune.p": 1.0}), *(row for p in e.budgets for row in at_budget(p))]
   return [
-    Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None}),
-    adapted("dense", "method", {**cut, "prune.p": 1.0}),
-    *(row for p in e.budgets for row in at_budget(p)),
+    start,
+    *(row for row in rows if not e.only or row.name.removeprefix(f"p={row.overrides['prune.p']:g},") in e.only),
   ]
 
 
@@ -239,7 +257,11 @@ def chosen(
     )
   work = [(row, seed) for row in rows for seed in row.seeds]
   asked -= {(f"{network}/{name}", seed) for network, name, seed in recorded}
-  asked |= {(f"{row.experiment.network}/{row.source}", seed) for row, seed in work if (row.path, seed) in asked}
+  asked |= {
+    (f"{row.experiment.network}/{row.source}", seed if row.source_seed is None else row.source_seed)
+    for row, seed in work
+    if (row.path, seed) in asked
+  }
   kept = [(row, seed) for row, seed in work if (row.path, seed) in asked]
   return sorted(kept, key=lambda item: (item[0].part, item[1]))
 
@@ -308,8 +330,9 @@ def job_of(
 ) -> Job:
   """Returns one run of the study; arguments as in `config_of`, and the folder of the size."""
   runs = folder / row.experiment.network
-  source = None if row.source is None else runs / row.source / f"seed_{seed}"
+  source_seed = seed if row.source_seed is None else row.source_seed
+  source = None if row.source is None else runs / row.source / f"seed_{source_seed}"
   config = config_of(row, seed, data, settings, weights)
-  if source is not None and row.source == ADAPTED:
+  if source is not None and row.source in (ADAPTED, TRAINED):
     config.init.weights = str(source / DENSE)
   return Job(row, seed, config, runs / row.name / f"seed_{seed}", source)

@@ -53,6 +53,9 @@ class Experiment:
     epochs: With `budgets`: the epochs of every row, training and fine-tuning together.
     main_row: With `budgets`: the row, without its budget, that is compared with everything else.
     later_rows: Rows without the penalty that were declared later, and are compared with what others do.
+    trained: With `budgets`: fields of the one training from scratch from which all rows start; None for a network of
+      others, which is adapted with each seed.
+    only: With `budgets`: the rows that are run, without their budget; () for all.
   """
 
   network: str
@@ -69,6 +72,8 @@ class Experiment:
   epochs: int = EPOCHS
   main_row: str = MAIN_ROW
   later_rows: tuple[str, ...] = ()
+  trained: Overrides | None = None
+  only: tuple[str, ...] = ()
 
 
 LONGER = "longer_schedule"
@@ -184,6 +189,24 @@ _SHORT = dataclasses.replace(
   _OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS, main_row=MAIN_ROW, later_rows=(FITTED_ROW,)
 )
 
+# Nothing is chosen on this network: it is pruned as was best for the other one. It never saw its validation images.
+_OWN_MOBILENET = dataclasses.replace(
+  _SHORT,
+  network="mobilenetv2_quarter",
+  overrides={**_SHORT.overrides, "model.name": "mobilenetv2_cifar", "model.width_multiplier": 0.25},
+  later_rows=(FITTED_ROW, LATER_ROW),
+  trained={
+    "train.epochs": 8,
+    "train.batch_size": 128,
+    "train.learning_rate": 0.1,
+    "train.schedule": "cosine",
+    "train.warmup_epochs": 0.5,
+    "data.train_images": None,
+    "data.validation_images": 5000,
+  },
+  only=("dense", FITTED_ROW, LATER_ROW, "torch_pruning=group_norm", "l1_norm,cut,shares=equal"),
+)
+
 # What is chosen is chosen on images that no row trains on, and with seeds that no row has.
 _HELD_OUT = {"data.validation_images": 5000}
 _CHOOSING = (100, 101)
@@ -235,6 +258,7 @@ SIZES: Mapping[str, tuple[Experiment, ...]] = {
   "fifth": (Experiment(network="resnet20", overrides=_FIFTH, main_gamma=0.04),),
   "pretrained": (_OTHERS_RESNET20,),
   "pretrained_short": (_SHORT,),
+  "mobilenetv2_short": (_OWN_MOBILENET,),
   "pretrained_choice": (
     dataclasses.replace(
       _OTHERS_RESNET20,

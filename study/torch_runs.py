@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 import tempfile
 import time
 from typing import Any
@@ -49,6 +50,8 @@ TAYLOR = "taylor"
 """`Row.choice` of the run whose channels are ranked by the first-order change of the loss."""
 
 _CHECKPOINT = "torch.pt"
+_INSIDE = re.compile(r"layer\d\.\d+\.conv1|features\.(?!1\.)\d+\.conv\.[01]\.0")
+"""Names of the convolutions that make, or take along, channels inside a block, of a CIFAR ResNet or MobileNet-V2."""
 _STEPS_OF_PRUNING = 400  # the recipe's
 _RECIPE_REG = 5e-4  # of its sparse learning, for ResNet-56
 _RECIPE_RATES = 390 * (60 * 0.01 + 20 * 0.001 + 20 * 0.0001)  # the sum of its learning rates over the steps
@@ -178,9 +181,9 @@ def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float, *, taylor: b
     else torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
   )
   ignored: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
-  if isinstance(model, CifarResNet):
-    # Its shortcuts pad with a fixed number of channels, so that the residual streams cannot be cut; nor do we.
-    ignored += [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and not _is_inside(name)]
+  # The shortcuts of a CIFAR ResNet pad with a fixed number of channels, so that the residual streams cannot be cut; nor
+  # do we in any network, and the choice is compared among the same channels.
+  ignored += [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and not _is_inside(name)]
   return torch_pruning.pruner.GroupNormPruner(
     model,
     inputs,
@@ -194,8 +197,20 @@ def make_pruner(model: nn.Module, inputs: torch.Tensor, reg: float, *, taylor: b
 
 
 def _is_inside(name: str) -> bool:
-  """Says whether a convolution makes the channels inside a block of a CIFAR ResNet."""
-  return name.startswith("layer") and name.endswith(".conv1")
+  """Says whether the outputs of a convolution lie inside a block."""
+  return _INSIDE.fullmatch(name) is not None
+
+
+def cut(pruner: Any, model: nn.Module, inputs: torch.Tensor, macs: float) -> None:
+  """Cuts channels in small steps until no more than so many MACs are left.
+
+  Raises:
+    InputError: If nothing is left to cut before.
+  """
+  while count_macs(model, inputs.shape[1:]) > macs:
+    if pruner.current_step == _STEPS_OF_PRUNING:
+      raise InputError(f"Torch-Pruning cannot reach {macs:,.0f} MACs; raise prune.p.")
+    pruner.step()
 
 
 def decay_groups(model: nn.Module, phase: Any) -> list[dict[str, Any]]:
@@ -279,10 +294,7 @@ class _Run:
     target = self._target_macs()
     if self.taylor:
       self._sum_gradients()
-    while self._macs() > target:
-      if self.pruner.current_step == _STEPS_OF_PRUNING:
-        raise InputError(f"{self.job}: Torch-Pruning cannot reach {target:,.0f} MACs; raise prune.p.")
-      self.pruner.step()
+    cut(self.pruner, self.model, self.inputs, target)
     self.history = self.pruner.DG.pruning_history()
     small = {"macs": self._macs()}
     self.summary = {"dense": dense, "subnetwork": {**small, "accuracy": self._accuracy()}, "pruned": small}

@@ -63,7 +63,7 @@ def run_all(jobs: Sequence[Job], after: Callable[[], object]) -> tuple[list[Job]
 def _without_missing_packages(jobs: list[Job]) -> list[Job]:
   """Leaves out the jobs in PyTorch if it is not installed, and says so."""
   missing = [package for package in ("torch", "torch_pruning") if importlib.util.find_spec(package) is None]
-  kept = [job for job in jobs if not missing or job.row.kind != "torch"]
+  kept = [job for job in jobs if not missing or not job.row.kind.startswith("torch")]
   if len(kept) < len(jobs):
     names = " and ".join(missing)
     print(f"{len(jobs) - len(kept)} runs left out: {names} missing; pip install -e '.[bench]'", file=sys.stderr)
@@ -90,6 +90,10 @@ def _runner(kind: str) -> Callable[[Job], None]:
     from study import torch_runs  # imports an extra
 
     return torch_runs.run_pruner
+  if kind == "torch_choice":
+    from study import torch_choice
+
+    return torch_choice.run_choice
   return ours.KINDS[kind]
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 from entries import entry
 
-from study.chosen import LATER_ROW, MAIN_ROW
+from study.chosen import FITTED_ROW, LATER_ROW, MAIN_ROW
 from study.claims import (
   CLAIMS,
   beats_alternatives,
@@ -22,6 +22,7 @@ from study.claims import (
   stable_architecture,
 )
 from study.results import Results, combined, difference, estimate
+from study.rows import CHOSEN_ELSEWHERE
 from study.sizes import LONGER
 
 
@@ -149,26 +150,24 @@ def test_of_several_changed_choices_the_last_is_the_one_that_is_compared(results
   assert last.startswith("| gamma=0.06,form=penalty,weight_decay=scaled | gamma=0.06,form=penalty | - | - | +3.00 ")
 
 
-def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_distillation():
+def test_the_main_row_is_compared_with_all_others_at_once_and_apart_from_its_variations():
   main = f"p=0.3,{MAIN_ROW}"
   at_once = main.replace("penalty", "cut")
   pruned = {main: 75.0, at_once: 70.0, "p=0.3,random,cut": 74.9, "p=0.3,random,penalty": 72.0}
-  pruned |= {f"{main},distilled": 80.0, f"{at_once},distilled": 78.0, f"{main},rate=0.1": 90.0}
-  pruned |= {f"{main},round_to=8": 73.0}
+  pruned |= {f"{main},distilled": 80.0, f"{main},rate=0.1": 90.0, f"{main},round_to=8": 73.0}
   entries = []
   for seed, noise in enumerate((0.0, 0.2, -0.2, 0.1, -0.1)):
     entries.append(entry("dense", seed, pruned=75.5))
     for row, value in pruned.items():
       mine = noise if row.startswith(main) else 0.0
       entries.append(entry(row, seed, pruned=value + mine, subnetwork=75.0 + mine))
-  beaten, worth, before, distilled, rounded = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3", MAIN_ROW)
+  beaten, worth, before, rounded = pretrained_claims(Results(entries, 0.0, [0.0]), "p=0.3", MAIN_ROW)
   lines = {line.split(" | ")[0].strip("| "): line for line in beaten.table.splitlines()[2:]}
   assert lines.keys() == {main, at_once, "p=0.3,random,cut"}
   assert lines[at_once].endswith("| 0.000 | holds |") and lines["p=0.3,random,cut"].endswith("| undecided |")
   assert beaten.verdict == "undecided"
   assert "| +3.00 [+2.85, +3.15] | 0.000 | holds |" in worth.table and worth.verdict == "holds"
   assert before.verdict == "holds" and "-0.50 [-0.65, -0.35]" in before.table
-  assert distilled.verdict == "holds" and "78.00 ± 0.00" in distilled.table
   assert rounded.verdict == "fails" and rounded.short == "-2.00 [-2.00, -2.00] points."
 
 
@@ -188,3 +187,20 @@ def test_a_later_row_is_compared_with_what_others_do_and_with_our_other_forms():
     assert {line.split(" | ")[0].strip("| ") for line in lines} == {at_once, *rows}
     assert claim.verdict == "undecided"
     assert [line.endswith("| holds |") for line in lines[1:]].count(True) == 1
+
+
+def test_the_fitted_row_is_compared_with_the_whole_network_before_fine_tuning_and_with_other_channels_when_distilled():
+  fitted, elsewhere = f"p=0.3,{FITTED_ROW}", f"p=0.3,{CHOSEN_ELSEWHERE}"
+  pruned = {fitted: 76.0, elsewhere: 74.0, f"{fitted},distilled": 78.0, f"{elsewhere},distilled": 77.0}
+  entries = [
+    entry(row, seed, pruned=value + (noise if "distilled" in row else 0.0), subnetwork=60.0, dense=80.0)
+    for seed, noise in enumerate((0.0, 0.5, -0.5))
+    for row, value in pruned.items()
+  ]
+  beaten, _, before, distilled = later_claims(Results(entries, 0.0, [0.0]), "p=0.3", FITTED_ROW)
+  assert elsewhere in beaten.table and "distilled" not in beaten.table and beaten.verdict == "holds"
+  assert not before.was_tested and "| of the same run | -20.00 [-20.00, -20.00] |" in before.table
+  assert distilled.verdict == "holds" and distilled.short == "+1.00 [+1.00, +1.00] points." and distilled.was_tested
+  whole = [entry("dense", seed, pruned=60.5) for seed in (0, 1)]
+  before = later_claims(Results([*entries, *whole], 0.0, [0.0]), "p=0.3", FITTED_ROW)[2]
+  assert before.verdict == "holds" and before.short == "-0.50 [-0.50, -0.50] points."

@@ -15,8 +15,8 @@ from sapr_jax.artifacts.files import read_json
 from sapr_jax.method import make_comparable
 from sapr_jax.training import check_config
 from study.__main__ import parse_settings
-from study.chosen import CANDIDATES, DISTILLED, ROUNDED, TILTED
-from study.rows import ADAPTED, chosen, config_of, gamma_name, grid, job_of
+from study.chosen import CANDIDATES, FITTED_ROW, ROUNDED, TILTED
+from study.rows import ADAPTED, TRAINED, chosen, config_of, gamma_name, grid, job_of
 from study.sizes import SIZES
 from study.variants import VARIANTS, Sampled, Variant, older_comparisons, uniform_weights, variant_of
 
@@ -117,7 +117,23 @@ def test_rows_of_a_pretrained_network_start_from_the_adapted_one_and_have_equal_
   main = SIZES[size][0].main_row
   for p in SIZES[size][0].budgets:
     assert {f"p={p},{way}{how}" for way in ("l2_norm", "random") for how in (",cut", ",penalty")} <= names
-    assert {f"p={p},{main}", f"p={p},{main},distilled", f"p={p},torch_pruning=group_taylor"} <= names
+    assert {f"p={p},{main}", f"p={p},{FITTED_ROW},distilled", f"p={p},torch_pruning=group_taylor"} <= names
+
+
+def test_rows_of_a_network_that_was_trained_here_all_start_from_one_training_that_saw_no_held_out_image(tmp_path):
+  rows = grid(SIZES["mobilenetv2_short"])
+  first, *others = sorted(rows, key=lambda row: row.name != TRAINED)
+  config = config_of(first, 0, None, {})
+  assert (first.seeds, config.data.validation_images, config.data.train_images) == ((0,), 5000, None)
+  assert config.init.weights is None and (config.train.epochs, config.train.schedule) == (8, "cosine")
+  assert {row.name.split(",", 1)[-1] for row in others} == set(SIZES["mobilenetv2_short"][0].only)
+  for row in others:
+    job = job_of(row, 3, tmp_path, None, {})
+    assert job.source == tmp_path / "mobilenetv2_quarter" / TRAINED / "seed_0"
+    assert job.config.init.weights == str(job.source / "dense")
+    assert job.config.train.epochs + job.config.finetune.epochs == 2
+    assert (job.config.data.train_images, job.config.data.validation_images) == (10_000, None)
+  assert [str(seed) + row.name for row, seed in chosen(rows, ["dense"], [2])] == [f"0{TRAINED}", "2dense"]
 
 
 def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
@@ -131,7 +147,7 @@ def test_what_changes_one_thing_in_the_main_row_is_otherwise_like_it():
     for name, row in rows.items()
     if name.startswith(f"{main.name},")
   }
-  assert changed == {**CANDIDATES, "distilled": DISTILLED, "round_to=8": ROUNDED}
+  assert changed == {**CANDIDATES, "round_to=8": ROUNDED}
   assert all(rows[f"{main.name},{name}"].overrides.keys() >= main.overrides.keys() for name in changed)
 
 

@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch", reason="the alternatives in PyTorch need pi
 pytest.importorskip("torch_pruning", reason="the alternatives in PyTorch need pip install 'sapr_jax[bench]'")
 
 from benchmarks.torch_networks import count_macs  # noqa: E402
-from study import torch_runs  # noqa: E402
+from study import torch_choice, torch_runs  # noqa: E402
+from study.ours import budget_macs  # noqa: E402
 
 
 @pytest.mark.slow
@@ -74,3 +75,28 @@ def test_a_torch_crop_is_a_window_of_the_padded_image():
   for image, whole in zip(found, padded, strict=True):
     windows = [whole[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
     assert any(torch.equal(image, other) for window in windows for other in (window, window.flip(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "width"), [("resnet8", 0.5), ("mobilenetv2_cifar", 0.25)], ids=["resnet", "mobilenetv2"]
+)
+def test_the_channels_that_torch_pruning_keeps_make_the_network_that_it_leaves(name, width):
+  shape, p = (1, 32, 32, 3), 0.5
+  ours = sapr.models.create(name, num_classes=10, width_multiplier=width)
+  variables = ours.init(jax.random.key(0), jnp.zeros(shape))
+  graph = sapr.trace_channels(ours, variables, shape)
+  masks = torch_choice.kept_by_group_norm(ours, variables, graph, shape, p)
+  budget = sapr.macs_budget(graph, p)
+  assert 0.97 * budget.limit < graph.prunable_macs(masks) <= budget.limit
+  projected = sapr.project_to_budget(graph, masks, budget, round_to=1)
+  assert all((projected[group] >= mask).all() for group, mask in masks.items())  # as a run takes them
+  theirs, image = torch_runs.make_network(ours, variables), torch.randn(1, 3, 32, 32)
+  torch_runs.cut(torch_runs.make_pruner(theirs, image, 0.0), theirs, image, budget_macs(graph, p))
+  small, small_variables = sapr.prune(ours, variables, graph, masks)
+  np.testing.assert_allclose(
+    small.apply(small_variables, jnp.asarray(image.permute(0, 2, 3, 1).numpy())),
+    theirs.eval()(image).detach().numpy(),
+    rtol=1e-3,
+    atol=1e-4,
+  )
