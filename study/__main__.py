@@ -7,7 +7,7 @@
     python -m study --size fifth --data DIR --runs DIR --page     a quarter of the MACs, a fifth of all epochs
     python -m study --size pretrained --weights FILE --data DIR --runs DIR --page   others' ResNet-20, pruned
     python -m study --size pretrained_short ...                   the same in a quarter of the epochs
-    python -m study --size mobilenetv2_short --data DIR --runs DIR --page    a MobileNet-V2 that is trained here first
+    python -m study --size mobilenetv2_short --data DIR --runs DIR --page   a MobileNet-V2 that is trained here first
     python -m study --size pretrained_choice ...                  what of `study/chosen.py` was chosen by
     python -m study --size pretrained_short_choice ...            the same for the quarter of the epochs
 

@@ -247,14 +247,14 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
   )
   return [
     Claim(
-      f"At {budget} the improved method beats every alternative",
+      f"{main_row} beats every alternative",
       f"The pruned network of {main} is better than that of each row without the penalty: {rule}.",
       beaten,
       combined(beaten_verdicts),
       short=nearest,
     ),
     Claim(
-      f"At {budget} its choice of channels is better than others with the same penalty",
+      f"{main_row} has better channels than others with the same penalty",
       f"As above, against other ways to choose the channels: {rule}.",
       worth,
       combined(worth_verdicts),
@@ -262,7 +262,7 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
     ),
     _little_lost_by_the_cut(results, budget, main),
     Claim(
-      f"At {budget} little accuracy is lost by widths in multiples of eight",
+      "Little accuracy is lost by widths in multiples of eight",
       f"The pruned network of {rounded} is less than {WITHIN:g} point behind that of {main}.",
       table(
         ["row", "MACs left, %", "sub-network, %", "pruned, %"],
@@ -285,7 +285,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
   rule = f"p is below {_LEVEL:g} after Holm's correction over the rows of this table"
   claims = [
     Claim(
-      f"At {budget} {later_row} beats what others do",
+      f"{later_row} beats what others do",
       f"The pruned network of {later} is better than that of each row whose channels are chosen in another way, and cut"
       f" without the penalty: {rule}.",
       beaten,
@@ -293,7 +293,7 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
       short=nearest,
     ),
     Claim(
-      f"At {budget} {later_row} is better than our other forms",
+      f"{later_row} is better than our other forms",
       f"As above, against the older shares and the penalty: {rule}.",
       compared,
       combined(own_verdicts),
@@ -313,7 +313,7 @@ def _little_lost_by_the_cut(results: Results, budget: str, name: str) -> Claim:
     "of the same run": difference(subnetwork, results.accuracy(name, "dense")),
   }
   return Claim(
-    f"At {budget} nothing much is lost before fine-tuning ({_row_of(name)})",
+    f"{_row_of(name)} loses little before fine-tuning",
     f"The sub-network of {name}, before fine-tuning, is less than {WITHIN:g} point behind the network that is trained"
     " for all epochs without pruning.",
     table(["dense network", "sub-network - dense, points"], [[row, str(change)] for row, change in changes.items()]),
@@ -328,7 +328,7 @@ def _ahead_if_distilled(results: Results, budget: str, name: str) -> Claim:
   distilled = [f"{name},distilled", f"{budget},{CHOSEN_ELSEWHERE},distilled"]
   gain = difference(*(results.accuracy(row, "pruned") for row in distilled))
   return Claim(
-    f"At {budget} it is ahead where both are distilled ({_row_of(name)})",
+    f"{_row_of(name)} is ahead of group norm's channels where both are distilled",
     f"The pruned network of {distilled[0]} is better than that of {distilled[1]}: the interval lies above 0.",
     table(
       ["row", "sub-network, %", "pruned, %"],

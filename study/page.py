@@ -72,11 +72,13 @@ def _summary(found: Mapping[str, Any], small: Mapping[str, Results]) -> str:
   lines, untested = [], 0
   for size in (size for size in found if size not in (*SMALL, *CHOICES)):
     for results in _networks(found[size]):
-      claims = _claims_at_budgets(results, size) if _is_pretrained(size) else [judge(results) for judge in CLAIMS]
-      claims = [claim for claim in claims if claim.in_summary]
-      tested = [claim for claim in claims if claim.was_tested]
-      lines += [f"- {size}: {claim.title}: **{claim.verdict}**. {claim.short}".rstrip() for claim in tested]
-      untested += len(claims) - len(tested)
+      judged = collections.defaultdict[str, list[str]](list)
+      for budget, claim in _claims_at_budgets(results, size) if _is_pretrained(size) else _claims(results):
+        if claim.in_summary and claim.was_tested:
+          numbers = claim.short and f" ({claim.short.rstrip('.')})"
+          judged[claim.title].append(f"{budget and f'at {budget} '}**{claim.verdict}**{numbers}")
+        untested += claim.in_summary and not claim.was_tested
+      lines += [f"- {size}: {title}: {', '.join(of_it)}." for title, of_it in judged.items()]
   if untested:
     lines.append(f"- {untested} further claims have not been tested; how our own forms compare is in the sections.")
   if small:
@@ -184,14 +186,20 @@ def _is_pretrained(size: str) -> bool:
   return any(experiment.budgets for experiment in SIZES[size])
 
 
-def _claims_at_budgets(results: Results, size: str) -> list[Claim]:
+def _claims(results: Results) -> list[tuple[str, Claim]]:
+  return [("", judge(results)) for judge in CLAIMS]
+
+
+def _claims_at_budgets(results: Results, size: str) -> list[tuple[str, Claim]]:
+  """Returns (budget, what is claimed there)."""
   budgets = dict.fromkeys(name.split(",")[0] for name in results.names("p="))
   (experiment,) = SIZES[size]
   claims = []
   for budget in budgets:
-    claims += pretrained_claims(results, budget, experiment.main_row)
+    found = pretrained_claims(results, budget, experiment.main_row)
     for row in experiment.later_rows:
-      claims += later_claims(results, budget, row)
+      found += later_claims(results, budget, row)
+    claims += [(budget, claim) for claim in found]
   return claims
 
 
@@ -200,9 +208,11 @@ def _compared(results: Results, size: str) -> list[str]:
   if size in CHOICES:
     return [_all_rows(results)]
   parts = ["What each row was given was chosen on held-out training images before: `study/chosen.py`."]
-  for claim in (claim for claim in _claims_at_budgets(results, size) if claim.was_tested):
+  for budget, claim in _claims_at_budgets(results, size):
+    if not claim.was_tested:
+      continue
     verdict = f"Verdict: **{claim.verdict}**. {claim.remark}"
-    parts += [f"#### {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
+    parts += [f"#### At {budget}: {claim.title}", claim.table, f"Rule: {claim.rule}", verdict]
   return [*parts, "#### All rows", _all_rows(results)]
 
 

@@ -164,6 +164,15 @@ _FIFTH = {
   "finetune.decay_epochs": (16, 24),
 }
 
+
+def _pretrained() -> ConfigDict:
+  """Returns the configuration for a pretrained network as it was before it took the fit at the cut by itself."""
+  config = resnet20_pretrained_cifar10.get_config()
+  config.train.weight_decay = config.finetune.weight_decay
+  config.prune.compensation_batches = 0  # rows ask for it
+  return config
+
+
 # Others' ResNet-20, adapted in one epoch over all images by the row from which the others start. They have eight epochs
 # on few images, or two; what is chosen for each row is in `study/chosen.py`.
 _PRETRAINED = {
@@ -179,7 +188,7 @@ _OTHERS_RESNET20 = Experiment(
   overrides={**_PRETRAINED, **SCHEDULE},
   strengths=STRENGTHS,
   seeds=FIVE,
-  get_config=resnet20_pretrained_cifar10.get_config,
+  get_config=_pretrained,
   budgets=(0.3, 0.5),
   main_row=FIRST_MAIN_ROW,
   later_rows=(LATER_ROW, FITTED_ROW),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from sapr_jax.channels.call import Call, abstract_arrays
 from sapr_jax.channels.graph import ChannelGraph, Masks
 from sapr_jax.channels.narrow_program import INLINED, evaluate_alone
 from sapr_jax.channels.program import FrontEnd
-from sapr_jax.channels.rules import ParamKey, closed_jaxprs, shape_of
+from sapr_jax.channels.rules import ParamKey, closed_jaxprs
 from sapr_jax.channels.trees import path_of
 
 _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint"})
@@ -24,6 +25,8 @@ _SAME_NUMBERS = frozenset({"convert_element_type", "copy", "copy_p", "optimizati
 
 _WIDEST = 8192
 """Kept weights of an output channel that are looked at: the moments of more take gigabytes."""
+_AT_ONCE = 2**25
+"""Numbers in the windows of the images that are laid out at once: 128 MiB in float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -155,18 +158,22 @@ def _moments(eqn: JaxprEqn, inputs: Sequence[Any], i: int, kept: np.ndarray) -> 
   dropped[i] = jnp.where(kept, 0, kernel)
   (missing,) = evaluate_alone(eqn, *dropped)
   if eqn.primitive.name == "conv_general_dilated":
-    seen = _windows(eqn, inputs[0], kernel.shape, kept.reshape(-1))
-    missing = _channels_last(missing, eqn.params["dimension_numbers"].out_spec)
-  else:
-    pairs = sorted(zip(*(eqn.params["dimension_numbers"][0][side] for side in (i, 1 - i)), strict=True))
-    seen = jnp.moveaxis(inputs[1 - i], [axis for _, axis in pairs], range(-len(pairs), 0))
-    seen = seen.reshape(-1, stays.size)[:, np.flatnonzero(stays)]
-    outputs = kernel.ndim - len(axes)
-    missing = missing if i == 1 else jnp.moveaxis(missing, range(outputs), range(-outputs, 0))
-  y = seen.reshape(-1, seen.shape[-1]).astype(jnp.float32)
+    numbers = eqn.params["dimension_numbers"]
+    x = _channels_last(inputs[0], numbers.lhs_spec)[..., np.flatnonzero(kept)]
+    return Moments(*_sums_over_windows(eqn, x, _channels_last(missing, numbers.out_spec), kernel.shape), axes)
+  pairs = sorted(zip(*(eqn.params["dimension_numbers"][0][side] for side in (i, 1 - i)), strict=True))
+  seen = jnp.moveaxis(inputs[1 - i], [axis for _, axis in pairs], range(-len(pairs), 0))
+  seen = seen.reshape(-1, stays.size)[:, np.flatnonzero(stays)]
+  outputs = kernel.ndim - len(axes)
+  missing = missing if i == 1 else jnp.moveaxis(missing, range(outputs), range(-outputs, 0))
+  return Moments(*_sums(seen, missing.reshape(len(seen), -1)), axes)
+
+
+def _sums(seen: jax.Array, missing: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the sums of `Moments` over positions, from what is seen `[n, f]` and what is missing `[n, c]` at each."""
+  y, z = seen.astype(jnp.float32), missing.astype(jnp.float32)
   y = jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1)
-  z = missing.reshape(len(y), -1).astype(jnp.float32)
-  return Moments(jnp.matmul(y.T, y, precision="highest"), jnp.matmul(y.T, z, precision="highest"), axes)
+  return jnp.matmul(y.T, y, precision="highest"), jnp.matmul(y.T, z, precision="highest")
 
 
 def _feature_axes(eqn: JaxprEqn, i: int) -> tuple[int, ...]:
@@ -181,16 +188,37 @@ def _feature_axes(eqn: JaxprEqn, i: int) -> tuple[int, ...]:
   return ()
 
 
-def _windows(eqn: JaxprEqn, x: jax.Array, kernel: Sequence[int], kept: np.ndarray) -> jax.Array:
-  """Returns what a convolution's kernel of such a shape sees at each position: `[batch, ..., f]`, as it is laid out."""
-  params = eqn.params
-  numbers, batched = params["dimension_numbers"], [(0, 0, 0)]
-  x = _channels_last(x, numbers.lhs_spec)[..., np.flatnonzero(kept)]
+def _sums_over_windows(
+  eqn: JaxprEqn, x: jax.Array, missing: jax.Array, kernel: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the sums of `Moments` of a convolution whose kernel has such a shape; x are the kept channels, last.
+
+  Laid out, windows are as many times larger than images as a window has places, so that is done to some images at once.
+  """
+  places, spatial = missing.shape[1:-1], eqn.params["dimension_numbers"].rhs_spec[2:]
+  features = math.prod(kernel[axis] for axis in spatial) * x.shape[-1]
+  most = max(1, _AT_ONCE // (math.prod(places) * features))
+  at_once = next(n for n in range(min(most, len(x)), 0, -1) if len(x) % n == 0)
+
+  def add(total: Any, images: Any) -> tuple[Any, None]:
+    some, their_missing = images
+    seen = _windows(eqn, some, places, kernel)
+    found = _sums(seen.reshape(-1, seen.shape[-1]), their_missing.reshape(-1, missing.shape[-1]))
+    return jax.tree.map(jnp.add, total, found), None
+
+  zero = (jnp.zeros((features + 1, features + 1)), jnp.zeros((features + 1, missing.shape[-1])))
+  split = tuple(array.reshape(-1, at_once, *array.shape[1:]) for array in (x, missing))
+  (seen, with_missing), _ = jax.lax.scan(add, zero, split)
+  return seen, with_missing
+
+
+def _windows(eqn: JaxprEqn, x: jax.Array, places: Sequence[int], kernel: Sequence[int]) -> jax.Array:
+  """Returns what a convolution's kernel of such a shape sees at each of its places: `[batch, *places, f]`."""
+  params, batched = eqn.params, [(0, 0, 0)]
   ends = [(low, high, by - 1) for (low, high), by in zip(params["padding"], params["lhs_dilation"], strict=True)]
   x = jax.lax.pad(x, jnp.zeros((), x.dtype), [*batched, *ends, *batched])
-  shape = shape_of(eqn.outvars[0])
-  places = [shape[axis] for axis in numbers.out_spec[2:]]
-  strides, spatial = params["window_strides"], numbers.rhs_spec[2:]
+  numbers, strides = params["dimension_numbers"], params["window_strides"]
+  spatial = numbers.rhs_spec[2:]
   window = [kernel[axis] for axis in spatial]
   seen = []
   for offset in itertools.product(*map(range, window)):

@@ -29,6 +29,7 @@ and the fine-tuning are one run in OUT.run (or --workdir), which the same comman
 
 
 _FIT_BATCHES = 50
+_LEAST = {"fit_batches": 0, "finetune_epochs": 0, "batch_size": 1, "min_width": 1, "round_to": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +127,9 @@ def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
       raise InputError(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
   if args.latency_table is not None and args.cost not in (costs := measured_costs()):
     raise InputError(f"--latency-table must be left out where --cost is {args.cost}; add --cost {' or '.join(costs)}.")
+  for name, least in _LEAST.items():
+    if (number := getattr(args, name)) is not None and number < least:
+      raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {number}.")
   if not 0 < args.keep <= 1:
     raise InputError(f"--keep must be a number in (0, 1], got {args.keep}; it is the share of the cost to keep.")
   if not args.cost_exponent >= 0:

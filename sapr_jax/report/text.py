@@ -15,6 +15,7 @@ _NETWORKS = {
   "subnetwork": "sub-network, before fine-tuning",
   "pruned": "pruned, after fine-tuning",
 }
+_NOT_TUNED = {"dense": "dense", "pruned": "pruned"}
 _COSTS = {
   "prunable_macs": "the prunable MACs",
   "macs": "the network's MACs",
@@ -76,7 +77,8 @@ def summary_header(batch_sizes: Sequence[str]) -> list[str]:
 def summary_rows(summary: Mapping[str, Any], batch_sizes: Sequence[str]) -> list[list[str]]:
   """Returns a row for each network that a finished run measured; cells without a measurement are empty."""
   rows = []
-  for name, title in _NETWORKS.items():
+  was_tuned = summary.get("run", {}).get("finetune_epochs", 1) > 0
+  for name, title in (_NETWORKS if was_tuned else _NOT_TUNED).items():
     entry = summary.get(name, {})
     if "accuracy" not in entry:
       continue

@@ -147,8 +147,13 @@ def first_network(
   """Returns the dense network and its first variables: drawn at random, or read from `config.init.weights`.
 
   Raises:
-    InputError: If the weights cannot be read, do not fit, or are not finite.
+    InputError: If the weights cannot be read, do not fit, or are not finite; or random ones would be cut untrained.
   """
+  if config.init.weights is None and config.train.epochs == 0:
+    raise InputError(
+      "init.weights must be given where train.epochs=0, as the network would be cut at random weights, got none; name"
+      " the trained weights: --config.init.weights=FILE."
+    )
   model = models.create(
     config.model.name,
     num_classes=num_classes,

@@ -52,6 +52,7 @@ def summarize(
     "run": {
       "model": config.model.name,
       "seed": config.seed,
+      "finetune_epochs": config.finetune.epochs,
       "gamma": regularization(config, passes.feed.num_train // config.train.batch_size).gamma,
       "round_to": experiment.round_to,
       "statistics_batches": config.prune.statistics_batches,

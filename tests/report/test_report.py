@@ -47,6 +47,8 @@ def test_the_table():
       "pruned, after fine-tuning          94.90%  1.000 M     50.0%       6,000         0.50     2.00x",
     ]
   )
+  untuned = report.format_summary({**summary, "run": {"finetune_epochs": 0}}).splitlines()
+  assert [line.split("  ")[0] for line in untuned[2:]] == ["dense", "pruned"]
   assert report.headlines(summary) == [
     ("50.0%", "of the MACs are left", "2.000 M → 1.000 M for an image"),
     ("94.90%", "accuracy", "95.00% → 94.90%, -0.10 points"),

@@ -235,6 +235,10 @@ def test_weights_that_stay_make_up_for_a_cut_on_all_images(tmp_path):
   assert max(jax.tree.leaves(moved)) > 0.01
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
   config.update_from_flattened_dict({"train.epochs": 0, "train.decay_epochs": (), "prune.start_epoch": 0})
+  with pytest.raises(sapr.InputError, match=r"init\.weights must be given where train\.epochs=0"):
+    training.run(config, tmp_path / "random")
+  sapr.save(tmp_path / "trained", model, variables)
+  config.init.weights = str(tmp_path / "trained")
   config.update_from_flattened_dict({"finetune.epochs": 0, "finetune.decay_epochs": (), "prune.proposer": "l2_norm"})
   training.run(config, tmp_path / "fitted")
   config.prune.compensation_batches = 0
