@@ -23,7 +23,7 @@ from sapr_jax.channels import (
   reader_moments,
 )
 from sapr_jax.channels.trees import path_of
-from sapr_jax.checks import check_concrete, check_values
+from sapr_jax.checks import check_concrete, check_values, shown
 from sapr_jax.errors import InputError
 from sapr_jax.method.statistics import some
 
@@ -115,7 +115,10 @@ def _compensated(model: Any, variables: Any, graph: ChannelGraph, masks: Masks, 
   total: Any = None
   for batch in some(batches):
     check_concrete("batches", batch, "compensate")
-    found = jax.device_get(moments_of(dict(variables), graph.call.arrays_of(batch)))
+    arrays = graph.call.arrays_of(batch)
+    if not all(map(np.size, arrays)):
+      raise InputError(f"batches must hold arrays with entries, got {shown(batch)}; leave out a batch without inputs.")
+    found = jax.device_get(moments_of(dict(variables), arrays))
     found = jax.tree.map(lambda sums: np.asarray(sums, np.float64), found)
     total = found if total is None else jax.tree.map(np.add, total, found)
   return with_moments(variables, graph, masks, total)

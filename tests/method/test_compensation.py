@@ -224,6 +224,7 @@ def test_boxed_kernels_are_fitted_and_complex_ones_stay():
       [(jnp.ones((3, 8, 8, 2)), jnp.zeros(3, int))],
       r"^a batch.*labels: float32\[1,8,8,2\], got \(float32.*int32\[3\]\)",
     ),
+    ([jnp.ones((0, 8, 8, 2))], r"^batches must hold arrays with entries, got"),
     ([jnp.full((1, 8, 8, 2), jnp.nan)], "what dense/kernel reads must be finite, got NaN"),
     ([jax.ShapeDtypeStruct((1, 8, 8, 2), np.float32)], "arrays of numbers, got ShapeDtype"),
   ],
