@@ -158,7 +158,7 @@ def _open_dashboards(path: pathlib.Path, config: Any, stack: contextlib.ExitStac
 
 def _write_page(path: pathlib.Path, config: Any) -> None:
   """Writes the page of a finished run, if it can be: what was computed is saved, and counts for more."""
-  if not config.report.page:
+  if not config.report.page or config.train.epochs + config.finetune.epochs == 0:  # it would have no curve
     return
   try:
     report.write_page(report.read_histories([path]), path)

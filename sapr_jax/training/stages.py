@@ -140,6 +140,7 @@ def finetuning_stage(
   phase = config.finetune if phase is None else phase
   schedule = _schedule(phase, passes)
   tx = optimizers.optimizer(phase, schedule)
+  duration = f"{phase.epochs} epoch{'s' if phase.epochs > 1 else ''}"
 
   def evaluate(state: TrainState, epoch: int) -> Record:
     if not _is_evaluated(epoch, phase.epochs, config):
@@ -158,9 +159,7 @@ def finetuning_stage(
     first_state=replicate(state, passes.mesh),
     weights=WeightPass(passes, model, tx, phase, Purpose.FINETUNE, distillation),
     evaluate=evaluate,
-    phase=lambda epoch: (
-      f"\nFine-tuning, {phase.epochs} epochs: the dropped channels are cut, and what is left learns on."
-    ),
+    phase=lambda epoch: f"\nFine-tuning, {duration}: the dropped channels are cut, and what is left learns on.",
   )
 
 

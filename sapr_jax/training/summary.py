@@ -86,12 +86,20 @@ def describe(experiment: Experiment) -> str:
   count = experiment.passes.mesh.devices.size
   weights = "random weights" if config.init.weights is None else f"the weights of {config.init.weights}"
   devices = f"{count} device{'s' if count > 1 else ''} ({jax.devices()[0].device_kind})"
+  if config.train.epochs:
+    preparation = (
+      f"The regularization can take {shrinkage(config, per_epoch, gamma):.3g} off the norm of a dropped channel over"
+      f" the whole run (mean of the groups, gamma {gamma:.3g})."
+    )
+  else:
+    batches = config.prune.compensation_batches
+    stay = f"fitted on {batches} batches to make up for them" if batches else "left as they are"
+    preparation = f"The others are cut at once, and the weights that stay are {stay}."
   return (
     f"{config.model.name} from {weights}, {images}, {devices}\n"
     f"It does {graph.macs():,} multiply-accumulates (MACs) for an image; {graph.prunable_macs():,} of them are"
     f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
     f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
-    f"The regularization can take {shrinkage(config, per_epoch, gamma):.3g} off the norm of a dropped channel over the"
-    f" whole run (mean of the groups, gamma {gamma:.3g}).\n"
+    f"{preparation}\n"
     "The first epoch of each part takes longer, as its programs are compiled."
   )

@@ -206,13 +206,14 @@ def test_a_run_starts_from_a_saved_model(whole, tmp_path):
   assert not (tmp_path / "other").exists()
 
 
-def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, tmp_path):
+def test_a_trained_network_is_cut_at_once_and_learns_from_itself(whole, tmp_path, capsys):
   config = small_config(
     init__weights=str(whole[0] / "dense"), train__epochs=0, train__decay_epochs=(), prune__start_epoch=0,
     prune__proposer="l1_norm", finetune__epochs=3, finetune__decay_epochs=(), finetune__distillation__weight=1.0,
     evaluate__every_epochs=2, data__test_images=None, data__validation_images=50, prune__compensation_batches=2,
   )  # fmt: skip
   summary = training.run(config, tmp_path / "run").summary
+  assert "cut at once, and the weights that stay are fitted on 2 batches to make up" in capsys.readouterr().out
   records = artifacts.read_records(tmp_path / "run")
   assert [record["stage"] for record in records] == ["finetune"] * 3
   assert ["test_accuracy" in record for record in records] == [False, True, True]  # every second, and the last
