@@ -8,8 +8,8 @@ safetensors or of `torch.save` (docs/torch.md); "resnet34", "resnet101" and "mob
 `configs/default_imagenet.py` says where the images come from, and what the network saw of them.
 
 The channels that the norms of the weights can do without are cut at once, the weights that stay are fitted to make up
-for them, and 60 epochs of fine-tuning follow. That was chosen on CIFAR-10 (`configs/resnet20_pretrained_cifar10.py`);
-on ImageNet it has not been tried. By the computed step of docs/scaling.md an epoch takes 19 s. To choose a setting,
+for them, and 60 epochs of fine-tuning follow. That was best on CIFAR-10 (`configs/resnet20_pretrained_cifar10.py`); on
+ImageNet it has not been tried. By the computed step of docs/scaling.md an epoch takes 19 s. To choose a setting,
 leave the validation images alone: `--config.data.validation_images=50000`.
 
 Time: not measured; computed, at least 0.3 hours on 8 A100 (docs/scaling.md).

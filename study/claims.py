@@ -236,7 +236,8 @@ def pretrained_claims(results: Results, budget: str, main_row: str) -> list[Clai
   main = f"{budget},{main_row}"
   plain = [name for name in results.names(f"{budget},") if name != main and not _is_variation(name)]
   parts = [name for name in plain if ",penalty" in name]
-  alternatives = [name for name in plain if name not in parts]
+  fitted = [name for name in results.names(f"{budget},{FITTED_ROW}") if name.endswith(FITTED_ROW)]
+  alternatives = [name for name in plain if name not in parts] + fitted
   beaten, beaten_verdicts, nearest = _against(results, main, alternatives)
   worth, worth_verdicts, nearest_part = _against(results, main, parts)
   rounded = f"{main},round_to=8"
@@ -302,7 +303,9 @@ def later_claims(results: Results, budget: str, later_row: str) -> list[Claim]:
     ),
   ]
   if later_row == FITTED_ROW:
-    claims += [_little_lost_by_the_cut(results, budget, later), _ahead_if_distilled(results, budget, later)]
+    claims.append(_little_lost_by_the_cut(results, budget, later))
+    if results.names(f"{later},distilled"):
+      claims.append(_ahead_if_distilled(results, budget, later))
   return claims
 
 
@@ -318,17 +321,19 @@ def _little_lost_by_the_cut(results: Results, budget: str, name: str) -> Claim:
     " for all epochs without pruning.",
     table(["dense network", "sub-network - dense, points"], [[row, str(change)] for row, change in changes.items()]),
     changes["trained as long, whole"].verdict(-WITHIN),
-    "With a penalty the dense network of the same run has lost its dropped channels, and the fit of its statistics.",
+    "The dense network of the same run has lost its dropped channels, and with them the fit of its statistics."
+    if ",penalty" in name
+    else "",
     _in_points(changes["trained as long, whole"]),
   )
 
 
 def _ahead_if_distilled(results: Results, budget: str, name: str) -> Claim:
-  """Judges channels against those of group norm, with all else the same."""
+  """Compares with group norm's channels as they are cut, in the same run otherwise."""
   distilled = [f"{name},distilled", f"{budget},{CHOSEN_ELSEWHERE},distilled"]
   gain = difference(*(results.accuracy(row, "pruned") for row in distilled))
   return Claim(
-    f"{_row_of(name)} is ahead of group norm's channels where both are distilled",
+    f"{_row_of(name)} is ahead of group norm where both are distilled",
     f"The pruned network of {distilled[0]} is better than that of {distilled[1]}: the interval lies above 0.",
     table(
       ["row", "sub-network, %", "pruned, %"],

@@ -196,7 +196,7 @@ def _claims_at_budgets(results: Results, size: str) -> list[tuple[str, Claim]]:
   (experiment,) = SIZES[size]
   claims = []
   for budget in budgets:
-    found = pretrained_claims(results, budget, experiment.main_row)
+    found = pretrained_claims(results, budget, experiment.main_row) if not experiment.only else []
     for row in experiment.later_rows:
       found += later_claims(results, budget, row)
     claims += [(budget, claim) for claim in found]

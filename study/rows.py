@@ -189,9 +189,6 @@ def _pretrained(e: Experiment) -> list[Row]:
     def torch(name: str, overrides: Overrides, choice: Any) -> Row:
       return adapted(f"p={p:g},torch_pruning={name}", "torch", {**with_p, **overrides}, choice=choice)
 
-    def choice(name: str, overrides: Overrides) -> Row:
-      return adapted(f"p={p:g},{name}", "torch_choice", {**with_p, **cut, **overrides})
-
     fitted = {**with_p, "prune.proposer": "l2_norm", **SCALED, **cut, **FITTED}
     rows: list[Row] = []
     for ours, fields in chosen_by.items():
@@ -207,8 +204,8 @@ def _pretrained(e: Experiment) -> list[Row]:
       Row(e, f"p={p:g},uniform_width", "width", COMPARED, e.seeds, with_p),
       row(FITTED_ROW, fitted, COMPARED),
       row(f"{FITTED_ROW},distilled", {**fitted, **DISTILLED}),
-      choice(CHOSEN_ELSEWHERE, {}),
-      choice(f"{CHOSEN_ELSEWHERE},distilled", DISTILLED),
+      adapted(f"p={p:g},{CHOSEN_ELSEWHERE}", "torch_choice", {**with_p, **cut}),
+      adapted(f"p={p:g},{CHOSEN_ELSEWHERE},distilled", "torch_choice", {**with_p, **cut, **DISTILLED}, OTHER_GAMMAS),
       adapted(f"{main},round_to=8", "method", {**always, **ROUNDED}, OTHER_GAMMAS),
     ]
     if e.more:

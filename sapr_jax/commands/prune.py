@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ and the fine-tuning are one run in OUT.run (or --workdir), which the same comman
 
 
 _FIT_BATCHES = 50
-_LEAST = {"fit_batches": 0, "finetune_epochs": 0, "batch_size": 1, "min_width": 1, "round_to": 1}
+_LEAST = {"fit_batches": 0, "finetune_epochs": 0, "batch_size": 1, "min_width": 1, "round_to": 1, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> Answer:
 
   start_jax()
   dense = _open(args)
-  _check_names(args, has_images=fields is not None)
+  _check_options(args, has_images=fields is not None)
   return _cut(args, dense, out) if fields is None else _run(args, dense, out, fields)
 
 
@@ -113,7 +114,7 @@ def _open(args: argparse.Namespace) -> _Dense:
   return _Dense(model, artifacts.import_torch(args.model, model, inputs.input_shape), inputs, {})
 
 
-def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
+def _check_options(args: argparse.Namespace, *, has_images: bool) -> None:
   from sapr_jax.channels import SELECTIONS
   from sapr_jax.method import COMPARISONS, COSTS, IMPORTANCES, measured_costs
 
@@ -132,8 +133,10 @@ def _check_names(args: argparse.Namespace, *, has_images: bool) -> None:
       raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {number}.")
   if not 0 < args.keep <= 1:
     raise InputError(f"--keep must be a number in (0, 1], got {args.keep}; it is the share of the cost to keep.")
-  if not args.cost_exponent >= 0:
-    raise InputError(f"--cost-exponent must be at least 0, got {args.cost_exponent}.")
+  if not 0 <= args.cost_exponent < math.inf:
+    raise InputError(f"--cost-exponent must be a number of at least 0, got {args.cost_exponent}.")
+  if not 0 < args.learning_rate < math.inf:
+    raise InputError(f"--learning-rate must be a number above 0, got {args.learning_rate}.")
   if args.importance == "taylor" and not has_images:
     raise InputError("--importance taylor needs images; add --data DIR or --source NAME, or take l2_norm.")
 

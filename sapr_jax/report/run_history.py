@@ -49,6 +49,8 @@ def read_histories(paths: Sequence[pathlib.Path]) -> list[RunHistory]:
   for path, config, label in zip(paths, configs, _labels(paths, configs), strict=True):
     records = read_records(path)
     if not records:
+      if (path / "summary.json").exists():
+        raise InputError(f"{path} is a run that trained for no epoch, so there is nothing to draw; see its report.txt.")
       raise InputError(f"{path} has no records yet; wait for the first epoch of the run.")
     network, summary = read_json(path / "network.json"), read_json(path / "summary.json")
     histories.append(RunHistory(path, config, records, network, summary, label))

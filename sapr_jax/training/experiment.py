@@ -98,9 +98,15 @@ def build(config: Any, workdir: pathlib.Path | None = None) -> Experiment:
     workdir: Where an earlier part of the run may have left its table of latencies.
 
   Raises:
-    InputError: If the data or the first weights cannot be read, the weights are of a network of other inputs, a batch
-      does not fit, the network has no channels to prune, or no masks can meet the budget.
+    InputError: If the data or the first weights cannot be read, the weights are of a network of other inputs, random
+      ones would be cut untrained, a batch does not fit, the network has no channels to prune, or no masks can meet the
+      budget.
   """
+  if config.init.weights is None and config.train.epochs == 0:
+    raise InputError(
+      "init.weights must be given where train.epochs=0, as the network would be cut at random weights, got none; name"
+      " the trained weights: --config.init.weights=FILE."
+    )
   mesh = data_mesh()
   inputs = inputs_of_weights(config)
   if inputs is not None:
@@ -147,13 +153,8 @@ def first_network(
   """Returns the dense network and its first variables: drawn at random, or read from `config.init.weights`.
 
   Raises:
-    InputError: If the weights cannot be read, do not fit, or are not finite; or random ones would be cut untrained.
+    InputError: If the weights cannot be read, do not fit, or are not finite.
   """
-  if config.init.weights is None and config.train.epochs == 0:
-    raise InputError(
-      "init.weights must be given where train.epochs=0, as the network would be cut at random weights, got none; name"
-      " the trained weights: --config.init.weights=FILE."
-    )
   model = models.create(
     config.model.name,
     num_classes=num_classes,

@@ -46,7 +46,7 @@ def run(
   """Runs the experiment of `config` in `workdir`, from its beginning or from where an earlier call was stopped.
 
   Leaves there `records.jsonl` and `tensorboard/` (every epoch), `dense/` and `pruned/` (models, for `sapr_jax.load`),
-  `summary.json`, `report.txt`, and `report.html` where the packages that draw it are installed.
+  `summary.json`, `report.txt`, and `report.html` where there was an epoch and the packages that draw it are installed.
 
       from sapr_jax.configs import digits
 

@@ -93,13 +93,16 @@ def describe(experiment: Experiment) -> str:
     )
   else:
     batches = config.prune.compensation_batches
-    stay = f"fitted on {batches} batches to make up for them" if batches else "left as they are"
-    preparation = f"The others are cut at once, and the weights that stay are {stay}."
+    some = f"{batches} batch{'es' if batches > 1 else ''}"
+    stay = f"fitted on {some} to make up for them" if batches else "left as they are"
+    preparation = f"Channels beyond that are cut at once, and the weights that stay are {stay}."
+  patience = "\nThe first epoch of each part takes longer, as its programs are compiled."
+  if config.train.epochs + config.finetune.epochs == 0:
+    patience = ""
   return (
     f"{config.model.name} from {weights}, {images}, {devices}\n"
     f"It does {graph.macs():,} multiply-accumulates (MACs) for an image; {graph.prunable_macs():,} of them are"
     f" prunable, in {len(graph.groups)} groups\nof channels that are cut together. {budget.share:.1%} of"
     f" {report.cost_in_words(budget.cost.name)} may stay, in widths that are multiples of {experiment.round_to}.\n"
-    f"{preparation}\n"
-    "The first epoch of each part takes longer, as its programs are compiled."
+    f"{preparation}{patience}"
   )

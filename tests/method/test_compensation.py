@@ -104,23 +104,27 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize(
-  ("layer", "shape"),
+  ("layer", "shape", "at_once"),
   [
-    (nn.Conv(2, (3, 3)), (4, 5, 5, 2)),
-    (nn.Conv(2, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), (4, 6, 6, 2)),
-    (nn.Conv(2, (3, 3), kernel_dilation=(1, 2), padding=((0, 1), (3, 0))), (4, 6, 6, 2)),
-    (nn.ConvTranspose(2, (3, 3), strides=(2, 1)), (4, 4, 4, 2)),
-    (nn.Conv(2, (3,)), (8, 6, 2)),
-    (nn.DenseGeneral((2, 2), axis=(-2, -1)), (32, 2)),
+    (nn.Conv(2, (3, 3)), (12, 5, 5, 2), 1000),  # two images, in two and four parts
+    (nn.Conv(2, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), (12, 6, 6, 2), 2**25),  # all images
+    (nn.Conv(2, (3, 3), kernel_dilation=(1, 2), padding=((0, 1), (3, 0))), (12, 6, 6, 2), 1),  # one image
+    (
+      nn.ConvTranspose(2, (3, 3), strides=(2, 1)),
+      (12, 4, 4, 2),
+      1800,
+    ),  # there is room for three, but two divide the batch
+    (nn.Conv(2, (3,)), (12, 6, 2), 2**25),
+    (nn.DenseGeneral((2, 2), axis=(-2, -1)), (32, 2), 1),
   ],
 )
-def test_a_kernel_gives_the_least_error_that_its_weights_can_give(layer, shape, monkeypatch):
-  monkeypatch.setattr(readers, "_AT_ONCE", 1)  # image by image
+def test_a_kernel_gives_the_least_error_that_its_weights_can_give(layer, shape, at_once, monkeypatch):
+  monkeypatch.setattr(readers, "_AT_ONCE", at_once)
   model = Reader(layer, heads=2 if isinstance(layer, nn.DenseGeneral) else None)
   x = jax.random.normal(jax.random.key(0), shape)
   variables = model.init(jax.random.key(1), x)
   graph = sapr.trace_channels(model, variables, (1, *shape[1:]), select="unjoined", include="writer")
-  found = sapr.compensate(model, variables, graph, masks := {"writer": np.array([1.0, 0.0, 1.0])}, [x[:2], x[2:]])
+  found = sapr.compensate(model, variables, graph, masks := {"writer": np.array([1.0, 0.0, 1.0])}, [x[:4], x[4:]])
   small, small_variables = sapr.prune(model, found, graph, masks)
   params, reader = small_variables["params"], next(name for name in small_variables["params"] if name != "writer")
 

@@ -168,6 +168,9 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
   run = make_run(tmp_path / "new", epochs=0, finished=False)
   with pytest.raises(InputError, match="has no records yet"):
     read_histories([run])
+  (run / "summary.json").write_text("{}")
+  with pytest.raises(InputError, match="trained for no epoch, so there is nothing to draw"):
+    read_histories([run])
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
