@@ -200,6 +200,9 @@ MISUSE = [
   ("prune dense new --cost-exponent -1", r"--cost-exponent must be a number of at least 0, got -1\.0"),
   ("prune dense new --cost-exponent inf", r"--cost-exponent must be a number of at least 0, got inf"),
   ("prune dense new --learning-rate nan", r"--learning-rate must be a number above 0, got nan"),
+  ("prune dense new --source digits --distill 2", r"--distill must be a number in \[0, 1\], got 2\.0"),
+  ("prune dense new --source digits --distill 0.5", r"--distill 0\.5 needs fine-tuning; add --finetune-epochs N"),
+  ("prune dense new --distill 0.5", r"--distill needs images"),
   ("prune dense new --seed -1", r"--seed must be at least 0, got -1"),
   ("prune dense new --round-to 0", r"--round-to must be at least 1, got 0"),
   ("prune dense new --finetune-epochs 3", r"--finetune-epochs needs images; add --data DIR or --source NAME"),
@@ -321,11 +324,12 @@ def test_a_whole_way_from_training_to_a_fine_tuned_network(tmp_path):
   settings = ["--set", *short]
   done = started("train", "digits", "run", *settings, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
-  given = ["prune", "run/dense", "small", "--source", "digits", "--finetune-epochs", "1", "--json"]
+  given = ["prune", "run/dense", "small", "--source", "digits", "--finetune-epochs", "1", "--distill", "0.5", "--json"]
   done = started(*given, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   facts = json.loads(done.stdout)
   assert facts["pruned"]["macs"] <= 0.5 * facts["dense"]["macs"]
+  assert json.loads((tmp_path / "small.run" / "config.json").read_text())["finetune.distillation.weight"] == 0.5
   assert sapr.load_info(tmp_path / "small").metrics["accuracy"] == facts["pruned"]["accuracy"]
   assert started("report", "run", cwd=tmp_path).returncode == 0 and (tmp_path / "run" / "report.html").is_file()
   # The reader of a pipe may go.

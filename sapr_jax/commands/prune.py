@@ -30,6 +30,7 @@ and the fine-tuning are one run in OUT.run (or --workdir), which the same comman
 
 
 _FIT_BATCHES = 50
+_NEED_IMAGES = ("finetune_epochs", "fit_batches", "distill", "workdir")
 _LEAST = {"fit_batches": 0, "finetune_epochs": 0, "batch_size": 1, "min_width": 1, "round_to": 1, "seed": 0}
 
 
@@ -59,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help=f"on which weights that stay are fitted to make up for the others; 0: they are not (default: {_FIT_BATCHES})",
   )
   after.add_argument("--finetune-epochs", type=int, default=0, metavar="N", help="default: %(default)s")
+  after.add_argument(
+    "--distill",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="of the loss that compares with the dense network, such as 0.5; an epoch takes longer (default: %(default)s)",
+  )
   after.add_argument("--learning-rate", type=float, default=0.02, metavar="X", help="at first (default: %(default)s)")
   after.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
   after.add_argument("--no-flip", action="store_true", help="images are not mirrored, as for digits and letters")
@@ -84,7 +92,7 @@ class _Dense:
 
 def run(args: argparse.Namespace) -> Answer:
   fields = images.fields_of(args)
-  if fields is None and (wanted := [n for n in ("finetune_epochs", "fit_batches", "workdir") if getattr(args, n)]):
+  if fields is None and (wanted := [name for name in _NEED_IMAGES if getattr(args, name)]):
     raise InputError(f"--{wanted[0].replace('_', '-')} needs images; add --data DIR or --source NAME.")
   out = networks.check_place(args.out, args.model)
   from sapr_jax.runtime.devices import start_jax
@@ -135,6 +143,10 @@ def _check_options(args: argparse.Namespace, *, has_images: bool) -> None:
     raise InputError(f"--keep must be a number in (0, 1], got {args.keep}; it is the share of the cost to keep.")
   if not 0 <= args.cost_exponent < math.inf:
     raise InputError(f"--cost-exponent must be a number of at least 0, got {args.cost_exponent}.")
+  if not 0 <= args.distill <= 1:
+    raise InputError(f"--distill must be a number in [0, 1], got {args.distill}; it is a share of the loss.")
+  if args.distill and not args.finetune_epochs:
+    raise InputError(f"--distill {args.distill:g} needs fine-tuning; add --finetune-epochs N.")
   if not 0 < args.learning_rate < math.inf:
     raise InputError(f"--learning-rate must be a number above 0, got {args.learning_rate}.")
   if args.importance == "taylor" and not has_images:
@@ -247,6 +259,7 @@ def _config(args: argparse.Namespace, dense: _Dense, fields: dict[str, Any]) -> 
     "finetune.schedule": "cosine",
     "finetune.decay_epochs": (),
     "finetune.weight_decay": 5e-4,
+    "finetune.distillation.weight": args.distill,
     "generator.batch_size": args.batch_size,  # of the gradients of taylor
   }
   if inputs.resize is not None:
