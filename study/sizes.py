@@ -213,7 +213,14 @@ _OWN_MOBILENET = dataclasses.replace(
     "data.train_images": None,
     "data.validation_images": 5000,
   },
-  only=("dense", FITTED_ROW, LATER_ROW, "torch_pruning=group_norm", "l1_norm,cut,shares=equal"),
+  only=(
+    "dense",
+    FITTED_ROW,
+    LATER_ROW,
+    "torch_pruning=group_norm",
+    "cut,channels=group_norm",
+    "l1_norm,cut,shares=equal",
+  ),
 )
 
 # What is chosen is chosen on images that no row trains on, and with seeds that no row has.
