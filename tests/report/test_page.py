@@ -176,6 +176,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 def test_the_command(tmp_path, monkeypatch, capsys):
   def status(*arguments):
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "sapr_jax.report.__main__", raising=False)  # another test may have imported it
     with pytest.raises(SystemExit) as done:
       runpy.run_module("sapr_jax.report", run_name="__main__")
     return done.value.code
