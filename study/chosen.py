@@ -114,6 +114,9 @@ all places of its window; those that end in "fitted" of one before that, which g
 dropped to make up for, too, though a normalization that follows takes that.
 """
 
+CHOSEN_ELSEWHERE = "cut,channels=group_norm"
+"""Row with the channels that Torch-Pruning keeps, in which all else is as in our own that are cut."""
+
 ROUNDED: Mapping[str, Any] = {"prune.round_to": 8}
 """Of the row with widths that processors are fast at."""
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import table
-from study.chosen import CANDIDATES, FITTED_ROW, SHORT_CANDIDATES
+from study.chosen import CANDIDATES, CHOSEN_ELSEWHERE, FITTED_ROW, SHORT_CANDIDATES
 from study.results import Estimate, Results, combined, difference, estimate, holm, mean_and_deviation
-from study.rows import CHOSEN_ELSEWHERE, SELECTION, SELECTION_BASELINE, gamma_name
+from study.rows import SELECTION, SELECTION_BASELINE, gamma_name
 from study.sizes import LONGER
 
 NOTHING_LOST = 0.25

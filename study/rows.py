@@ -15,6 +15,7 @@ from sapr_jax.errors import InputError
 from sapr_jax.training.workdir import DENSE
 from study.chosen import (
   CANDIDATE_RATES,
+  CHOSEN_ELSEWHERE,
   COMPETING,
   DISTILLED,
   EQUAL,
@@ -49,9 +50,6 @@ RANKINGS: tuple[tuple[str, str, Overrides], ...] = (
   ("taylor", "", {**COMPETING, "generator.batch_size": 32}),
 )
 """Importances by which channels are chosen before any training, last factor of the row's name, how scores compare."""
-
-CHOSEN_ELSEWHERE = "cut,channels=group_norm"
-"""Row with the channels that Torch-Pruning keeps, in which all else is as in our own."""
 
 SELECTION_BASELINE = f"{SELECTION}=l1_uniform"
 """The row that the other selections are compared with."""

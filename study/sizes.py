@@ -12,6 +12,7 @@ from sapr_jax.configs import mobilenetv2_cifar10, resnet20_pretrained_cifar10, r
 from study.chosen import (
   CANDIDATE_STRENGTHS,
   CANDIDATES,
+  CHOSEN_ELSEWHERE,
   EPOCHS,
   FIRST_MAIN_ROW,
   FIRST_TRIED,
@@ -218,7 +219,7 @@ _OWN_MOBILENET = dataclasses.replace(
     FITTED_ROW,
     LATER_ROW,
     "torch_pruning=group_norm",
-    "cut,channels=group_norm",
+    CHOSEN_ELSEWHERE,
     "l1_norm,cut,shares=equal",
   ),
 )

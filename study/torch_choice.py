@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch_pruning
 from sapr_jax import training
 from sapr_jax.artifacts.torch_names import name_layers
 from sapr_jax.channels import ChannelGraph, Masks
+from sapr_jax.channels.trees import path_of
 from sapr_jax.method import Scores
 from sapr_jax.training import Experiment
 from study import torch_runs
@@ -76,12 +76,10 @@ def kept_by_group_norm(
   scales = {
     group.name: next(member.path for member in group.members if member.path[-1] == "scale") for group in graph.groups
   }
-  numbered = copy.deepcopy(jax.tree.map(np.asarray, variables["params"]))
-  for path in scales.values():
-    layer = numbered
-    for name in path[:-1]:
-      layer = layer[name]
-    layer[path[-1]] = np.arange(len(layer[path[-1]]), dtype=np.float32)
+  numbered = jax.tree_util.tree_map_with_path(
+    lambda place, leaf: np.arange(len(leaf), dtype=np.float32) if path_of(place) in scales.values() else leaf,
+    variables["params"],
+  )
   copied = torch_runs.make_network(model, {**variables, "params": numbered})
   dependencies = torch_pruning.DependencyGraph().build_dependency(copied, example_inputs=inputs)
   dependencies.load_pruning_history(pruner.DG.pruning_history())

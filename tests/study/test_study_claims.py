@@ -8,7 +8,7 @@ import math
 import pytest
 from entries import entry
 
-from study.chosen import FITTED_ROW, LATER_ROW, MAIN_ROW
+from study.chosen import CHOSEN_ELSEWHERE, FITTED_ROW, LATER_ROW, MAIN_ROW
 from study.claims import (
   CLAIMS,
   beats_alternatives,
@@ -22,7 +22,6 @@ from study.claims import (
   stable_architecture,
 )
 from study.results import Results, combined, difference, estimate
-from study.rows import CHOSEN_ELSEWHERE
 from study.sizes import LONGER
 
 
