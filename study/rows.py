@@ -86,6 +86,10 @@ class Row:
   source: str | None = None
   source_seed: int | None = None
 
+  def seed_of_source(self, seed: int) -> int:
+    """Returns the seed of the run from which the one with `seed` starts."""
+    return seed if self.source_seed is None else self.source_seed
+
   @property
   def path(self) -> str:
     """Name of its folder under that of the size; patterns are matched with it."""
@@ -165,10 +169,9 @@ def _pretrained(e: Experiment) -> list[Row]:
   cut = {"train.epochs": 0, "finetune.epochs": e.epochs, "search.end_epoch": None, "prune.shrinkage": None}
 
   if e.trained is None:
-    start = Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None})
+    start, source_seed = Row(e, ADAPTED, "adapted", MAIN, e.seeds, {"data.train_images": None}), None
   else:
-    start = Row(e, TRAINED, "trained", MAIN, (0,), e.trained)
-  source_seed = None if e.trained is None else start.seeds[0]
+    start, source_seed = Row(e, TRAINED, "trained", MAIN, (0,), e.trained), 0
 
   def adapted(name: str, kind: str, overrides: Overrides, part: int = COMPARED, choice: Any = None) -> Row:
     return Row(e, name, kind, part, e.seeds, overrides, choice, start.name, source_seed)
@@ -253,7 +256,7 @@ def chosen(
   work = [(row, seed) for row in rows for seed in row.seeds]
   asked -= {(f"{network}/{name}", seed) for network, name, seed in recorded}
   asked |= {
-    (f"{row.experiment.network}/{row.source}", seed if row.source_seed is None else row.source_seed)
+    (f"{row.experiment.network}/{row.source}", row.seed_of_source(seed))
     for row, seed in work
     if (row.path, seed) in asked
   }
@@ -325,8 +328,7 @@ def job_of(
 ) -> Job:
   """Returns one run of the study; arguments as in `config_of`, and the folder of the size."""
   runs = folder / row.experiment.network
-  source_seed = seed if row.source_seed is None else row.source_seed
-  source = None if row.source is None else runs / row.source / f"seed_{source_seed}"
+  source = None if row.source is None else runs / row.source / f"seed_{row.seed_of_source(seed)}"
   config = config_of(row, seed, data, settings, weights)
   if source is not None and row.source in (ADAPTED, TRAINED):
     config.init.weights = str(source / DENSE)

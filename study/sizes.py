@@ -199,6 +199,10 @@ _SHORT = dataclasses.replace(
   _OTHERS_RESNET20, overrides={**_PRETRAINED, **SHORT}, epochs=SHORT_EPOCHS, main_row=MAIN_ROW, later_rows=(FITTED_ROW,)
 )
 
+# What is chosen is chosen on images that no row trains on, and with seeds that no row has.
+_HELD_OUT = {"data.validation_images": 5000}
+_CHOOSING = (100, 101)
+
 # Nothing is chosen on this network: it is pruned as was best for the other one. It never saw its validation images.
 _OWN_MOBILENET = dataclasses.replace(
   _SHORT,
@@ -212,7 +216,7 @@ _OWN_MOBILENET = dataclasses.replace(
     "train.schedule": "cosine",
     "train.warmup_epochs": 0.5,
     "data.train_images": None,
-    "data.validation_images": 5000,
+    **_HELD_OUT,
   },
   only=(
     "dense",
@@ -223,10 +227,6 @@ _OWN_MOBILENET = dataclasses.replace(
     "l1_norm,cut,shares=equal",
   ),
 )
-
-# What is chosen is chosen on images that no row trains on, and with seeds that no row has.
-_HELD_OUT = {"data.validation_images": 5000}
-_CHOOSING = (100, 101)
 
 SIZES: Mapping[str, tuple[Experiment, ...]] = {
   "full": (

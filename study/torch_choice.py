@@ -40,7 +40,7 @@ class Chosen:
 
   def propose(self, state: Any, variables: Any, epoch: int) -> tuple[Any, Scores, dict[str, float]]:
     masks = kept_by_group_norm(self.model, jax.device_get(variables), self.graph, self.input_shape, self.p)
-    return state, {name: mask.astype(np.float32) for name, mask in masks.items()}, {}
+    return state, masks, {}
 
 
 def run_choice(job: Job) -> None:

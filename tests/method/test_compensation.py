@@ -109,11 +109,7 @@ class Reader(nn.Module):
     (nn.Conv(2, (3, 3)), (12, 5, 5, 2), 1000),  # two images, in two and four parts
     (nn.Conv(2, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), (12, 6, 6, 2), 2**25),  # all images
     (nn.Conv(2, (3, 3), kernel_dilation=(1, 2), padding=((0, 1), (3, 0))), (12, 6, 6, 2), 1),  # one image
-    (
-      nn.ConvTranspose(2, (3, 3), strides=(2, 1)),
-      (12, 4, 4, 2),
-      1800,
-    ),  # there is room for three, but two divide the batch
+    (nn.ConvTranspose(2, (3, 3), strides=(2, 1)), (12, 4, 4, 2), 1800),  # room for three; two divide the batch
     (nn.Conv(2, (3,)), (12, 6, 2), 2**25),
     (nn.DenseGeneral((2, 2), axis=(-2, -1)), (32, 2), 1),
   ],
